@@ -1,0 +1,1 @@
+"""Twofold: plan, train, see, prove, combine, merge and serve LoRA adapters."""

@@ -1,0 +1,237 @@
+"""Put adapters on a live model, choose which of them count, and take them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.target import ModuleShape, find_targets, module_shapes
+from twofold.errors import ConfigError, did_you_mean
+from twofold.layers.embedding import EmbeddingShare, LoraEmbedding
+from twofold.layers.linear import LinearShare, LoraLinear
+from twofold.layers.protocol import AdapterLayer, Share, checked_name
+from twofold.layers.saved import BiasShare, CopyShare, TrainedBias, TrainedCopy
+from twofold.lowrank.init import STARTS, Factors, embedding
+
+DEFAULT_NAME = "default"
+
+
+@dataclass(frozen=True)
+class TrainableSummary:
+    """How much of a model learns, in numbers of parameters."""
+
+    trainable: int
+    base: int
+    modules: int
+
+    @property
+    def fraction(self) -> float:
+        """Trainable over base parameters."""
+        return self.trainable / self.base
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.base:,} parameters train ({self.fraction:.2%}), in {self.modules} modules"
+
+
+def attach(model: nn.Module, config: LoraConfig, name: str = DEFAULT_NAME) -> TrainableSummary:
+    """Freeze the model and give every targeted module a share of a new adapter, which becomes the active one.
+
+    The base's tensors are never written, now or in training. Values of the start are drawn from torch's generator.
+
+    Raises:
+        TargetError: an entry of the config matches nothing; all of them in one message.
+        ConfigError: the name is taken or cannot be one.
+    """
+    if checked_name(name) in attached(model):
+        raise ConfigError(f"an adapter named '{name}' is attached already; detach it or choose another name")
+    targets = find_targets(config, module_shapes(model))
+    if not attached(model):
+        model.requires_grad_(False)
+    for module, shape in targets.adapted.items():
+        if shape.kind == "embedding":
+            _add(model, module, LoraEmbedding.from_base, name, _embedding_share(config, module, shape), config)
+        else:
+            _add(model, module, LoraLinear.from_base, name, _linear_share(config, module, shape), config)
+    for module in targets.saved:
+        _add(model, module, TrainedCopy.from_base, name, CopyShare, config)
+    for module in targets.biased:
+        _add(model, module, TrainedBias.from_base, name, lambda base: BiasShare(cast(Tensor, base.bias)), config)
+    activate(model, name)
+    return trainable_summary(model)
+
+
+def _add(
+    model: nn.Module,
+    module: str,
+    wrap: Callable[[nn.Module], AdapterLayer],
+    name: str,
+    make: Callable[[nn.Module], Share],
+    config: LoraConfig,
+) -> None:
+    layer = model.get_submodule(module)
+    if not isinstance(layer, AdapterLayer):
+        layer = wrap(layer)
+        model.set_submodule(module, layer)
+    share = make(layer.base)
+    share.origin = config
+    layer.add(name, share)
+
+
+def _linear_share(config: LoraConfig, module: str, shape: ModuleShape) -> Callable[[nn.Module], Share]:
+    def make(base: nn.Module) -> Share:
+        r, _, scale = resolve(config, module)
+        factors = _like(base, STARTS[config.init_lora_weights](r, shape.in_features, shape.out_features))
+        trained = shape.bias and config.bias != "none"
+        change = torch.zeros_like(factors[1][:, 0]) if trained else None
+        return LinearShare(factors, scale, config.lora_dropout, change)
+
+    return make
+
+
+def _embedding_share(config: LoraConfig, module: str, shape: ModuleShape) -> Callable[[nn.Module], Share]:
+    def make(base: nn.Module) -> Share:
+        r, _, scale = resolve(config, module)
+        return EmbeddingShare(_like(base, embedding(r, shape.in_features, shape.out_features)), scale)
+
+    return make
+
+
+def _like(base: nn.Module, factors: Factors) -> Factors:
+    """The factors on the base's device, in float32 or the base's wider type."""
+    weight = cast(Tensor, base.weight)
+    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    a, b = (f.to(weight.device, dtype) for f in factors)
+    return a, b
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
+    """Every adapted layer with its module name in the bare model."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLayer):
+            yield name, module
+
+
+def shares(model: nn.Module, name: str) -> dict[str, Share]:
+    """The shares of one adapter, by module name.
+
+    Raises:
+        ConfigError: no adapter of that name is attached.
+    """
+    found = {n: cast(Share, layer.shares[name]) for n, layer in adapter_layers(model) if name in layer.shares}
+    if not found:
+        raise ConfigError(_unknown(name, attached(model)))
+    return found
+
+
+def attached(model: nn.Module) -> list[str]:
+    """Names of the attached adapters, in the order they came."""
+    return list(dict.fromkeys(name for _, layer in adapter_layers(model) for name in layer.shares))
+
+
+def active(model: nn.Module) -> dict[str, float]:
+    """The adapters that count now, with their weights."""
+    found: dict[str, float] = {}
+    for _, layer in adapter_layers(model):
+        for name, share in layer.shares.items():
+            if cast(Share, share).weight_when_active:
+                found[name] = cast(Share, share).weight_when_active
+    return found
+
+
+def config_of(model: nn.Module, name: str = DEFAULT_NAME) -> LoraConfig:
+    """The configuration that an attached adapter was made from."""
+    return cast(LoraConfig, next(iter(shares(model, name).values())).origin)
+
+
+def activate(model: nn.Module, names: str | Mapping[str, float] | None) -> None:
+    """Choose the adapters that count: one name, several with a weight each, or None for the bare base.
+
+    Only active adapters train.
+
+    Raises:
+        ConfigError: a name is not attached, or merged weights are in place.
+    """
+    weights = {} if names is None else {names: 1.0} if isinstance(names, str) else dict(names)
+    known = attached(model)
+    for name in weights:
+        if name not in known:
+            raise ConfigError(_unknown(name, known))
+    if is_merged(model):
+        raise ConfigError("adapters are merged into this model; call unmerge before choosing others")
+    for _, layer in adapter_layers(model):
+        for name, share in layer.shares.items():
+            cast(Share, share).weight_when_active = weights.get(name, 0.0)
+            share.requires_grad_(name in weights)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The bare base, for the length of a `with` block."""
+    layers = [layer for _, layer in adapter_layers(model)]
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Take one adapter off the model, or all; a layer without adapters gives way to its base, unchanged.
+
+    Raises:
+        ConfigError: no adapter of that name is attached.
+    """
+    if name is not None:
+        shares(model, name)
+    for module, layer in list(adapter_layers(model)):
+        for held in [name] if name is not None else list(layer.shares):
+            if held in layer.shares:
+                del layer.shares[held]
+        if not layer.shares:
+            model.set_submodule(module, layer.base)
+
+
+def merge(model: nn.Module) -> None:
+    """Fold the active adapters into weights of their own beside the base's: same outputs, no extra products.
+
+    Lossless to undo: the base's tensors stay as they are and `unmerge` returns to them. Until then the adapted
+    layers' weights are held twice.
+    """
+    for _, layer in adapter_layers(model):
+        if layer.active():
+            layer.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Go back from merged weights to the base and its adapters, bit for bit."""
+    for _, layer in adapter_layers(model):
+        layer.unmerge()
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether merged weights are in place."""
+    return any(getattr(layer, "merged", None) is not None for _, layer in adapter_layers(model))
+
+
+def trainable_summary(model: nn.Module) -> TrainableSummary:
+    """Count the parameters that learn and those of the base."""
+    layers = [layer for _, layer in adapter_layers(model)]
+    own = {id(p) for layer in layers for p in layer.shares.parameters()}
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    base = sum(p.numel() for p in parameters if id(p) not in own)
+    return TrainableSummary(trainable, base, sum(1 for layer in layers if layer.active()))
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    there = f"attached are {', '.join(repr(k) for k in known)}" if known else "none is attached"
+    return f"no adapter named '{name}'{did_you_mean(name, known)} ({there})"

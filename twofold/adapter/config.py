@@ -1,0 +1,94 @@
+"""What an adapter is: `LoraConfig`, and the one resolver of rank and scale per module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeVar
+
+from twofold.errors import ConfigError
+from twofold.lowrank.factors import scale_of
+from twofold.lowrank.init import STARTS
+
+V = TypeVar("V", int, float)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The settings of a LoRA adapter, with PEFT's names.
+
+    Attributes:
+        r: rank of the update: how much it can learn.
+        lora_alpha: volume of the update: it is scaled by lora_alpha / r.
+        lora_dropout: probability that a value on its way into A is dropped in training.
+        target_modules: suffixes of module names, one regular expression for whole names, or a preset:
+            `all-linear`, `attention`, `mlp`.
+        exclude_modules: suffixes or one regular expression; what they match is left alone.
+        layers_to_transform: indices of the layers to adapt; all of them when not given.
+        layers_pattern: name of the list of layers that the indices count in, such as `layers`.
+        rank_pattern: rank by pattern of module name, over `r`; the first pattern that matches counts.
+        alpha_pattern: alpha by pattern of module name, over `lora_alpha`.
+        use_rslora: scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).
+        bias: which biases are trained: none, those of the adapted modules, or all.
+        modules_to_save: suffixes of modules to train whole and keep with the adapter.
+        init_lora_weights: the start: true for Kaiming A and zero B, or `gaussian`.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    bias: Literal["none", "lora_only", "all"] = "none"
+    modules_to_save: tuple[str, ...] | None = None
+    init_lora_weights: bool | str = True
+
+    def __post_init__(self) -> None:
+        problems = []
+        if any(r < 1 for r in (self.r, *self.rank_pattern.values())):
+            problems.append("a rank must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            problems.append(f"lora_dropout is {self.lora_dropout} but must be at least 0 and below 1")
+        if not self.target_modules:
+            problems.append("target_modules is empty, so nothing would be trained; try 'all-linear'")
+        if self.init_lora_weights not in STARTS:
+            known = ", ".join(str(s).lower() for s in STARTS)
+            problems.append(f"init_lora_weights is {self.init_lora_weights!r} but may be {known}")
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, list | set):
+                object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, set) else value))
+            if isinstance(value, int):
+                object.__setattr__(self, name, (value,))
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+
+class Resolved(NamedTuple):
+    """Rank, alpha and scale of one module."""
+
+    r: int
+    alpha: float
+    scale: float
+
+
+def resolve(config: LoraConfig, module: str) -> Resolved:
+    """Rank and scale of the update of `module`, the patterns taken into account. Everything asks here."""
+    r = _first_match(config.rank_pattern, module, config.r)
+    alpha = _first_match(config.alpha_pattern, module, config.lora_alpha)
+    return Resolved(r, alpha, scale_of(alpha, r, rank_stabilised=config.use_rslora))
+
+
+def pattern_matches(pattern: str, module: str) -> bool:
+    """PEFT's rule: the pattern is the whole name, or its end after a dot."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _first_match(patterns: Mapping[str, V], module: str, default: V) -> V:
+    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, module)), default)

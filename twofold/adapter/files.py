@@ -1,0 +1,376 @@
+"""Adapters on disk, in PEFT's format: read strictly, written deterministically.
+
+`adapter_config.json` and `adapter_model.safetensors` are PEFT's and load in PEFT, transformers and vLLM; what Twofold
+knows besides (the base's fingerprint, chat template, end tokens, provenance) sits beside them in `twofold.json`.
+A tensor's key is ``base_model.model.<module path>.<suffix>``; scaling is not stored, it follows from the config.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twofold import atomic
+from twofold.adapter.attach import DEFAULT_NAME, activate, adapter_layers, attach, config_of, detach, shares
+from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.target import ModuleShape, adapted_modules, matches, module_shapes
+from twofold.config import build
+from twofold.errors import AdapterFileError
+from twofold.layers.linear import LoraConv1D
+from twofold.tensorfile import TensorFile, nonfinite, write_tensors
+
+CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "twofold.json"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What Twofold keeps beside an adapter: no times, no absolute paths, so that equal training gives equal bytes.
+
+    Attributes:
+        base: the fingerprint of the base it was trained on, as `base.fingerprint` writes it.
+        chat_template: the Jinja template it was trained with.
+        eos_token_ids: the tokens that end an answer.
+        training: how it came to be: data digests, settings, steps.
+    """
+
+    base: dict[str, Any] | None = None
+    chat_template: str | None = None
+    eos_token_ids: list[int] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter folder that was opened and understood; tensors are read when asked for."""
+
+    path: Path
+    config: LoraConfig
+    tensors: TensorFile
+    provenance: Provenance | None
+    base_name: str | None
+
+    def modules(self) -> dict[str, dict[str, str]]:
+        """File keys by module path and suffix."""
+        found: dict[str, dict[str, str]] = {}
+        for key in self.tensors.shapes:
+            module, suffix = split_key(key)
+            found.setdefault(module, {})[suffix] = key
+        return found
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """Module path and suffix of a tensor's key in the file."""
+    bare = key.removeprefix(PREFIX)
+    for infix in (".lora_embedding_", ".lora_", ".base_layer."):
+        at = bare.find(infix)
+        if at >= 0:
+            return bare[:at], bare[at + 1 :]
+    module, _, suffix = bare.rpartition(".")
+    return module, suffix
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def open_adapter(path: Path) -> AdapterFiles:
+    """Open an adapter folder and check that everything in its config is understood.
+
+    Raises:
+        AdapterFileError: files are missing, damaged or pickled, or the config asks for what Twofold does not do.
+    """
+    if not path.is_dir():
+        raise AdapterFileError(f"no adapter folder at {path}")
+    if not (path / TENSORS).exists() and (path / "adapter_model.bin").exists():
+        raise AdapterFileError(
+            f"{path / 'adapter_model.bin'} is a pickle, which can run code when it is read; "
+            "have its author save it as safetensors (PEFT: save_pretrained)"
+        )
+    raw = _read_json(path / CONFIG)
+    ours = _read_json(path / OURS) if (path / OURS).exists() else None
+    provenance = build(Provenance, ours, source=str(path / OURS)) if ours is not None else None
+    return AdapterFiles(
+        path, parse_config(raw, path / CONFIG), TensorFile(path / TENSORS), provenance, raw.get("base_model_name_or_path")
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterFileError(f"cannot read {path}: {error.strerror}; is this an adapter folder?") from error
+    except ValueError as error:
+        raise AdapterFileError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterFileError(f"{path} should hold a JSON object")
+    return value
+
+
+OURS_TOO = {f.name for f in fields(LoraConfig)}
+INERT: dict[str, tuple[Any, ...]] = {
+    "fan_in_fan_out": (True, False),
+    "inference_mode": (True, False),
+    "qalora_group_size": (16,),
+    "ensure_weight_tying": (True, False),
+}
+"""Keys of PEFT's config that change nothing here at these values; others must be empty, false or absent."""
+DESCRIPTIVE = {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping"}
+DESCRIPTIVE |= {"megatron_core", "runtime_config"}
+
+
+def parse_config(raw: Mapping[str, Any], source: Path) -> LoraConfig:
+    """PEFT's JSON as a `LoraConfig`; a feature that is not supported is an error, never skipped."""
+    kind = raw.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise AdapterFileError(f"{source} describes a {kind} adapter; only LORA adapters are supported")
+    foreign = [k for k, v in raw.items() if k not in OURS_TOO | DESCRIPTIVE and v and v not in INERT.get(k, ())]
+    if foreign:
+        listed = ", ".join(f"{k}={raw[k]!r}" for k in sorted(foreign))
+        raise AdapterFileError(f"{source} uses what this version of Twofold does not support: {listed}")
+    values = {k: v for k, v in raw.items() if k in OURS_TOO and v is not None}
+    if values.get("init_lora_weights") not in (None, True, "gaussian"):
+        values["init_lora_weights"] = _harmless_start(values["init_lora_weights"], source)
+    return build(LoraConfig, values, source=str(source))
+
+
+def _harmless_start(start: Any, source: Path) -> bool:
+    """Starts that left the base alone are past and do not matter; the others changed the base that this fits."""
+    if start in (False, "orthogonal", "eva"):
+        return True
+    raise AdapterFileError(
+        f"{source}: init_lora_weights={start!r} changed the base when training began, so the adapter does not fit the "
+        "plain base; convert it with PEFT (save_pretrained(path_initial_model_for_weight_conversion=...)) first"
+    )
+
+
+def load_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -> AdapterFiles:
+    """Attach an adapter from its folder and make it the active one.
+
+    Raises:
+        AdapterFileError: damaged files, or tensors that are missing, left over or of the wrong shape: all listed.
+    """
+    files = open_adapter(Path(path))
+    config = _exact_config(files, model)
+    attach(model, config, name)
+    try:
+        _fill(model, files, name)
+    except Exception:
+        detach(model, name)
+        raise
+    return files
+
+
+def _exact_config(files: AdapterFiles, model: nn.Module) -> LoraConfig:
+    """The file's config with its targets spelled out as the modules that its tensors name.
+
+    The tensors are the truth: a list may hold entries for other models, but a module that the config claims
+    and the file lacks, or the reverse, is an error.
+    """
+    shapes = module_shapes(model)
+    claimed = adapted_modules(files.config, shapes)
+    held = {m for m, suffixes in files.modules().items() if any(s.startswith("lora_") for s in suffixes)}
+    problems = [f"no module '{m}' in this model" for m in sorted(held) if m not in shapes]
+    problems += [f"'{m}' is a target of the config but has no tensors" for m in sorted(claimed) if m not in held]
+    problems += [f"'{m}' has tensors but is no target of the config" for m in sorted(held & set(shapes) - set(claimed))]
+    problems += _rank_problems(files, claimed)
+    if problems:
+        raise AdapterFileError(_mismatch(files.path, problems))
+    patterns = {r: {m: getattr(resolve(files.config, m), r) for m in sorted(claimed)} for r in ("r", "alpha")}
+    return _replace(
+        files.config,
+        target_modules=tuple(sorted(claimed)),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern=_exceptions(patterns["r"], files.config.r),
+        alpha_pattern=_exceptions(patterns["alpha"], files.config.lora_alpha),
+        modules_to_save=_saved_names(files, shapes),
+    )
+
+
+def _saved_names(files: AdapterFiles, shapes: Mapping[str, ModuleShape]) -> tuple[str, ...] | None:
+    patterns = files.config.modules_to_save or ()
+    return tuple(n for n in shapes if matches(patterns, n)) or None
+
+
+def _rank_problems(files: AdapterFiles, claimed: Iterable[str]) -> list[str]:
+    problems = []
+    modules = files.modules()
+    for module in claimed:
+        suffixes = modules.get(module, {})
+        r = resolve(files.config, module).r
+        for suffix in ("lora_A.weight", "lora_embedding_A"):
+            found = files.tensors.shapes[suffixes[suffix]][0] if suffix in suffixes else r
+            if found != r:
+                problems.append(f"'{module}' has rank {found} in the tensors but {r} by the config")
+    return problems
+
+
+def _fill(model: nn.Module, files: AdapterFiles, name: str) -> None:
+    modules = files.modules()
+    layers = dict(adapter_layers(model))
+    problems, read = [], set()
+    for module, share in shares(model, name).items():
+        base = layers[module].base
+        expected = share.saved(base)
+        values = {}
+        for suffix, tensor in expected.items():
+            key = _key_of(modules, module, suffix)
+            if key is None:
+                problems.append(f"missing tensor '{PREFIX}{module}.{suffix}'")
+            elif files.tensors.shapes[key] != tuple(tensor.shape):
+                found, wanted = files.tensors.shapes[key], tuple(tensor.shape)
+                problems.append(f"'{key}' has shape {found} where this model needs {wanted}")
+            else:
+                values[suffix] = files.tensors.read(key)
+                read.add(key)
+        problems += [f"'{module}.{suffix}' holds NaN or infinity" for suffix in nonfinite(values)]
+        if len(values) == len(expected):
+            share.load(base, values)
+    left = sorted(k for k in files.tensors.shapes if k not in read)
+    problems += [f"unexpected tensor '{key}'" for key in left if not _is_base_copy(files, key, layers)]
+    if problems:
+        raise AdapterFileError(_mismatch(files.path, problems))
+
+
+def _key_of(modules: Mapping[str, Mapping[str, str]], module: str, suffix: str) -> str | None:
+    """The file's key, also for whole modules, whose parameter paths may have dots of their own."""
+    inner, _, last = f"{module}.{suffix}".rpartition(".")
+    return modules.get(module, {}).get(suffix) or modules.get(inner, {}).get(last)
+
+
+def _is_base_copy(files: AdapterFiles, key: str, layers: Mapping[str, Any]) -> bool:
+    """PEFT saves the whole base embedding beside an embedding adapter; it may stay if it is this base's."""
+    module, suffix = split_key(key)
+    if module not in layers or suffix not in ("base_layer.weight", "weight"):
+        return False
+    ours = layers[module].weight
+    return bool(ours.shape == files.tensors.shapes[key] and torch.equal(files.tensors.read(key).to(ours), ours))
+
+
+def _mismatch(path: Path, problems: list[str]) -> str:
+    shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+    return f"the adapter at {path} does not fit this model: {shown}"
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def save_adapter(
+    model: nn.Module,
+    path: Path | str,
+    name: str = DEFAULT_NAME,
+    *,
+    provenance: Provenance | None = None,
+    base_name: str | None = None,
+) -> Path:
+    """Write an attached adapter as a folder, whole or not at all, replacing one already there.
+
+    Raises:
+        ConfigError: no adapter of that name is attached.
+        RunError: the folder cannot be written.
+    """
+    path = Path(path)
+    tensors = adapter_tensors(model, name)
+    with atomic.new_folder(path, replace=True) as folder:
+        atomic.write_json(folder / CONFIG, peft_config(model, name, base_name))
+        if provenance is not None:
+            atomic.write_json(folder / OURS, {f.name: getattr(provenance, f.name) for f in fields(provenance)})
+        write_tensors(folder / TENSORS, tensors)
+    return path
+
+
+def adapter_tensors(model: nn.Module, name: str = DEFAULT_NAME) -> dict[str, Tensor]:
+    """The adapter's tensors by their keys in the file."""
+    layers = dict(adapter_layers(model))
+    return {
+        f"{PREFIX}{module}.{suffix}": tensor
+        for module, share in shares(model, name).items()
+        for suffix, tensor in share.saved(layers[module].base).items()
+    }
+
+
+def peft_config(model: nn.Module, name: str, base_name: str | None) -> dict[str, Any]:
+    """The adapter's config as PEFT reads it back, with nothing in it that could change meaning on the way."""
+    config = config_of(model, name)
+    shapes = module_shapes(model)
+    adapted = adapted_modules(config, shapes)
+    layers = dict(adapter_layers(model))
+    return {
+        "peft_type": "LORA",
+        "task_type": _task(model),
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": _as_int(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "target_modules": _shortest(adapted, shapes),
+        "bias": config.bias,
+        "use_rslora": config.use_rslora,
+        "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
+        "init_lora_weights": config.init_lora_weights,
+        "fan_in_fan_out": any(isinstance(layers[m], LoraConv1D) for m in adapted),
+        "rank_pattern": _stable(config.rank_pattern, adapted, lambda c, m: resolve(c, m).r, config, "rank_pattern"),
+        "alpha_pattern": {
+            k: _as_int(v)
+            for k, v in _stable(
+                config.alpha_pattern, adapted, lambda c, m: resolve(c, m).alpha, config, "alpha_pattern"
+            ).items()
+        },
+    }
+
+
+def _shortest(adapted: Mapping[str, ModuleShape], shapes: Mapping[str, ModuleShape]) -> list[str]:
+    """The last parts of the names where they match exactly the adapted modules, else the names in full."""
+    endings = sorted({name.rsplit(".", 1)[-1] for name in adapted})
+    return endings if {n for n in shapes if matches(endings, n)} == set(adapted) else sorted(adapted)
+
+
+def _stable(
+    patterns: Mapping[str, Any],
+    adapted: Iterable[str],
+    value: Callable[[LoraConfig, str], Any],
+    config: LoraConfig,
+    field_name: str,
+) -> dict[str, Any]:
+    """The patterns, sorted as PEFT will sort them, if every module still gets its value; else one name per module."""
+    in_order = dict(sorted(patterns.items()))
+    as_sorted = _replace(config, **{field_name: in_order})
+    if all(value(as_sorted, m) == value(config, m) for m in adapted):
+        return in_order
+    default = config.r if field_name == "rank_pattern" else config.lora_alpha
+    return _exceptions({m: value(config, m) for m in adapted}, default)
+
+
+def _exceptions(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Anchored patterns for the modules whose value is not the default: each can match its own module only."""
+    return {f"^{re.escape(m)}": v for m, v in values.items() if v != default}
+
+
+def _replace(config: LoraConfig, **changes: Any) -> LoraConfig:
+    return LoraConfig(**{**{f.name: getattr(config, f.name) for f in fields(config)}, **changes})
+
+
+def _as_int(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _task(model: nn.Module) -> str | None:
+    tasks = {
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+    }
+    return next((task for ending, task in tasks.items() if type(model).__name__.endswith(ending)), None)
+
+
+__all__ = ["AdapterFiles", "Provenance", "activate", "load_adapter", "open_adapter", "save_adapter"]

@@ -1,0 +1,95 @@
+"""Files and folders that are whole or absent.
+
+Everything is written under a temporary name in the same parent, synced to disk, and renamed. A crash leaves at most
+a temporary name that starts with a dot, never something that looks finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from twofold.errors import RunError
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder's entries to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; on success it becomes `path`, on failure nothing remains.
+
+    Raises:
+        RunError: the place cannot be written (full disk, read-only folder), naming it and the reason.
+    """
+    temporary = _temporary_beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        raise RunError(_cannot_write(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on success it becomes `path`, on failure nothing remains.
+
+    With `replace`, a folder already at `path` gives way only once the new one is whole.
+
+    Raises:
+        RunError: `path` exists and `replace` is not asked for, or the place cannot be written.
+    """
+    if path.exists() and not replace:
+        raise RunError(f"{path} exists already; choose another output or remove it first")
+    temporary, retired = _temporary_beside(path), _temporary_beside(path)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for entry in [*temporary.rglob("*"), temporary]:
+            sync(entry)
+        if path.exists():
+            os.replace(path, retired)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        raise RunError(_cannot_write(path, error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys, so that equal values give equal bytes."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"cannot write {path}: {reason}; free space or choose another output folder"

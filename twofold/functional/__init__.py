@@ -1,0 +1,1 @@
+"""Pure tensor functions of a decoder, with hand-written backward formulas."""

@@ -1,0 +1,83 @@
+"""LoRA over a frozen embedding: rows of Aᵀ are looked up, so the update of a row is scale · B A[:, row]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from twofold.layers.protocol import AdapterLayer, Share
+from twofold.lowrank.factors import LowRank, merged_weight
+from twofold.lowrank.init import Factors
+
+
+class EmbeddingShare(Share):
+    """One adapter's factors over one embedding: A (r, vocabulary), B (dim, r)."""
+
+    def __init__(self, factors: Factors, scale: float) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(factors[0]), nn.Parameter(factors[1])
+        self.scale = scale
+
+    def low_rank(self) -> LowRank:
+        """Its update of the (dim, vocabulary) matrix, at the weight it is active with."""
+        return LowRank(self.A, self.B, self.scale * self.weight_when_active)
+
+    def saved(self, base: nn.Module) -> dict[str, Tensor]:
+        return {"lora_embedding_A": self.A.detach(), "lora_embedding_B": self.B.detach()}
+
+    @torch.no_grad()
+    def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self.A.copy_(tensors["lora_embedding_A"])
+        self.B.copy_(tensors["lora_embedding_B"])
+
+
+class LoraEmbedding(AdapterLayer):
+    """y = W0[ids] + Σ weight · scale · A[:, ids]ᵀ Bᵀ over the active shares."""
+
+    merged: Tensor | None
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.register_buffer("merged", None, persistent=False)
+
+    @classmethod
+    def from_base(cls, base: nn.Module) -> LoraEmbedding:
+        """Wrap a frozen embedding; nothing is copied."""
+        return cls(base)
+
+    def _shares_now(self) -> list[EmbeddingShare]:
+        return cast(list[EmbeddingShare], self.active())
+
+    def _factor(self) -> Tensor | float:
+        """Gemma scales its embeddings after the look-up; an update of the table is scaled with it."""
+        return getattr(self.base, "embed_scale", 1.0)
+
+    def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
+        shares = self._shares_now()
+        if self.merged is not None and shares:
+            return F.embedding(ids, self.merged) * self._factor()
+        y: Tensor = self.base(ids)
+        for share in shares:
+            update = share.low_rank()
+            rows = F.embedding(ids, update.A.T) @ update.B.T
+            y = y + (rows * (update.scale * self._factor())).to(y.dtype)
+        return y
+
+    def delta(self) -> Float[Tensor, "vocabulary dim"]:
+        """The sum of the active updates of the table, in float32 or wider."""
+        total = torch.zeros_like(self.weight, dtype=torch.float32)
+        for share in self._shares_now():
+            total = total + share.low_rank().delta().T
+        return total
+
+    def merge(self) -> None:
+        with torch.no_grad():
+            self.merged = merged_weight(self.weight, [self.delta()])
+
+    def unmerge(self) -> None:
+        self.merged = None

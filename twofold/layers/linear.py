@@ -1,0 +1,144 @@
+"""LoRA over a frozen linear map: torch's Linear and Hugging Face's Conv1D."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from twofold.layers.protocol import AdapterLayer, Share
+from twofold.lowrank.factors import LowRank, merged_weight
+from twofold.lowrank.init import Factors
+from twofold.lowrank.linear import Projection, group_product
+
+
+class LinearShare(Share):
+    """One adapter's factors over one linear map: A (r, in), B (out, r), in float32 or wider; and its own bias, if any.
+
+    `bias_change` (out,) is what the adapter adds to the base's bias, zero at the start.
+    """
+
+    def __init__(
+        self, factors: Factors, scale: float, dropout: float = 0.0, bias_change: Float[Tensor, " out"] | None = None
+    ) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(factors[0]), nn.Parameter(factors[1])
+        self.bias_change = None if bias_change is None else nn.Parameter(bias_change)
+        self.scale, self.dropout = scale, dropout
+
+    def low_rank(self) -> LowRank:
+        """Its update, at the weight it is active with."""
+        return LowRank(self.A, self.B, self.scale * self.weight_when_active)
+
+    def saved(self, base: nn.Module) -> dict[str, Tensor]:
+        found = {"lora_A.weight": self.A.detach(), "lora_B.weight": self.B.detach()}
+        if self.bias_change is not None:
+            found["base_layer.bias"] = base.bias + self.bias_change.detach()
+        return found
+
+    @torch.no_grad()
+    def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self.A.copy_(tensors["lora_A.weight"])
+        self.B.copy_(tensors["lora_B.weight"])
+        if self.bias_change is not None:
+            self.bias_change.copy_(tensors["base_layer.bias"].to(self.bias_change) - base.bias)
+
+
+class LoraLinear(AdapterLayer):
+    """y = x W0ᵀ + b + Σ weight · scale · (dropout(x) Aᵀ) Bᵀ over the active shares, arXiv 2106.09685."""
+
+    base: nn.Module
+    merged: Tensor | None
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.register_buffer("merged", None, persistent=False)
+
+    @classmethod
+    def from_base(cls, base: nn.Module) -> LoraLinear:
+        """Wrap a frozen linear module; nothing is copied."""
+        return (LoraConv1D if isinstance(base, Conv1D) else LoraLinear)(base)
+
+    @property
+    def in_features(self) -> int:
+        return self.matrix().shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.matrix().shape[0]
+
+    def matrix(self) -> Float[Tensor, "out in_"]:
+        """The base weight as (out, in), a view."""
+        return self.weight
+
+    def linear_shares(self) -> list[LinearShare]:
+        """The shares that contribute now."""
+        return cast(list[LinearShare], self.active())
+
+    def projection(self) -> Projection:
+        """Weight, bias and combined update as they stand now, for callers that fuse several layers."""
+        shares = self.linear_shares()
+        if self.merged is not None:
+            return Projection(self.merged, self._effective_bias(shares), None)
+        return Projection(self.matrix(), self._effective_bias(shares), _combined(shares))
+
+    def dropout_now(self) -> float:
+        """The probability with which the input of A is dropped at this moment."""
+        shares = self.linear_shares()
+        return shares[0].dropout if self.training and shares and self.merged is None else 0.0
+
+    def _effective_bias(self, shares: list[LinearShare]) -> Tensor | None:
+        bias = self.bias
+        for share in shares:
+            if share.bias_change is not None and bias is not None:
+                bias = bias + (share.bias_change * share.weight_when_active).to(bias.dtype)
+        return bias
+
+    def forward(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
+        shares = self.linear_shares()
+        if not shares:
+            return cast(Tensor, self.base(x))
+        projection = self.projection()
+        if projection.update is None or (projection.bias is not None and projection.bias.requires_grad):
+            return self._forward_plainly(x, projection)
+        (y,) = group_product(x, [projection], self.dropout_now())
+        return y
+
+    def _forward_plainly(self, x: Tensor, projection: Projection) -> Tensor:
+        """A bias that learns is added outside the fused product, which has no gradient for it."""
+        if projection.update is None:
+            return F.linear(x, projection.weight, projection.bias)
+        (y,) = group_product(x, [projection._replace(bias=None)], self.dropout_now())
+        return y if projection.bias is None else y + projection.bias
+
+    def delta(self) -> Float[Tensor, "out in_"]:
+        """The sum of the active updates, in float32 or wider."""
+        update = _combined(self.linear_shares())
+        return torch.zeros_like(self.matrix(), dtype=torch.float32) if update is None else update.delta()
+
+    def merge(self) -> None:
+        with torch.no_grad():
+            self.merged = merged_weight(self.matrix(), [self.delta()])
+
+    def unmerge(self) -> None:
+        self.merged = None
+
+
+class LoraConv1D(LoraLinear):
+    """The same over Hugging Face's Conv1D, whose weight lies as (in, out)."""
+
+    def matrix(self) -> Float[Tensor, "out in_"]:
+        return self.weight.T
+
+
+def _combined(shares: list[LinearShare]) -> LowRank | None:
+    """One update equal to the sum of several: their factors end to end, each scale folded into its B."""
+    updates = [s.low_rank() for s in shares]
+    if len(updates) < 2:
+        return updates[0] if updates else None
+    return LowRank(torch.cat([u.A for u in updates]), torch.cat([u.B * u.scale for u in updates], dim=1), 1.0)

@@ -1,0 +1,96 @@
+"""What every adapted layer is: a frozen base module and the shares that adapters hold in it.
+
+An adapter's *share* of a layer is a module of its own, which knows its name, its weight while active and its tensors.
+Whoever needs the adapters of a model asks its layers; nothing is found by looking for letters in names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from twofold.errors import ConfigError
+
+
+class Share(nn.Module):
+    """One adapter's part of one layer.
+
+    Attributes:
+        weight_when_active: the factor its contribution is multiplied by; 0.0 while it is not active.
+        origin: the configuration that it was made from, for whoever saves it.
+    """
+
+    weight_when_active: float = 0.0
+    origin: object = None
+
+    def saved(self, base: nn.Module) -> dict[str, Tensor]:
+        """The tensors of its file, by PEFT's suffix after the module's path."""
+        raise NotImplementedError
+
+    def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Take the values of `saved` back; names and shapes were checked before."""
+        raise NotImplementedError
+
+
+class AdapterLayer(nn.Module):
+    """A frozen `base` module and its `shares`, by adapter name. `enabled` False runs the base alone."""
+
+    base: nn.Module
+    shares: nn.ModuleDict
+    enabled: bool
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.shares = nn.ModuleDict()
+        self.enabled = True
+        self.training = base.training
+
+    def add(self, name: str, share: Share) -> None:
+        """Hold one more adapter's share, not active yet."""
+        if name in self.shares:
+            raise ConfigError(f"an adapter named '{name}' is attached already; detach it or choose another name")
+        share.train(self.training)
+        self.shares[checked_name(name)] = share
+
+    def active(self) -> list[Share]:
+        """The shares that contribute now."""
+        return [s for s in self._shares() if s.weight_when_active != 0] if self.enabled else []
+
+    def _shares(self) -> Iterator[Share]:
+        for share in self.shares.values():
+            if isinstance(share, Share):
+                yield share
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, for code that looks at a layer's dtype, device or ties."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
+    def merge(self) -> None:
+        """Fold the active shares into a new weight beside the base's, which stays as it is."""
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        """Drop the folded weight: the base's own bits serve again."""
+        raise NotImplementedError
+
+
+def checked_name(name: str) -> str:
+    """`name` if an adapter may bear it.
+
+    Raises:
+        ConfigError: it holds characters that files and requests cannot carry, or is a word of the container itself.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_@-]*", name) or hasattr(nn.ModuleDict, name):
+        raise ConfigError(f"'{name}' cannot name an adapter: use letters, digits, '_', '-' and '@', as in 'my-adapter'")
+    return name

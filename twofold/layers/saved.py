@@ -1,0 +1,86 @@
+"""Modules that are trained whole (`modules_to_save`), and biases trained on their own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from twofold.layers.protocol import AdapterLayer, Share
+
+
+class CopyShare(Share):
+    """An adapter's own trainable copy of a whole module, in float32 or wider."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(base).float().requires_grad_(True)
+
+    def saved(self, base: nn.Module) -> dict[str, Tensor]:
+        return dict(self.module.state_dict())
+
+    @torch.no_grad()
+    def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self.module.load_state_dict(tensors)
+
+
+class TrainedCopy(AdapterLayer):
+    """The active adapter's copy runs in place of the base; one at a time, for copies do not add up."""
+
+    @classmethod
+    def from_base(cls, base: nn.Module) -> TrainedCopy:
+        return cls(base)
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        shares = self.active()
+        if not shares:
+            return cast(Tensor, self.base(x, *args))
+        module = cast(CopyShare, shares[-1]).module
+        if not x.is_floating_point():
+            return cast(Tensor, module(x, *args)).to(self.weight.dtype)
+        wide = next(module.parameters()).dtype
+        return cast(Tensor, module(x.to(wide), *args)).to(x.dtype)
+
+    def merge(self) -> None:
+        """The copy already is a weight of its own."""
+
+    def unmerge(self) -> None:
+        """Nothing was folded."""
+
+
+class BiasShare(Share):
+    """What an adapter adds to a bias, zero at the start; saved as the bias it results in."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias_change = nn.Parameter(torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32)))
+
+    def saved(self, base: nn.Module) -> dict[str, Tensor]:
+        return {"bias": base.bias + self.bias_change.detach()}
+
+    @torch.no_grad()
+    def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self.bias_change.copy_(tensors["bias"].to(self.bias_change) - base.bias)
+
+
+class TrainedBias(AdapterLayer):
+    """A module without factors whose bias alone is trained (`bias: all`): its output shifted by the change."""
+
+    @classmethod
+    def from_base(cls, base: nn.Module) -> TrainedBias:
+        return cls(base)
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        y = cast(Tensor, self.base(x, *args))
+        for share in self.active():
+            y = y + (cast(BiasShare, share).bias_change * share.weight_when_active).to(y.dtype)
+        return y
+
+    def merge(self) -> None:
+        """Nothing to fold: the change is added, not multiplied."""
+
+    def unmerge(self) -> None:
+        """Nothing was folded."""

@@ -1,0 +1,1 @@
+"""Pure tensor functions of low-rank factors: no modules, no models."""

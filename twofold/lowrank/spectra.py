@@ -1,0 +1,43 @@
+"""Singular values and norms of ``delta = scale * B @ A``, read off the factors.
+
+The delta (out, in) is never formed. With thin QR decompositions B = Q_B R_B and Aᵀ = Q_A R_A, its singular values are
+those of the small (r, r) matrix scale · R_B R_Aᵀ: O((out + in) r²) work. QR keeps small values accurate where the
+cheaper Gram matrices would square them away; everything runs in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from twofold.lowrank.factors import LowRank
+
+
+def singular_values(factors: LowRank) -> Float[Tensor, " r"]:
+    """The singular values of the delta, largest first, in float64; min(r, in, out) of them."""
+    r_b = torch.linalg.qr(factors.B.double(), mode="r").R
+    r_a = torch.linalg.qr(factors.A.double().T, mode="r").R
+    return torch.linalg.svdvals(r_b @ r_a.T) * abs(factors.scale)
+
+
+def stable_rank(values: Float[Tensor, " r"]) -> float:
+    """Squared Frobenius over squared spectral norm: 1 for one direction, r for r equal ones, 0 for a zero delta."""
+    return float((values.square().sum() / values[0].square()).item()) if values[0] > 0 else 0.0
+
+
+def effective_rank(values: Float[Tensor, " r"]) -> float:
+    """exp of the entropy of p = sigma / sum(sigma) (Roy and Vetterli 2007); 0 for a zero delta."""
+    if values[0] <= 0:
+        return 0.0
+    p = values / values.sum()
+    return float(torch.exp(-(p * torch.log(p.clamp_min(torch.finfo(p.dtype).tiny))).sum()).item())
+
+
+def energy_rank(values: Float[Tensor, " r"], share: float) -> int:
+    """The smallest rank whose truncation keeps `share` of the squared Frobenius norm; 0 for a zero delta."""
+    energy = values.square()
+    if energy.sum() <= 0:
+        return 0
+    kept = torch.cumsum(energy, 0) / energy.sum()
+    return int(torch.searchsorted(kept, torch.tensor(share, dtype=kept.dtype)).item()) + 1
