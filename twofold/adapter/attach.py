@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from twofold.adapter.config import LoraConfig, resolve
-from twofold.adapter.target import ModuleShape, find_targets, module_shapes
+from twofold.adapter.target import ModuleShape, Targets, find_targets, module_shapes
 from twofold.errors import ConfigError, did_you_mean
 from twofold.layers.embedding import EmbeddingShare, LoraEmbedding
 from twofold.layers.linear import LinearShare, LoraLinear
@@ -46,39 +46,68 @@ def attach(model: nn.Module, config: LoraConfig, name: str = DEFAULT_NAME) -> Tr
 
     Raises:
         TargetError: an entry of the config matches nothing; all of them in one message.
-        ConfigError: the name is taken or cannot be one.
+        ConfigError: the name is taken or cannot be one, adapters are merged, or one changes a module in another way.
     """
     if checked_name(name) in attached(model):
         raise ConfigError(f"an adapter named '{name}' is attached already; detach it or choose another name")
-    targets = find_targets(config, module_shapes(model))
+    _check_unmerged(model, "attaching another")
+    parts = _parts(config, find_targets(config, module_shapes(model)))
+    _check_kinds(model, parts)
     if not attached(model):
         model.requires_grad_(False)
-    for module, shape in targets.adapted.items():
-        if shape.kind == "embedding":
-            _add(model, module, LoraEmbedding.from_base, name, _embedding_share(config, module, shape), config)
-        else:
-            _add(model, module, LoraLinear.from_base, name, _linear_share(config, module, shape), config)
-    for module in targets.saved:
-        _add(model, module, TrainedCopy.from_base, name, CopyShare, config)
-    for module in targets.biased:
-        _add(model, module, TrainedBias.from_base, name, lambda base: BiasShare(cast(Tensor, base.bias)), config)
+    for part in parts:
+        _add(model, part, name, config)
     activate(model, name)
     return trainable_summary(model)
 
 
-def _add(
-    model: nn.Module,
-    module: str,
-    wrap: Callable[[nn.Module], AdapterLayer],
-    name: str,
-    make: Callable[[nn.Module], Share],
-    config: LoraConfig,
-) -> None:
-    layer = model.get_submodule(module)
+class _Part(NamedTuple):
+    """What an adapter puts on one module: the layer around it, and its share of that layer."""
+
+    module: str
+    wrap: Callable[[nn.Module], AdapterLayer]
+    make: Callable[[nn.Module], Share]
+
+
+def _parts(config: LoraConfig, targets: Targets) -> list[_Part]:
+    adapted = [
+        _Part(module, LoraEmbedding.from_base, _embedding_share(config, module, shape))
+        if shape.kind == "embedding"
+        else _Part(module, LoraLinear.from_base, _linear_share(config, module, shape))
+        for module, shape in targets.adapted.items()
+    ]
+    saved = [_Part(module, TrainedCopy.from_base, CopyShare) for module in targets.saved]
+    return adapted + saved + [_Part(module, TrainedBias.from_base, _bias_share) for module in targets.biased]
+
+
+def _bias_share(base: nn.Module) -> Share:
+    return BiasShare(cast(Tensor, base.bias))
+
+
+def _check_kinds(model: nn.Module, parts: Sequence[_Part]) -> None:
+    """Adapters share a layer only if they change it in the same way: by factors, as a whole, or by its bias."""
+    layers = dict(adapter_layers(model))
+    clashes = [p.module for p in parts if p.module in layers and not _fits(layers[p.module], p)]
+    if clashes:
+        listed = ", ".join(f"'{m}'" for m in clashes[:8]) + (", ..." if len(clashes) > 8 else "")
+        raise ConfigError(f"another adapter changes {listed} in another way (factors, whole, or bias alone); detach it")
+
+
+def _fits(layer: AdapterLayer, part: _Part) -> bool:
+    return type(part.wrap(layer.base)) is type(layer)
+
+
+def _check_unmerged(model: nn.Module, what: str) -> None:
+    if is_merged(model):
+        raise ConfigError(f"adapters are merged into this model; call unmerge before {what}")
+
+
+def _add(model: nn.Module, part: _Part, name: str, config: LoraConfig) -> None:
+    layer = model.get_submodule(part.module)
     if not isinstance(layer, AdapterLayer):
-        layer = wrap(layer)
-        model.set_submodule(module, layer)
-    share = make(layer.base)
+        layer = part.wrap(layer)
+        model.set_submodule(part.module, layer)
+    share = part.make(layer.base)
     share.origin = config
     layer.add(name, share)
 
@@ -162,8 +191,7 @@ def activate(model: nn.Module, names: str | Mapping[str, float] | None) -> None:
     for name in weights:
         if name not in known:
             raise ConfigError(_unknown(name, known))
-    if is_merged(model):
-        raise ConfigError("adapters are merged into this model; call unmerge before choosing others")
+    _check_unmerged(model, "choosing others")
     for _, layer in adapter_layers(model):
         for name, share in layer.shares.items():
             cast(Share, share).weight_when_active = weights.get(name, 0.0)
@@ -188,10 +216,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """Take one adapter off the model, or all; a layer without adapters gives way to its base, unchanged.
 
     Raises:
-        ConfigError: no adapter of that name is attached.
+        ConfigError: no adapter of that name is attached, or it is merged with others that stay.
     """
     if name is not None:
         shares(model, name)
+    if name is not None and attached(model) != [name]:
+        _check_unmerged(model, "detaching one of them")
     for module, layer in list(adapter_layers(model)):
         for held in [name] if name is not None else list(layer.shares):
             if held in layer.shares:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 from twofold.errors import ConfigError
 from twofold.lowrank.factors import scale_of
 from twofold.lowrank.init import STARTS
 
-V = TypeVar("V", int, float)
+V = TypeVar("V")
+Names: TypeAlias = str | tuple[str, ...] | list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +37,17 @@ class LoraConfig:
     """
 
     r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    exclude_modules: str | tuple[str, ...] | None = None
-    layers_to_transform: tuple[int, ...] | None = None
+    lora_alpha: float | int = 32
+    lora_dropout: float | int = 0.0
+    target_modules: Names = "all-linear"
+    exclude_modules: Names | None = None
+    layers_to_transform: tuple[int, ...] | list[int] | int | None = None
     layers_pattern: str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, float | int] = field(default_factory=dict)
     use_rslora: bool = False
     bias: Literal["none", "lora_only", "all"] = "none"
-    modules_to_save: tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | list[str] | None = None
     init_lora_weights: bool | str = True
 
     def __post_init__(self) -> None:
@@ -69,6 +70,12 @@ class LoraConfig:
         if problems:
             raise ConfigError("; ".join(problems))
 
+    @property
+    def layers(self) -> frozenset[int] | None:
+        """The indices of `layers_to_transform`; None for all layers."""
+        given = self.layers_to_transform
+        return None if given is None else frozenset([given] if isinstance(given, int) else given)
+
 
 class Resolved(NamedTuple):
     """Rank, alpha and scale of one module."""
@@ -81,7 +88,7 @@ class Resolved(NamedTuple):
 def resolve(config: LoraConfig, module: str) -> Resolved:
     """Rank and scale of the update of `module`, the patterns taken into account. Everything asks here."""
     r = _first_match(config.rank_pattern, module, config.r)
-    alpha = _first_match(config.alpha_pattern, module, config.lora_alpha)
+    alpha = float(_first_match(config.alpha_pattern, module, config.lora_alpha))
     return Resolved(r, alpha, scale_of(alpha, r, rank_stabilised=config.use_rslora))
 
 

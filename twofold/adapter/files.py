@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from twofold import atomic
-from twofold.adapter.attach import DEFAULT_NAME, activate, adapter_layers, attach, config_of, detach, shares
+from twofold.adapter.attach import DEFAULT_NAME, activate, active, adapter_layers, attach, config_of, detach, shares
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.target import ModuleShape, adapted_modules, matches, module_shapes
 from twofold.config import build
@@ -97,7 +97,11 @@ def open_adapter(path: Path) -> AdapterFiles:
     ours = _read_json(path / OURS) if (path / OURS).exists() else None
     provenance = build(Provenance, ours, source=str(path / OURS)) if ours is not None else None
     return AdapterFiles(
-        path, parse_config(raw, path / CONFIG), TensorFile(path / TENSORS), provenance, raw.get("base_model_name_or_path")
+        path,
+        parse_config(raw, path / CONFIG),
+        TensorFile(path / TENSORS),
+        provenance,
+        raw.get("base_model_name_or_path"),
     )
 
 
@@ -151,18 +155,22 @@ def _harmless_start(start: Any, source: Path) -> bool:
 
 
 def load_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -> AdapterFiles:
-    """Attach an adapter from its folder and make it the active one.
+    """Attach an adapter from its folder and make it the active one; a failure leaves the model as it was.
 
     Raises:
         AdapterFileError: damaged files, or tensors that are missing, left over or of the wrong shape: all listed.
     """
     files = open_adapter(Path(path))
     config = _exact_config(files, model)
+    before, learning = active(model), {p: p.requires_grad for p in model.parameters()}
     attach(model, config, name)
     try:
         _fill(model, files, name)
     except Exception:
         detach(model, name)
+        activate(model, before)
+        for parameter, learns in learning.items():
+            parameter.requires_grad_(learns)
         raise
     return files
 
@@ -247,12 +255,14 @@ def _key_of(modules: Mapping[str, Mapping[str, str]], module: str, suffix: str) 
 
 
 def _is_base_copy(files: AdapterFiles, key: str, layers: Mapping[str, Any]) -> bool:
-    """PEFT saves the whole base embedding beside an embedding adapter; it may stay if it is this base's."""
+    """PEFT saves the whole base embedding or head beside its adapter; it may stay if it is this base's."""
     module, suffix = split_key(key)
-    if module not in layers or suffix not in ("base_layer.weight", "weight"):
+    if module not in layers or suffix not in ("base_layer.weight", "base_layer.bias", "weight", "bias"):
         return False
-    ours = layers[module].weight
-    return bool(ours.shape == files.tensors.shapes[key] and torch.equal(files.tensors.read(key).to(ours), ours))
+    ours = getattr(layers[module].base, suffix.rpartition(".")[2])
+    return ours is not None and bool(
+        ours.shape == files.tensors.shapes[key] and torch.equal(files.tensors.read(key).to(ours), ours)
+    )
 
 
 def _mismatch(path: Path, problems: list[str]) -> str:
@@ -358,7 +368,7 @@ def _replace(config: LoraConfig, **changes: Any) -> LoraConfig:
     return LoraConfig(**{**{f.name: getattr(config, f.name) for f in fields(config)}, **changes})
 
 
-def _as_int(value: float) -> float | int:
+def _as_int(value: float | int) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 

@@ -6,7 +6,7 @@ Every entry that matches nothing is an error, and all of them come in one messag
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,9 +39,11 @@ class ModuleShape:
 def module_shapes(model: nn.Module) -> dict[str, ModuleShape]:
     """Every named module of a model (on the meta device too); adapted layers count as the base they wrap."""
     heads = _heads(model)
-    inside = {id(m) for layer in model.modules() if isinstance(layer, AdapterLayer) for m in _below(layer)}
+    layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
+    inside = {id(m) for layer in layers for m in _below(layer)}
+    learned = {id(p) for layer in layers for p in layer.shares.parameters()}
     return {
-        name: _shape(module.base if isinstance(module, AdapterLayer) else module, id(module) in heads)
+        name: _shape(module.base if isinstance(module, AdapterLayer) else module, id(module) in heads, learned)
         for name, module in model.named_modules()
         if name and id(module) not in inside
     }
@@ -59,9 +61,11 @@ def _heads(model: nn.Module) -> set[int]:
     return found | {id(m) for n, m in model.named_children() if n in ("score", "classifier")}
 
 
-def _shape(module: nn.Module, head: bool) -> ModuleShape:
-    bias = isinstance(getattr(module, "bias", None), nn.Parameter)
-    count = sum(p.numel() for p in module.parameters())
+def _shape(module: nn.Module, head: bool, learned: Set[int]) -> ModuleShape:
+    """Its shape as it was before adapters came, whose parameters are those in `learned`, by id."""
+    leaf = next(module.children(), None) is None
+    bias = leaf and isinstance(getattr(module, "bias", None), nn.Parameter)
+    count = sum(p.numel() for p in module.parameters() if id(p) not in learned)
     if isinstance(module, nn.Linear):
         return ModuleShape("linear", module.in_features, module.out_features, bias, count, head)
     if isinstance(module, Conv1D):
@@ -125,8 +129,8 @@ def _chosen(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[str]:
     found = [n for n, s in shapes.items() if (preset(n, s) if preset else matches(config.target_modules, n))]
     if config.exclude_modules:
         found = [n for n in found if not matches(config.exclude_modules or (), n)]
-    if config.layers_to_transform is not None:
-        found = [n for n in found if layer_index(n, config.layers_pattern) in config.layers_to_transform]
+    if config.layers is not None:
+        found = [n for n in found if layer_index(n, config.layers_pattern) in config.layers]
     return [n for n in found if not _inside_saved(config, n)]
 
 
@@ -185,7 +189,7 @@ def _unmatched(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[st
             if not any(pattern_matches(p, n) for n in adapted)
         ]
     indices = {layer_index(n, config.layers_pattern) for n in adaptable}
-    missing = [str(i) for i in config.layers_to_transform or () if i not in indices]
+    missing = [str(i) for i in sorted(config.layers or ()) if i not in indices]
     if missing:
         known = sorted(i for i in indices if i is not None)
         there = f"the model's layers are {known[0]} to {known[-1]}" if known else "the model has no numbered layers"
@@ -193,7 +197,7 @@ def _unmatched(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[st
     return problems
 
 
-def _unmatched_names(key: str, patterns: str | tuple[str, ...], like: list[str], names: list[str]) -> list[str]:
+def _unmatched_names(key: str, patterns: str | Sequence[str], like: list[str], names: list[str]) -> list[str]:
     if isinstance(patterns, str) and (patterns in PRESETS or any(matches(patterns, n) for n in names)):
         return []
     entries = (patterns,) if isinstance(patterns, str) else patterns

@@ -172,16 +172,23 @@ def packed_attention(
     return out
 
 
-def last_query_attention(
-    q: Float[Tensor, "streams heads d"],
-    keys: Float[Tensor, "streams kv_heads length d"],
-    values: Float[Tensor, "streams kv_heads length d"],
-    hidden: Bool[Tensor, "streams length"],
+def cached_attention(
+    q: Float[Tensor, "streams new heads d"],
+    keys: Float[Tensor, "streams kv_heads seen d"],
+    values: Float[Tensor, "streams kv_heads seen d"],
+    positions: Int[Tensor, "streams new"],
     scale: float,
-) -> Float[Tensor, "streams heads d"]:
-    """One decode step: each stream's newest query over its own cache; `hidden` marks the places it may not see."""
-    streams, heads, d = q.shape
+) -> Float[Tensor, "streams new heads d"]:
+    """The newest queries of each stream over its own cache, each up to its own position."""
+    streams, new, heads, d = q.shape
+    may_see = torch.arange(keys.shape[2], device=q.device) <= positions[..., None]
+    if new > 1:
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2), keys, values, may_see[:, None], scale=scale, enable_gqa=heads != keys.shape[1]
+        )
+        return out.transpose(1, 2)
     grouped = q.view(streams, keys.shape[1], heads // keys.shape[1], d)
-    scores = torch.matmul(grouped, keys.transpose(-1, -2)).float().mul_(scale)
-    p = torch.softmax(scores.masked_fill_(hidden[:, None, None], float("-inf")), -1).to(q.dtype)
-    return torch.matmul(p, values).reshape(streams, heads, d)
+    scores = torch.matmul(grouped, keys.transpose(-1, -2))
+    wide = scores.to(torch.promote_types(q.dtype, torch.float32)).mul_(scale)
+    p = torch.softmax(wide.masked_fill_(~may_see[:, None], float("-inf")), -1).to(q.dtype)
+    return torch.matmul(p, values).view(streams, 1, heads, d)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -103,18 +102,8 @@ class LoraLinear(AdapterLayer):
         shares = self.linear_shares()
         if not shares:
             return cast(Tensor, self.base(x))
-        projection = self.projection()
-        if projection.update is None or (projection.bias is not None and projection.bias.requires_grad):
-            return self._forward_plainly(x, projection)
-        (y,) = group_product(x, [projection], self.dropout_now())
+        (y,) = project(x, self)
         return y
-
-    def _forward_plainly(self, x: Tensor, projection: Projection) -> Tensor:
-        """A bias that learns is added outside the fused product, which has no gradient for it."""
-        if projection.update is None:
-            return F.linear(x, projection.weight, projection.bias)
-        (y,) = group_product(x, [projection._replace(bias=None)], self.dropout_now())
-        return y if projection.bias is None else y + projection.bias
 
     def delta(self) -> Float[Tensor, "out in_"]:
         """The sum of the active updates, in float32 or wider."""
@@ -142,3 +131,17 @@ def _combined(shares: list[LinearShare]) -> LowRank | None:
     if len(updates) < 2:
         return updates[0] if updates else None
     return LowRank(torch.cat([u.A for u in updates]), torch.cat([u.B * u.scale for u in updates], dim=1), 1.0)
+
+
+def project(x: Float[Tensor, "*batch in_"], *modules: nn.Module) -> tuple[Float[Tensor, "*batch _"], ...]:
+    """Several linear modules that read the same x, adapted or not, in one fused pass over it."""
+    projections, biases, dropout = [], [], 0.0
+    for module in modules:
+        adapted = isinstance(module, LoraLinear)
+        projection = module.projection() if adapted else Projection(module.weight, module.bias, None)
+        learns_bias = projection.bias is not None and projection.bias.requires_grad
+        projections.append(projection._replace(bias=None) if learns_bias else projection)
+        biases.append(projection.bias if learns_bias else None)
+        dropout = max(dropout, module.dropout_now() if adapted else 0.0)
+    outputs = group_product(x, projections, dropout)
+    return tuple(y if b is None else y + b for y, b in zip(outputs, biases, strict=True))

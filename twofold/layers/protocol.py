@@ -91,6 +91,6 @@ def checked_name(name: str) -> str:
     Raises:
         ConfigError: it holds characters that files and requests cannot carry, or is a word of the container itself.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_@-]*", name) or hasattr(nn.ModuleDict, name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_@-]*", name) or hasattr(nn.ModuleDict(), name):
         raise ConfigError(f"'{name}' cannot name an adapter: use letters, digits, '_', '-' and '@', as in 'my-adapter'")
     return name

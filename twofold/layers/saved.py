@@ -17,7 +17,8 @@ class CopyShare(Share):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        self.module = copy.deepcopy(base).float().requires_grad_(True)
+        dtype = torch.promote_types(next(base.parameters()).dtype, torch.float32)
+        self.module = copy.deepcopy(base).to(dtype).requires_grad_(True)
 
     def saved(self, base: nn.Module) -> dict[str, Tensor]:
         return dict(self.module.state_dict())

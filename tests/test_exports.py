@@ -1,0 +1,32 @@
+"""The front door: small, lazy, and shadowed by no submodule."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+import types
+
+import twofold
+
+
+def test_no_exported_name_is_shadowed_by_a_submodule() -> None:
+    for found in pkgutil.walk_packages(twofold.__path__, "twofold."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
+    for name in twofold.__all__:
+        assert not isinstance(getattr(twofold, name), types.ModuleType), f"twofold.{name} became a module"
+        assert getattr(twofold, name).__module__.startswith("twofold.")
+
+
+def test_every_exported_name_has_a_docstring() -> None:
+    assert all(getattr(twofold, name).__doc__ for name in twofold.__all__)
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, twofold, twofold.cli.main; print([m for m in ('torch','transformers','tyro') if m in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == "[]"

@@ -1,0 +1,337 @@
+"""The summed loss of a packed batch: fast path, plain path and a masked cross-entropy written out by hand agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from families import CAUSAL, DESCRIBED, GROUPED, VOCABULARY, build_model, randomise
+from torch import Tensor, nn
+
+from twofold.adapter.attach import attach
+from twofold.adapter.config import LoraConfig
+from twofold.base.batch import Example, PackedBatch, pack
+from twofold.base.blocks import Decoder, NotDescribed, describe
+from twofold.functional import attention
+from twofold.training.objective import (
+    FastObjective,
+    Objective,
+    PlainObjective,
+    evaluate_loss,
+    objective_for,
+    plain_objective,
+)
+
+
+def some_examples(*lengths: int, seed: int = 5) -> list[Example]:
+    """Examples of these lengths: a prompt, then an answer, with one unsupervised hole in it."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for length in lengths:
+        ids = torch.randint(4, VOCABULARY, (length,), generator=generator).tolist()
+        examples.append(Example(ids, [i >= length // 3 and i != length // 2 for i in range(length)]))
+    return examples
+
+
+LENGTHS = (9, 4, 12, 2, 12, 7)
+
+
+def adapted(family: str, dropout: float = 0.0, target: str = "all-linear") -> Any:
+    model = build_model(family)
+    attach(model, LoraConfig(r=4, lora_alpha=8, target_modules=target, lora_dropout=dropout))
+    randomise(list(learned(model).items()), scale=0.1)
+    return model
+
+
+def learned(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    parameters = learned(model)
+    found = torch.autograd.grad(loss, list(parameters.values()))
+    return dict(zip(parameters, found, strict=True))
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest relative distance of a gradient."""
+    assert set(found) == set(expected)
+    return max(float((found[n].float() - g.float()).norm() / g.float().norm()) for n, g in expected.items())
+
+
+def by_hand(model: Any, examples: Sequence[Example]) -> tuple[Tensor, int]:
+    """Loss sum and hits of the examples, one at a time, from the logits of every row."""
+    total, correct = torch.zeros(()), 0
+    for example in examples:
+        logits = model(input_ids=torch.tensor([example.token_ids])).logits[0]
+        for at in range(1, len(example.token_ids)):
+            if example.supervised[at]:
+                total = total + F.cross_entropy(logits[at - 1].double(), torch.tensor(example.token_ids[at]))
+                correct += int(logits[at - 1].argmax()) == example.token_ids[at]
+    return total, correct
+
+
+def plain(model: Any, pad_id: int = 0, *, recompute: bool = False) -> PlainObjective:
+    return plain_objective(model, pad_id, NotDescribed("asked for"), recompute=recompute)
+
+
+def fast(model: Any, *, recompute: bool = False) -> FastObjective:
+    described = describe(model)
+    assert isinstance(described, Decoder)
+    return FastObjective(described, recompute)
+
+
+# ---------------------------------------------------------------------------------------- right at all
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_loss_is_the_masked_cross_entropy_over_all_logits(family: str) -> None:
+    model, examples = adapted(family), some_examples(*LENGTHS)
+    expected, hits = by_hand(model, examples)
+    for objective in (plain(model), objective_for(model, 0, recompute=False)):
+        found = objective(pack(examples))
+        torch.testing.assert_close(found.loss_sum.double(), expected.double(), rtol=1e-5, atol=1e-5)
+        assert int(found.correct) == hits
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_gradients_are_those_of_the_masked_cross_entropy(family: str) -> None:
+    model, examples = adapted(family), some_examples(*LENGTHS)
+    expected = gradients(model, by_hand(model, examples)[0])
+    assert distance(gradients(model, plain(model)(pack(examples)).loss_sum), expected) < 2e-5
+
+
+def test_the_softcapped_logits_of_gemma2_are_what_is_learned_from() -> None:
+    """With the cap at 2 no token can be much likelier than another, so a loss over bare logits would be far off."""
+    model = adapted("gemma2")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+        examples = some_examples(8, 8)
+        logits = model(input_ids=torch.tensor([e.token_ids for e in examples])).logits
+        assert float(logits.abs().max()) <= 2.0
+        bounded = plain(model)(pack(examples)).loss_sum
+        torch.testing.assert_close(bounded, by_hand(model, examples)[0].float(), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------- fast = plain
+
+
+@pytest.mark.parametrize("family", DESCRIBED)
+@pytest.mark.parametrize("explicit", [0, 5, 512], ids=["fused", "both", "explicit"])
+@pytest.mark.parametrize("target", ["all-linear", "attention", "mlp"])
+def test_fast_and_plain_paths_agree(family: str, explicit: int, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "EXPLICIT_UP_TO", explicit)
+    model, batch = adapted(family, target=target), pack(some_examples(*LENGTHS))
+    quick, slow = fast(model)(batch), plain(model)(batch)
+    torch.testing.assert_close(quick.loss_sum, slow.loss_sum, rtol=1e-5, atol=0)
+    assert quick.correct == slow.correct
+    assert distance(gradients(model, quick.loss_sum), gradients(model, slow.loss_sum)) < 1e-5
+
+
+@pytest.mark.parametrize("family", DESCRIBED)
+def test_bfloat16_paths_are_equally_near_the_truth(family: str) -> None:
+    """Both paths round at other places; neither may be further from float32 than bfloat16's 8 bits explain."""
+    model, batch = adapted(family), pack(some_examples(*LENGTHS))
+    truth = plain(model)(batch).loss_sum
+    expected = gradients(model, truth)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                setattr(module, name, nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False))
+    for objective in (fast(model), plain(model)):
+        loss = objective(batch).loss_sum
+        assert loss.dtype is torch.float32
+        torch.testing.assert_close(loss, truth, rtol=0.01, atol=0)
+        assert distance(gradients(model, loss), expected) < 0.1
+    off = {type(o): distance(gradients(model, o(batch).loss_sum), expected) for o in (fast(model), plain(model))}
+    assert off[FastObjective] < 2 * off[PlainObjective], off
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_recomputing_gives_the_same_bits(family: str) -> None:
+    model, batch = adapted(family, dropout=0.3).train(), pack(some_examples(*LENGTHS))
+
+    def run(*, recompute: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(1)
+        loss = fast(model, recompute=recompute)(batch).loss_sum
+        return loss, gradients(model, loss)
+
+    (kept, first), (again, second) = run(recompute=False), run(recompute=True)
+    assert torch.equal(kept, again)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "llama"])
+def test_the_plain_path_recomputes_to_the_same_gradients(family: str) -> None:
+    model, batch = adapted(family).train(), pack(some_examples(*LENGTHS))
+    expected = gradients(model, plain(model)(batch).loss_sum)
+    assert distance(gradients(model, plain(model, recompute=True)(batch).loss_sum), expected) < 1e-5
+
+
+def test_dropout_is_live_in_training_and_off_in_evaluation() -> None:
+    model, batch = adapted("llama", dropout=0.5), pack(some_examples(*LENGTHS))
+    objective = fast(model)
+    assert torch.equal(objective(batch).loss_sum, objective(batch).loss_sum)
+    model.train()
+    assert not torch.equal(objective(batch).loss_sum, objective(batch).loss_sum)
+
+
+# ---------------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_packed_batch_gives_the_loss_of_its_examples_one_by_one(family: str) -> None:
+    model, examples = adapted(family), some_examples(*LENGTHS)
+    objective = objective_for(model, 0, recompute=False)
+    alone = sum(objective(pack([e])).loss_sum for e in examples)
+    torch.testing.assert_close(objective(pack(examples)).loss_sum, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_accumulation_weighted_by_supervised_tokens_equals_one_big_batch(family: str) -> None:
+    model, examples = adapted(family), some_examples(*LENGTHS)
+    objective = objective_for(model, 0, recompute=False)
+
+    def mean(batches: list[PackedBatch]) -> Tensor:
+        supervised = sum(b.supervised_tokens for b in batches)
+        return sum((objective(b).loss_sum / supervised for b in batches), torch.zeros(()))
+
+    whole, split = mean([pack(examples)]), mean([pack(examples[:1]), pack(examples[1:3]), pack(examples[3:])])
+    torch.testing.assert_close(whole, split, rtol=1e-5, atol=1e-6)
+    assert distance(gradients(model, split), gradients(model, whole)) < 2e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_the_pad_token_never_counts_even_where_it_is_the_end_token(family: str) -> None:
+    """Examples that end in token 2, padded with token 2: the end stays learned, the padding does not."""
+    model = adapted(family)
+    examples = [Example([*e.token_ids, 2], [*e.supervised, True]) for e in some_examples(3, 9)]
+    batch = pack(examples)
+    assert int((batch.labels == 2).sum()) == 2
+    torch.testing.assert_close(
+        plain(model, 2)(batch).loss_sum.double(), by_hand(model, examples)[0], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_first_token_is_never_a_label() -> None:
+    batch = pack([Example([5, 6], [True, True]), Example([7, 8, 9], [True, False, True])])
+    assert batch.labels.tolist() == [6, 9]
+    assert batch.predicting.tolist() == [0, 3]
+    assert batch.positions.tolist() == [0, 1, 0, 1, 2]
+    assert batch.lengths == (2, 3)
+
+
+def test_evaluation_weighs_by_tokens() -> None:
+    model, examples = adapted("llama"), some_examples(*LENGTHS)
+    expected, hits = by_hand(model, examples)
+    count = sum(e.supervised_tokens for e in examples)
+    objective = objective_for(model, 0, recompute=False)
+    found = evaluate_loss(objective, [pack(examples[:1]), pack(examples[1:])], torch.device("cpu"))
+    assert found[0] == pytest.approx(expected.item() / count, rel=1e-5)
+    assert found[1:] == (hits / count, count)
+
+
+# ---------------------------------------------------------------------------------------- which path
+
+
+def reason_of(model: Any) -> str:
+    """Why the plain path was taken."""
+    described = describe(model)
+    assert isinstance(described, NotDescribed)
+    objective: Objective = objective_for(model, 0, recompute=False)
+    assert isinstance(objective, PlainObjective)
+    assert objective.path == f"plain path: {described.reason}"
+    return described.reason
+
+
+@pytest.mark.parametrize("family", DESCRIBED)
+def test_described_families_take_the_fast_path(family: str) -> None:
+    objective = objective_for(adapted(family), 0, recompute=False)
+    assert isinstance(objective, FastObjective)
+    assert "fast" in objective.path
+
+
+@pytest.mark.parametrize("family", [f for f in CAUSAL if f not in DESCRIBED])
+def test_other_families_take_the_plain_path(family: str) -> None:
+    model = build_model(family)
+    assert type(model).__name__ in reason_of(model) or "class" in reason_of(model)
+
+
+def test_a_sliding_window_is_not_described() -> None:
+    model = hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, sliding_window=3)).eval()
+    assert "sliding window" in reason_of(model)
+    examples = some_examples(10, 6)
+    found = objective_for(model, 0, recompute=False)(pack(examples)).loss_sum
+    torch.testing.assert_close(found, by_hand(model, examples)[0].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_hooked_and_patched_modules_are_not_described() -> None:
+    hooked, early, patched = (build_model("llama") for _ in range(3))
+    hooked.model.layers[1].mlp.up_proj.register_forward_hook(lambda m, a, y: y * 2)
+    early.model.layers[0].register_forward_pre_hook(lambda m, a: None)
+    inner = patched.model.layers[0].self_attn.forward
+    patched.model.layers[0].self_attn.forward = lambda *a, **k: inner(*a, **k)
+    assert "'model.layers.1.mlp.up_proj' is hooked" in reason_of(hooked)
+    assert "'model.layers.0' is hooked" in reason_of(early)
+    assert "'model.layers.0.self_attn'" in reason_of(patched)
+    examples = some_examples(6)
+    torch.testing.assert_close(
+        objective_for(hooked, 0, recompute=False)(pack(examples)).loss_sum, by_hand(hooked, examples)[0].float()
+    )
+
+
+class _Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def test_subclassed_projections_norms_and_activations_are_not_described() -> None:
+    doubled, normed, active = (build_model("llama") for _ in range(3))
+    doubled.model.layers[0].mlp.down_proj = _Doubled(48, 32, bias=False)
+    normed.model.norm = nn.LayerNorm(32)
+    active.config.hidden_act = "gelu"
+    assert "_Doubled" in reason_of(doubled)
+    assert "norm" in reason_of(normed)
+    assert "gelu" in reason_of(active)
+
+
+@pytest.mark.parametrize("saved", ["norm", "lm_head", "down_proj"])
+def test_whole_trained_modules_are_learned_from_on_whatever_path(saved: str) -> None:
+    model, examples = build_model("llama"), some_examples(*LENGTHS)
+    attach(model, LoraConfig(r=2, target_modules=("q_proj",), modules_to_save=(saved,)))
+    randomise(list(learned(model).items()), scale=0.1)
+    loss = objective_for(model, 0, recompute=False)(pack(examples)).loss_sum
+    expected = by_hand(model, examples)[0]
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
+    assert distance(gradients(model, loss), gradients(model, expected)) < 2e-5
+
+
+@pytest.mark.parametrize("target", [("lm_head", "q_proj"), ("embed_tokens", "v_proj"), ("embed_tokens", "lm_head")])
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_an_adapted_head_or_embedding_is_learned_from(family: str, target: tuple[str, ...]) -> None:
+    model, examples = build_model(family), some_examples(*LENGTHS)
+    attach(model, LoraConfig(r=2, target_modules=target))
+    randomise(list(learned(model).items()), scale=0.1)
+    loss = objective_for(model, 0, recompute=False)(pack(examples)).loss_sum
+    expected = by_hand(model, examples)[0]
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
+    assert distance(gradients(model, loss), gradients(model, expected)) < 2e-5
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_learned_biases_take_part_on_the_fast_path(bias: Any) -> None:
+    model, examples = build_model("qwen2"), some_examples(*LENGTHS)
+    attach(model, LoraConfig(r=2, bias=bias))
+    randomise(list(learned(model).items()), scale=0.1)
+    loss = objective_for(model, 0, recompute=False)(pack(examples)).loss_sum
+    expected = by_hand(model, examples)[0]
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-5)
+    found, right = gradients(model, loss), gradients(model, expected)
+    largest = max(float(g.norm()) for g in right.values())
+    assert any("bias_change" in n for n in right)
+    for name, gradient in right.items():
+        assert (found[name] - gradient).norm() < 2e-5 * gradient.norm() + 1e-6 * largest, name

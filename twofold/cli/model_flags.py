@@ -1,0 +1,33 @@
+"""Flags shared by the verbs that load a base and adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from twofold.base.load import DEFAULT_BASE, Base, Precision
+from twofold.events import Emit
+from twofold.recipes.adapters import load_with_adapters
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """A base with adapters.
+
+    Attributes:
+        base: a Hugging Face directory, a hub id, a `.gguf` file or a built-in name.
+        adapter: adapter folders, each with an optional scale after a colon.
+        dtype: type of the base's weights; `auto` takes what this machine multiplies fastest.
+        device: `auto` takes a GPU where there is one.
+        allow_foreign_base: use adapters that were trained on another base.
+    """
+
+    base: str = DEFAULT_BASE
+    adapter: tuple[str, ...] = ()
+    dtype: Precision = "auto"
+    device: str = "auto"
+    allow_foreign_base: bool = False
+
+    def load(self, emit: Emit) -> Base:
+        """The base with these adapters active."""
+        foreign = self.allow_foreign_base
+        return load_with_adapters(self.base, list(self.adapter), self.dtype, self.device, emit, allow_foreign=foreign)

@@ -1,0 +1,134 @@
+"""The terminal as a subscriber: bars where a person watches, plain lines where a log does; all of it on stderr."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from twofold import events
+from twofold.recipes.preflight import Preflight
+from twofold.recipes.train import Prepared
+
+SECONDS_BETWEEN_LINES = 5.0
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
+
+
+class Terminal:
+    """Shows events; use it as a context manager, so that bars are taken down whatever happens."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=stderr,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = 0.0
+
+    def __enter__(self) -> Terminal:
+        if stderr.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bars.stop()
+
+    def __call__(self, event: events.Event) -> None:
+        match event:
+            case events.Progress():
+                self._advance(event.task, event.done, event.total, "")
+            case events.Step():
+                self._advance("training", event.step, event.steps, figures(event))
+            case events.Evaluated():
+                best = ", best so far" if event.best else ""
+                stderr.print(
+                    f"  step {event.step}: held-out loss {event.loss:.4f}, accuracy {event.token_accuracy:.1%}{best}"
+                )
+            case events.Message():
+                stderr.print(Text(event.text, style="dim"))
+            case events.Warned():
+                stderr.print(Text(f"warning: {event.text}", style="yellow"))
+            case Prepared():
+                show_preflight(event.preflight)
+
+    def _advance(self, task: str, done: int, total: int | None, shown: str) -> None:
+        if stderr.is_terminal:
+            if task not in self._tasks:
+                self._tasks[task] = self._bars.add_task(task, total=total, figures="")
+            self._bars.update(self._tasks[task], completed=done, total=total, figures=shown)
+            if done == total:
+                self._bars.update(self._tasks[task], visible=False)
+        now = time.monotonic()
+        if done == total or (not stderr.is_terminal and now - self._last_line > SECONDS_BETWEEN_LINES):
+            self._last_line = now
+            stderr.print(f"  {task} {done}/{total or '?'} {shown}".rstrip())
+
+
+def figures(event: events.Step) -> str:
+    """One step's figures in a line."""
+    return (
+        f"loss {event.loss:.3f}  rate {event.learning_rate:.1e}  gradient {event.gradient_norm:.2f}  "
+        f"{event.tokens_per_second:,.0f} tokens/s  {gigabytes(event.memory_bytes)}  {duration(event.seconds_left)} left"
+    )
+
+
+def gigabytes(count: float) -> str:
+    """Bytes in GB, or MB below a tenth of one."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def show_preflight(found: Preflight, console: Console = stderr) -> None:
+    """What a run will do and cost, and two examples token by token."""
+    train, memory = found.train, found.memory.as_json()["total"]
+    console.print("[bold]Pre-flight[/bold]")
+    console.print(
+        f"  data        {train.examples:,} examples, {train.tokens:,} tokens, {train.supervised_tokens:,} supervised "
+        f"({train.supervised_tokens / train.tokens:.0%}); format {train.format}, columns {', '.join(train.columns)}"
+    )
+    console.print(
+        f"  truncation  {train.too_long} examples over the limit, {train.lost_supervised_tokens} supervised tokens lost; "
+        f"the longest has {train.longest} tokens"
+    )
+    if found.evaluation:
+        console.print(
+            f"  held out    {found.evaluation.examples:,} examples, {found.evaluation.supervised_tokens:,} supervised tokens"
+        )
+    console.print(
+        f"  adapter     {found.parameters.trainable:,} parameters train, {found.parameters.fraction:.2%} of the base's "
+        f"{found.parameters.base:,}, in {found.parameters.modules} modules"
+    )
+    console.print(
+        f"  cost        about {gigabytes(memory['expected'])} of memory ({gigabytes(memory['low'])} to "
+        f"{gigabytes(memory['high'])}), about {duration(found.seconds)} for {found.steps} steps; {found.path}"
+    )
+    for sample in found.samples:
+        show_tokens(sample, console)
+
+
+def show_tokens(sample: list[tuple[str, bool]], console: Console) -> None:
+    """One example, token by token: supervised tokens green and underlined, the borders between tokens as thin bars."""
+    text = Text("  ")
+    for token, supervised in sample:
+        visible = token.replace("\n", "⏎\n  " if token.strip("\n") == "" else "⏎")
+        text.append(
+            visible if visible.strip() else visible.replace(" ", "·"), "green underline" if supervised else "dim"
+        )
+        text.append("|", "bright_black")
+    console.print(Text("  example (green and underlined: supervised)", style="italic"))
+    console.print(text)

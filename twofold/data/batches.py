@@ -1,0 +1,46 @@
+"""In which order the examples are seen: a function of seed and epoch alone, so that a resumed run sees the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from twofold.base.batch import Example, PackedBatch, pack
+
+
+def epoch_order(examples: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of the examples for one epoch."""
+    generator = torch.Generator().manual_seed((seed << 20) + epoch)
+    order: list[int] = torch.randperm(examples, generator=generator).tolist()
+    return order
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """Optimiser steps in an epoch; the last may hold fewer examples."""
+    return -(-examples // batch_size)
+
+
+def step_indices(examples: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """The examples of optimiser step `step`, counted from 0 over all epochs."""
+    epoch, at = divmod(step, steps_per_epoch(examples, batch_size))
+    return epoch_order(examples, seed, epoch)[at * batch_size : (at + 1) * batch_size]
+
+
+def micro_batches(examples: Sequence[Example], size: int | None) -> list[PackedBatch]:
+    """A step's examples in packed batches of at most `size` examples."""
+    size = size or len(examples)
+    return [pack(examples[i : i + size]) for i in range(0, len(examples), size)]
+
+
+def evaluation_batches(examples: Sequence[Example], tokens: int) -> list[PackedBatch]:
+    """Examples sorted by length, in packed batches of about `tokens` tokens: any order gives the same loss."""
+    batches: list[list[Example]] = []
+    held = tokens
+    for example in sorted(examples, key=lambda e: len(e.token_ids)):
+        if held + len(example.token_ids) > tokens:
+            batches.append([])
+            held = 0
+        batches[-1].append(example)
+        held += len(example.token_ids)
+    return [pack(b) for b in batches]

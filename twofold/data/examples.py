@@ -1,0 +1,180 @@
+"""From rows to examples: tokens, loss mask, and an account of everything that was cut or left out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from twofold.base.batch import Example
+from twofold.base.chat import ALPACA, Renderer
+from twofold.data.formats import Format, Table, as_messages, instruction_text, read_table
+from twofold.errors import DataError
+from twofold.events import Emit, Progress, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The data of a run.
+
+    Attributes:
+        train: JSONL, JSON, CSV or Parquet, a folder of them, or a hub data set.
+        evaluation: the same, held out.
+        max_length: the most tokens an example may have.
+        too_long: what happens to longer ones: `drop` leaves them out, `cut` keeps their first tokens,
+            `refuse` stops. Counted and shown in each case. Plain text is never lost: it is split.
+        system: a system message for conversations that have none.
+        template: file of a Jinja chat template in place of the base's own.
+    """
+
+    train: str
+    evaluation: str | None = None
+    max_length: int = 2048
+    too_long: Literal["drop", "cut", "refuse"] = "drop"
+    system: str | None = None
+    template: str | None = None
+
+    def chat_template(self) -> str | None:
+        """The text of the template file, if one is given."""
+        if self.template is None:
+            return None
+        try:
+            return Path(self.template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"cannot read data.template {self.template}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of a data set, in examples and tokens.
+
+    Attributes:
+        too_long: examples over the limit.
+        lost_supervised_tokens: supervised tokens that cutting or dropping took away.
+        unsupervised: examples left out because nothing in them is supervised.
+        digest: SHA-256 of all tokens and masks.
+    """
+
+    source: str
+    format: Format
+    columns: tuple[str, ...]
+    examples: int
+    tokens: int
+    supervised_tokens: int
+    longest: int
+    too_long: int
+    lost_supervised_tokens: int
+    unsupervised: int
+    digest: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "columns": list(self.columns)}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples ready to be packed, and the account of how they came about."""
+
+    items: list[Example]
+    report: DataReport
+
+
+def load_examples(source: str, config: DataConfig, renderer: Renderer, emit: Emit = silent) -> Examples:
+    """Read, render and check a data set.
+
+    Raises:
+        DataError: unreadable, over-long where that is refused, or nothing in it is supervised.
+    """
+    table = read_table(source)
+    rendered: list[Example] = []
+    for i, row in enumerate(table.rows):
+        rendered += render_row(row, table, i, config, renderer)
+        if i % 200 == 0:
+            emit(Progress(task=f"reading {Path(source).name}", done=i, total=len(table.rows)))
+    emit(Progress(task=f"reading {Path(source).name}", done=len(table.rows), total=len(table.rows)))
+    return _fit(rendered, table, config)
+
+
+def render_row(row: Mapping[str, Any], table: Table, i: int, config: DataConfig, renderer: Renderer) -> list[Example]:
+    """The examples of one row: one, or one per answer where the template rewrites history."""
+    place = f"{table.source}, example {i + 1}"
+    try:
+        if table.format == "text":
+            return _windows(renderer.text(_plain_text(row, place)), config.max_length)
+        if renderer.template is None and table.format == "instruction":
+            prompt = ALPACA.format(instruction=instruction_text(row, place))
+            return [renderer.completion(prompt, row["output"])]
+        if renderer.template is None and table.format == "prompt-completion" and isinstance(row["prompt"], str):
+            return [renderer.completion(row["prompt"], row["completion"])]
+        return renderer.chat(with_system(as_messages(row, table.format, place), config.system))
+    except DataError as error:
+        raise DataError(str(error) if str(error).startswith(place) else f"{place}: {error}") from error
+
+
+def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
+    """The messages, behind a system message if one is wanted and none is there."""
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _plain_text(row: Mapping[str, Any], place: str) -> str:
+    if not isinstance(row["text"], str):
+        raise DataError(f"{place}: expected text, found {row['text']!r:.80}")
+    return row["text"]
+
+
+def _windows(example: Example, length: int) -> list[Example]:
+    starts = range(0, len(example.token_ids), length)
+    return [Example(example.token_ids[s : s + length], example.supervised[s : s + length]) for s in starts]
+
+
+def _fit(rendered: list[Example], table: Table, config: DataConfig) -> Examples:
+    limit = config.max_length
+    long = [e for e in rendered if len(e.token_ids) > limit]
+    if long and config.too_long == "refuse":
+        raise DataError(f"{len(long)} examples of {table.source} are over {limit} tokens; raise data.max_length")
+    kept = [e for e in rendered if len(e.token_ids) <= limit or config.too_long == "cut"]
+    kept = [Example(e.token_ids[:limit], e.supervised[:limit]) for e in kept]
+    useful = [e for e in kept if e.supervised_tokens]
+    report = _account(rendered, long, kept, useful, table)
+    if not useful:
+        raise DataError(_nothing_supervised(report, limit))
+    return Examples(useful, report)
+
+
+def _account(
+    rendered: list[Example], long: list[Example], kept: list[Example], useful: list[Example], table: Table
+) -> DataReport:
+    supervised = sum(e.supervised_tokens for e in useful)
+    return DataReport(
+        source=Path(table.source).name,
+        format=table.format,
+        columns=table.columns,
+        examples=len(useful),
+        tokens=sum(len(e.token_ids) for e in useful),
+        supervised_tokens=supervised,
+        longest=max((len(e.token_ids) for e in useful), default=0),
+        too_long=len(long),
+        lost_supervised_tokens=sum(e.supervised_tokens for e in rendered) - supervised,
+        unsupervised=len(kept) - len(useful),
+        digest=_digest(useful),
+    )
+
+
+def _nothing_supervised(report: DataReport, limit: int) -> str:
+    if report.too_long:
+        return f"nothing is left of {report.source}: all its answers lie beyond {limit} tokens; raise data.max_length"
+    return (
+        f"nothing in {report.source} is supervised, so nothing could be learned: no assistant turn is trained "
+        "(are all marked `train: false`, or are the answers empty?)"
+    )
+
+
+def _digest(examples: list[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(tuple(example)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,154 @@
+"""Data sets as people have them: files, folders or hub ids, their columns recognised and named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from twofold.errors import DataError
+
+Format = Literal["messages", "conversations", "prompt-completion", "instruction", "text"]
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+COLUMNS: dict[Format, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "prompt-completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
+"""The columns that each format needs, in the order they are looked for."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as they were read, with the format that their columns mean."""
+
+    source: str
+    format: Format
+    columns: tuple[str, ...]
+    rows: Sequence[Mapping[str, Any]]
+
+
+def read_table(source: str) -> Table:
+    """Read a JSONL, JSON, CSV or Parquet file, a folder of them, or a hub data set (its `train` split).
+
+    Raises:
+        DataError: nothing there, nothing in it, unreadable, or columns of no known format.
+    """
+    rows = _read(source)
+    columns = tuple(rows.column_names)
+    if len(rows) == 0:
+        raise DataError(f"{source} holds no examples")
+    return Table(source, detect(columns, source), columns, rows)
+
+
+def detect(columns: Sequence[str], source: str) -> Format:
+    """The first format whose columns are all there."""
+    for name, needed in COLUMNS.items():
+        if all(c in columns for c in needed):
+            return name
+    known = "; ".join(" + ".join(f"'{c}'" for c in needed) for needed in COLUMNS.values())
+    raise DataError(
+        f"{source} has the columns {', '.join(map(repr, columns))}, which fit no known format; rename them to one of: {known}"
+    )
+
+
+def _read(source: str) -> Any:
+    from datasets import DatasetDict, disable_progress_bars, load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    disable_progress_bars()
+    files = _files(source)
+    if files and all(f.stat().st_size == 0 for f in files):
+        raise DataError(f"{source} holds no examples: the file is empty")
+    try:
+        if files:
+            return load_dataset(READERS[files[0].suffix], data_files=[str(f) for f in files], split="train")
+        found = load_dataset(source)
+        return found["train"] if isinstance(found, DatasetDict) else found
+    except DatasetGenerationError as error:
+        raise DataError(f"{source} cannot be read: {_innermost(error)}") from error
+    except Exception as error:
+        raise DataError(f"cannot load the data set {source}: {_innermost(error)}") from error
+
+
+def _files(source: str) -> list[Path]:
+    """The data files behind a path; none for a hub id."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise DataError(f"{source} is not a {', '.join(READERS)} file")
+        return [path]
+    if path.is_dir():
+        found = sorted(f for f in path.iterdir() if f.suffix in READERS)
+        kinds = sorted({READERS[f.suffix] for f in found})
+        if len(kinds) != 1:
+            what = f"files of several kinds ({', '.join(kinds)})" if kinds else f"no {', '.join(READERS)} files"
+            raise DataError(f"the folder {source} holds {what}; give one kind")
+        return found
+    if path.suffix in READERS or source.startswith((".", "/", "~")) or "/" not in source:
+        raise DataError(f"no data at {source}")
+    return []
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def as_messages(row: Mapping[str, Any], kind: Format, place: str) -> list[dict[str, Any]]:
+    """The conversation in a row of any format but `text`.
+
+    Raises:
+        DataError: a message without role or content, or of an unknown speaker, with its place.
+    """
+    if kind == "prompt-completion":
+        prompt, answer = row["prompt"], row["completion"]
+        return [*_turns(prompt, "user", place), *_turns(answer, "assistant", place)]
+    if kind == "instruction":
+        asked = instruction_text(row, place)
+        return [{"role": "user", "content": asked}, *_turns(row["output"], "assistant", place)]
+    if kind == "conversations":
+        return [_sharegpt(m, place) for m in _list(row["conversations"], place)]
+    return [_message(m, place) for m in _list(row["messages"], place)]
+
+
+def instruction_text(row: Mapping[str, Any], place: str) -> str:
+    """An instruction with its optional input."""
+    extra = row.get("input")
+    return f"{_text(row['instruction'], place)}\n\n{extra}" if extra else _text(row["instruction"], place)
+
+
+def _turns(value: Any, role: str, place: str) -> list[dict[str, Any]]:
+    if isinstance(value, list):
+        return [_message(m, place) for m in value]
+    return [{"role": role, "content": _text(value, place)}]
+
+
+def _list(value: Any, place: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{place}: expected a list of messages, found {value!r:.80}")
+    return value
+
+
+def _message(message: Any, place: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not message.get("role") or message.get("content") is None:
+        raise DataError(f"{place}: a message needs 'role' and 'content', found {message!r:.120}")
+    return {k: v for k, v in message.items() if v is not None}
+
+
+def _sharegpt(message: Any, place: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or message.get("from") not in SHAREGPT_ROLES:
+        known = ", ".join(SHAREGPT_ROLES)
+        raise DataError(f"{place}: 'from' must be one of {known}, found {message!r:.120}")
+    return {"role": SHAREGPT_ROLES[message["from"]], "content": _text(message.get("value"), place)}
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{place}: expected text, found {value!r:.80}")
+    return value

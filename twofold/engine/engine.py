@@ -1,0 +1,87 @@
+"""Plain generation: requests in, completions out, many streams at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twofold.engine.model import stream_model
+from twofold.engine.request import Completion, Request
+from twofold.engine.sampler import Sampler, choose
+from twofold.events import Emit, Progress, silent
+
+
+@dataclass
+class _Stream:
+    index: int
+    request: Request
+    sampler: Sampler
+    made: list[int]
+
+
+class Engine:
+    """Generates with a model as it stands: base, active adapters, or merged.
+
+    Args:
+        model: a transformers causal language model.
+        streams: requests that run side by side.
+    """
+
+    def __init__(self, model: Any, streams: int = 32) -> None:
+        self.model, self.streams = model, streams
+
+    def generate(self, requests: Sequence[Request], emit: Emit = silent, task: str = "generating") -> list[Completion]:
+        """Answer all requests; the answers come in the order of the requests and do not depend on one another."""
+        answers: dict[int, Completion] = {}
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids))
+        for start in range(0, len(order), self.streams):
+            chosen = order[start : start + self.streams]
+            for index, answer in self._together([(i, requests[i]) for i in chosen]):
+                answers[index] = answer
+                emit(Progress(task=task, done=len(answers), total=len(requests)))
+        return [answers[i] for i in range(len(requests))]
+
+    def stream(self, request: Request) -> Iterator[int]:
+        """The tokens of one answer, as they are made."""
+        model, sampler = stream_model(self.model), Sampler(request.sampling)
+        logits = model.start([request.token_ids], len(request.token_ids) + request.max_new_tokens)
+        for made in range(request.max_new_tokens):
+            (token,) = choose(logits, [sampler])
+            if token in request.stop_ids:
+                return
+            yield token
+            if made + 1 < request.max_new_tokens:
+                logits = model.step([token])
+
+    def _together(self, requests: Sequence[tuple[int, Request]]) -> Iterator[tuple[int, Completion]]:
+        """One batch of streams. Done ones ride along until half are done: then they are dropped, all at once, because a
+        batch of a new size makes the CPU's kernels prepare again."""
+        model = stream_model(self.model)
+        slots: list[_Stream | None] = [_Stream(i, r, Sampler(r.sampling), []) for i, r in requests]
+        capacity = max(len(r.token_ids) + r.max_new_tokens for _, r in requests)
+        logits = model.start([r.token_ids for _, r in requests], capacity)
+        while True:
+            tokens = choose(logits, [s.sampler if s else None for s in slots])
+            for place, (stream, token) in enumerate(zip(slots, tokens, strict=True)):
+                answer = _advance(stream, token) if stream else None
+                if stream and answer:
+                    slots[place] = None
+                    yield stream.index, answer
+            going = [p for p, s in enumerate(slots) if s is not None]
+            if not going:
+                return
+            if 2 * len(going) <= len(slots):
+                model.keep(going)
+                slots, tokens = [slots[p] for p in going], [tokens[p] for p in going]
+            logits = model.step(tokens)
+
+
+def _advance(stream: _Stream, token: int) -> Completion | None:
+    """Take a token in; the completion if that ended it."""
+    if token in stream.request.stop_ids:
+        return Completion(token_ids=stream.made, finish_reason="stop")
+    stream.made.append(token)
+    if len(stream.made) == stream.request.max_new_tokens:
+        return Completion(token_ids=stream.made, finish_reason="length")
+    return None

@@ -1,0 +1,101 @@
+"""What an adapter is, read off its factors: norms, ranks and energy per module, without a base and without BA."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from twofold.adapter.config import resolve
+from twofold.adapter.files import AdapterFiles
+from twofold.errors import AdapterFileError
+from twofold.lowrank.factors import LowRank
+from twofold.lowrank.spectra import effective_rank, energy_rank, singular_values, stable_rank
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One module's update: norms are of scale·B·A; ranks are counts of directions."""
+
+    name: str
+    r: int
+    scale: float
+    frobenius_norm: float
+    spectral_norm: float
+    stable_rank: float
+    effective_rank: float
+    energy_rank_99: int
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that a user should know of an adapter."""
+
+    severity: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """An adapter, module by module."""
+
+    r: int
+    modules: list[ModuleReport]
+    findings: list[Finding]
+
+    @property
+    def suggested_rank(self) -> int:
+        """The rank that keeps 99 % of the energy in every module."""
+        return max((m.energy_rank_99 for m in self.modules), default=0)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "suggested_rank": self.suggested_rank}
+
+
+def report_adapter(files: AdapterFiles) -> AdapterReport:
+    """Inspect an opened adapter.
+
+    Raises:
+        AdapterFileError: a module has only one of its two factors.
+    """
+    factors = {name: low_rank(files, name, keys) for name, keys in files.modules().items()}
+    reports = [_module(name, update) for name, update in factors.items() if update is not None]
+    return AdapterReport(files.config.r, reports, [f for r in reports for f in _findings(r)])
+
+
+def low_rank(files: AdapterFiles, module: str, keys: dict[str, str]) -> LowRank | None:
+    """The update of one module, as (out, in) factors; None for a module that is trained whole."""
+    for a, b in (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")):
+        if a in keys and b in keys:
+            return LowRank(_read(files, keys[a]), _read(files, keys[b]), resolve(files.config, module).scale)
+        if a in keys or b in keys:
+            raise AdapterFileError(f"{files.path}: '{module}' has {a if a in keys else b} without its partner")
+    return None
+
+
+def _read(files: AdapterFiles, key: str) -> Tensor:
+    return files.tensors.read(key)
+
+
+def _module(name: str, update: LowRank) -> ModuleReport:
+    values = singular_values(update)
+    return ModuleReport(
+        name=name,
+        r=update.rank,
+        scale=update.scale,
+        frobenius_norm=float(values.norm()),
+        spectral_norm=float(values[0]),
+        stable_rank=stable_rank(values),
+        effective_rank=effective_rank(values),
+        energy_rank_99=energy_rank(values, 0.99),
+    )
+
+
+def _findings(module: ModuleReport) -> list[Finding]:
+    if module.spectral_norm == 0:
+        return [Finding("warning", "dead", f"'{module.name}' changes nothing: its update is zero")]
+    if not module.spectral_norm < float("inf"):
+        return [Finding("error", "not-finite", f"'{module.name}' holds NaN or infinity")]
+    return []

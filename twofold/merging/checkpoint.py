@@ -1,0 +1,84 @@
+"""A base with an adapter folded in, as a standard Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twofold import atomic
+from twofold.adapter.attach import adapter_layers
+from twofold.errors import ConfigError
+from twofold.layers.embedding import LoraEmbedding
+from twofold.layers.linear import LoraConv1D, LoraLinear
+from twofold.layers.protocol import AdapterLayer
+from twofold.layers.saved import TrainedBias, TrainedCopy
+from twofold.lowrank.factors import merged_weight
+
+
+def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str | None = None) -> Path:
+    """Write the model with its active adapters folded in; the model itself is left as it is.
+
+    Sums are made in float32 and rounded once to the base's type. Where an update lands on one of two tied weights, the
+    tie is cut and both are written, so that the other one keeps its values.
+
+    Raises:
+        ConfigError: no adapter is active.
+        RunError: the output exists or cannot be written.
+    """
+    if not any(layer.active() for _, layer in adapter_layers(model)):
+        raise ConfigError("no adapter is active, so there is nothing to merge")
+    state = merged_state(model)
+    untied = _cut_ties(model, state)
+    tied_before = model.config.tie_word_embeddings
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    try:
+        model.config.tie_word_embeddings = tied_before and not untied
+        with atomic.new_folder(output) as folder:
+            model.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+    finally:
+        model.config.tie_word_embeddings = tied_before
+    return output
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the bare model with the active adapters folded in, by the bare model's names."""
+    state = dict(model.state_dict())
+    for name, layer in adapter_layers(model):
+        for key in [k for k in state if k.startswith(f"{name}.")]:
+            del state[key]
+        state |= {f"{name}.{key}": value for key, value in layer.base.state_dict().items()}
+        state |= {f"{name}.{key}": value for key, value in _folded(layer).items()}
+    return state
+
+
+def _folded(layer: AdapterLayer) -> dict[str, Tensor]:
+    """The tensors of one layer that its active adapters change."""
+    if not layer.active():
+        return {}
+    if isinstance(layer, LoraLinear):
+        weight = merged_weight(layer.matrix(), [layer.delta()])
+        folded = {"weight": weight.T.contiguous() if isinstance(layer, LoraConv1D) else weight}
+        bias = layer.projection().bias
+        return folded if bias is None else folded | {"bias": bias.detach().clone()}
+    if isinstance(layer, LoraEmbedding):
+        return {"weight": merged_weight(layer.weight, [layer.delta()])}
+    if isinstance(layer, TrainedCopy | TrainedBias):
+        saved = layer.active()[-1].saved(layer.base)
+        return {key: value.to(layer.base.state_dict()[key].dtype) for key, value in saved.items()}
+    raise TypeError(f"{type(layer).__name__} cannot be merged")
+
+
+def _cut_ties(model: Any, state: dict[str, Tensor]) -> bool:
+    """Whether the input and output embeddings, tied in the base, differ once merged."""
+    names = {id(m): n for n, m in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not model.config.tie_word_embeddings:
+        return False
+    one, other = (state.get(f"{names[id(m)]}.weight") for m in (head, embedding))
+    return one is not None and other is not None and not torch.equal(one, other)

@@ -1,0 +1,77 @@
+"""A base with adapters on it, as every verb that uses one needs it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from twofold.adapter.attach import activate
+from twofold.adapter.files import AdapterFiles, load_adapter
+from twofold.base.fingerprint import check_same_base
+from twofold.base.load import Base, Precision, load_base, renderer_for
+from twofold.errors import ConfigError
+from twofold.events import Emit, Message, Warned, silent
+
+
+def parse_adapter(reference: str) -> tuple[Path, float]:
+    """`DIR` or `DIR:scale`.
+
+    Raises:
+        ConfigError: the scale is no number.
+    """
+    folder, colon, scale = reference.rpartition(":")
+    if not colon or Path(reference).is_dir():
+        return Path(reference), 1.0
+    try:
+        return Path(folder), float(scale)
+    except ValueError as error:
+        raise ConfigError(f"'{reference}': the part after ':' must be a number, as in my-adapter:0.5") from error
+
+
+def load_with_adapters(
+    reference: str,
+    adapters: list[str],
+    dtype: Precision = "auto",
+    device: str = "auto",
+    emit: Emit = silent,
+    *,
+    allow_foreign: bool = False,
+) -> Base:
+    """A base with the given adapters active, each at its scale, and with the chat template they were trained with.
+
+    Raises:
+        UserError: a base or an adapter that cannot be used, or adapters trained with different templates.
+    """
+    base = load_base(reference, dtype, device, emit)
+    weights: dict[str, float] = {}
+    templates: set[str] = set()
+    for i, (folder, scale) in enumerate(parse_adapter(a) for a in adapters):
+        files = load_adapter(base.model, folder, name := f"adapter-{i}")
+        check_base(files, base, emit, allow_foreign=allow_foreign)
+        weights[name] = scale
+        if files.provenance and files.provenance.chat_template:
+            templates.add(files.provenance.chat_template)
+    if len(templates) > 1:
+        raise ConfigError("these adapters were trained with different chat templates and cannot answer together")
+    if weights:
+        activate(base.model, weights)
+    for template in templates - {base.renderer.template}:
+        emit(Message(text="using the chat template that the adapter was trained with"))
+        base = replace(base, renderer=renderer_for(base.model, base.tokenizer, template))
+    return base
+
+
+def check_base(files: AdapterFiles, base: Base, emit: Emit, *, allow_foreign: bool) -> None:
+    """Refuse an adapter of another base, unless told otherwise; say so where only shapes could be checked.
+
+    Raises:
+        ForeignBaseError: the base is not the one that the adapter was trained on.
+    """
+    if files.provenance is None or files.provenance.base is None:
+        emit(Message(text=f"{files.path} names no base fingerprint (PEFT writes none); only its shapes were checked"))
+        return
+    if allow_foreign:
+        return
+    said = check_same_base(files.provenance.base, base.fingerprint, str(files.path))
+    if said:
+        emit(Warned(text=said))

@@ -1,0 +1,140 @@
+"""The run folder: config.yaml, preflight.json, events.jsonl, checkpoints/, adapter/, report.json, report.html."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from twofold import atomic
+from twofold.config import write_yaml
+from twofold.errors import RunError
+from twofold.events import Emit, Event, Progress
+from twofold.recipes.settings import TrainConfig, read_config
+from twofold.training import checkpoint
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps what it makes."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def last_adapter(self) -> Path:
+        return self.path / "adapter-last"
+
+    @property
+    def preflight(self) -> Path:
+        return self.path / "preflight.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.json"
+
+    @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    def read_report(self) -> dict[str, Any]:
+        """The finished run's report.
+
+        Raises:
+            RunError: the run has none yet.
+        """
+        if not self.report.is_file():
+            raise RunError(f"{self.path} has no report.json: the run is not finished")
+        report: dict[str, Any] = json.loads(self.report.read_text())
+        return report
+
+    def recorded(self) -> list[dict[str, Any]]:
+        """The events so far; a line that a crash cut short does not count."""
+        if not self.events.is_file():
+            return []
+        lines = self.events.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def open_new(config: TrainConfig) -> RunFolder:
+    """Begin a run in a fresh folder.
+
+    Raises:
+        RunError: the folder holds a run already, or cannot be written.
+    """
+    run = RunFolder(Path(config.output))
+    if run.config.exists():
+        raise RunError(f"{run.path} holds a run already; pass --resume to go on with it, or choose another output")
+    atomic.write_text(run.config, write_yaml(config))
+    return run
+
+
+def open_resumed(config: TrainConfig) -> tuple[RunFolder, Path | None]:
+    """Go on with a run: its folder, and its newest checkpoint if it has one. Events after that are forgotten.
+
+    Raises:
+        RunError: the run is finished, or was started with another configuration.
+    """
+    run = RunFolder(Path(config.output))
+    if not run.config.exists():
+        return open_new(config), None
+    if run.report.exists():
+        raise RunError(f"the run in {run.path} is finished; its adapter is in {run.adapter}")
+    differing = _differences(read_config(run.config), config)
+    if differing:
+        raise RunError(
+            f"{run.path} was started with other settings ({', '.join(differing)}); resume with its config.yaml"
+        )
+    newest = checkpoint.newest(run.checkpoints)
+    step = int(newest.name.removeprefix("step-")) if newest else 0
+    kept = [r for r in run.recorded() if r.get("step", 0) <= step]
+    atomic.write_text(run.events, "".join(json.dumps(r) + "\n" for r in kept))
+    return run, newest
+
+
+def _differences(before: TrainConfig, now: TrainConfig) -> list[str]:
+    """Top-level keys whose values differ; `dtype: auto` may resolve to what the run chose."""
+    from twofold.config import as_dict
+
+    a, b = as_dict(before), as_dict(now)
+    return [k for k in a if a[k] != b[k] and not (k in ("dtype", "device") and b[k] == "auto")]
+
+
+class EventLog:
+    """Appends every event but progress to events.jsonl, a line each, as it happens."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._file: IO[str] = run.events.open("a", encoding="utf-8")
+
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, Progress):
+            self._file.write(json.dumps({**event.record(), "time": round(time.time(), 3)}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def trackers(config: TrainConfig, run: RunFolder) -> list[Emit]:
+    """Subscribers for the trackers that the configuration asks for."""
+    from twofold.recipes.trackers import TensorBoard, WeightsAndBiases
+
+    made: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    return [made[name](run.path) for name in config.trackers]

@@ -1,0 +1,87 @@
+"""The configuration of a training run: what `twofold train CONFIG.yaml` reads and its flags mirror."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from twofold.adapter.config import LoraConfig
+from twofold.base.load import DEFAULT_BASE, Precision
+from twofold.config import build, read_yaml
+from twofold.data.examples import DataConfig
+from twofold.errors import ConfigError
+from twofold.training.optim import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings(LoraConfig):
+    """The adapter of a run.
+
+    Attributes:
+        init_from: folder of an adapter to go on from; its own settings then hold.
+    """
+
+    init_from: str | None = None
+
+    def lora(self) -> LoraConfig:
+        """The adapter's own configuration."""
+        return LoraConfig(**{f.name: getattr(self, f.name) for f in fields(LoraConfig)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        base: a Hugging Face directory, a hub id, a `.gguf` file or a built-in name.
+        data: what is learned from.
+        adapter: what is trained.
+        training: how.
+        output: the run folder.
+        dtype: type of the frozen weights; `auto` takes what this machine multiplies fastest.
+        device: `auto` takes a GPU where there is one.
+        verify: prove at the end that the base is untouched and that the merged model says what the adapter says.
+        allow_foreign_base: go on from an adapter that was trained on another base.
+        trackers: also report to these.
+    """
+
+    data: DataConfig
+    base: str = DEFAULT_BASE
+    adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    output: str = "runs/latest"
+    dtype: Precision = "auto"
+    device: str = "auto"
+    verify: bool = True
+    allow_foreign_base: bool = False
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+
+def read_config(path: Path) -> TrainConfig:
+    """A configuration file; paths of data and adapters in it count from where the command runs.
+
+    Raises:
+        ConfigError: every mistake in it, at once.
+    """
+    return build(TrainConfig, read_yaml(path), source=str(path))
+
+
+def check_continues(settings: AdapterSettings, found: LoraConfig) -> None:
+    """Refuse settings that contradict the adapter which a run goes on from.
+
+    Raises:
+        ConfigError: names each setting and both values.
+    """
+    default = LoraConfig()
+    asked = {f.name: getattr(settings, f.name) for f in fields(LoraConfig)}
+    differing = [
+        f"{name} is {value!r} here but {getattr(found, name)!r} there"
+        for name, value in asked.items()
+        if value != getattr(default, name) and value != getattr(found, name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"adapter.init_from {settings.init_from} goes on with its own settings: {'; '.join(differing)}; "
+            "leave these out of the configuration"
+        )

@@ -1,0 +1,244 @@
+"""`twofold train`: from a configuration to a run folder with an adapter, a report and its proof."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twofold import atomic
+from twofold.adapter.attach import attach, merge, unmerge
+from twofold.adapter.config import LoraConfig
+from twofold.adapter.files import Provenance, load_adapter, open_adapter, save_adapter
+from twofold.base.chat import Renderer
+from twofold.base.load import Base, load_base, renderer_for
+from twofold.data.batches import evaluation_batches, micro_batches, step_indices, steps_per_epoch
+from twofold.data.examples import Examples, load_examples
+from twofold.events import Emit, Event, Message, Warned, fan_out, silent
+from twofold.machine import fastest_dtype, peak_memory_bytes, pick_device
+from twofold.recipes.adapters import check_base
+from twofold.recipes.preflight import Preflight, preflight, total_steps
+from twofold.recipes.proof import Verification, base_digest, pad_token, proof_batch, verify_merge
+from twofold.recipes.report import write_page
+from twofold.recipes.runs import EventLog, RunFolder, open_new, open_resumed, trackers
+from twofold.recipes.settings import TrainConfig, check_continues
+from twofold.training.checkpoint import Progressed
+from twofold.training.loop import Job
+from twofold.training.loop import train as run_job
+from twofold.training.objective import Objective, evaluate_loss, objective_for
+
+EVALUATION_TOKENS = 2048
+"""Tokens in one forward pass of an evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Event):
+    """Everything is loaded and foreseen; training comes next."""
+
+    preflight: Preflight
+
+    def record(self) -> dict[str, Any]:
+        return {"event": "prepared", "steps": self.preflight.steps, "seconds": self.preflight.seconds}
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    base: Base
+    train: Examples
+    evaluation: Examples | None
+    lora: LoraConfig
+
+
+def train(config: TrainConfig, emit: Emit = silent, *, resume: bool = False) -> dict[str, Any]:
+    """Train an adapter and prove it; returns what report.json holds.
+
+    Raises:
+        UserError: anything about the configuration, the base or the data; nothing was trained then.
+        NonFiniteLossError: a loss that is NaN or infinite; checkpoints are kept.
+        ProofError: the base changed, or merging does not give what the adapter gives.
+    """
+    config = _resolved(config)
+    run, newest = open_resumed(config) if resume else (open_new(config), None)
+    log = EventLog(run)
+    try:
+        return _train(config, run, newest, fan_out(log, emit, *trackers(config, run)))
+    finally:
+        log.close()
+
+
+def dry_run(config: TrainConfig, emit: Emit = silent) -> Preflight:
+    """Everything up to the first step, and nothing written."""
+    loaded = _load(_resolved(config), emit)
+    return preflight(loaded.base, loaded.lora, config.training, loaded.train, loaded.evaluation)
+
+
+def _resolved(config: TrainConfig) -> TrainConfig:
+    """`auto` made definite, so that a resumed run computes in the type that it began with."""
+    device = pick_device() if config.device == "auto" else config.device
+    dtype = str(fastest_dtype(torch.device(device))).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    return replace(config, device=device, dtype=dtype)
+
+
+def _load(config: TrainConfig, emit: Emit) -> _Loaded:
+    lora = config.adapter.lora()
+    if config.adapter.init_from:
+        lora = open_adapter(Path(config.adapter.init_from)).config
+        check_continues(config.adapter, lora)
+    base = load_base(config.base, config.dtype, config.device, emit)
+    template = config.data.chat_template()
+    if template is not None:
+        base = replace(base, renderer=renderer_for(base.model, base.tokenizer, template))
+    train_set = load_examples(config.data.train, config.data, base.renderer, emit)
+    held_out = (
+        load_examples(config.data.evaluation, config.data, base.renderer, emit) if config.data.evaluation else None
+    )
+    return _Loaded(base, train_set, held_out, lora)
+
+
+def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit) -> dict[str, Any]:
+    loaded = _load(config, emit)
+    base, model = loaded.base, loaded.base.model
+    foreseen = preflight(base, loaded.lora, config.training, loaded.train, loaded.evaluation)
+    atomic.write_json(run.preflight, foreseen.as_json())
+    for warning in foreseen.warnings:
+        emit(Warned(text=warning))
+    emit(Prepared(preflight=foreseen))
+    before = base_digest(model)
+    evaluation: dict[str, Any] = {"base": _evaluated(base, loaded.evaluation)}
+    _attach(config, loaded, emit)
+    job = _job(config, run, loaded)
+    emit(Message(text=job.objective.path))
+    progressed = run_job(job, emit, newest)
+    _save(config, run, loaded, job, progressed)
+    evaluation["adapter"] = _evaluated(base, loaded.evaluation)
+    evaluation["merged"], verification = _prove(config, loaded, emit)
+    report = {
+        **_figures(config, run, base, progressed),
+        "parameters": foreseen.as_json()["parameters"],
+        "predicted": {"seconds": foreseen.seconds, "memory": foreseen.memory.as_json()},
+        "evaluation": evaluation,
+        "verification": verification.as_json() if verification else None,
+        "base_unchanged": base_digest(model) == before,
+    }
+    atomic.write_json(run.report, report)
+    write_page(run.page, report, foreseen.as_json(), run.recorded())
+    if verification:
+        verification.require("the merged model")
+    return report
+
+
+def _attach(config: TrainConfig, loaded: _Loaded, emit: Emit) -> None:
+    torch.manual_seed(config.training.seed)
+    if config.adapter.init_from:
+        files = load_adapter(loaded.base.model, config.adapter.init_from)
+        check_base(files, loaded.base, emit, allow_foreign=config.allow_foreign_base)
+        return
+    attach(loaded.base.model, loaded.lora)
+
+
+def _job(config: TrainConfig, run: RunFolder, loaded: _Loaded) -> Job:
+    base, items, training = loaded.base, loaded.train.items, config.training
+    objective = objective_for(base.model, pad_token(base), recompute=training.gradient_checkpointing)
+
+    def batches(step: int) -> Any:
+        chosen = [items[i] for i in step_indices(len(items), training.batch_size, training.seed, step)]
+        return micro_batches(chosen, training.micro_batch_size)
+
+    def evaluate() -> tuple[float, float]:
+        found = held_out_loss(objective, loaded.evaluation, base.device)
+        return found["loss"], found["token_accuracy"]
+
+    return Job(
+        model=base.model,
+        objective=objective,
+        parameters={n: p for n, p in base.model.named_parameters() if p.requires_grad},
+        config=training,
+        steps=total_steps(len(items), training),
+        steps_per_epoch=steps_per_epoch(len(items), training.batch_size),
+        batches=batches,
+        evaluate=evaluate if loaded.evaluation else None,
+        checkpoints=run.checkpoints,
+        device=base.device,
+    )
+
+
+def held_out_loss(objective: Objective, examples: Examples | None, device: torch.device) -> dict[str, Any]:
+    """Mean loss and accuracy over all supervised tokens of a data set."""
+    items = examples.items if examples else []
+    loss, accuracy, tokens = evaluate_loss(objective, evaluation_batches(items, EVALUATION_TOKENS), device)
+    return {"loss": loss, "token_accuracy": accuracy, "tokens": tokens, "examples": len(items)}
+
+
+def _evaluated(base: Base, examples: Examples | None) -> dict[str, Any] | None:
+    """Held-out loss of the model as it stands; None without held-out data."""
+    if examples is None:
+        return None
+    return held_out_loss(objective_for(base.model, pad_token(base), recompute=False), examples, base.device)
+
+
+def _save(config: TrainConfig, run: RunFolder, loaded: _Loaded, job: Job, progressed: Progressed) -> None:
+    """`adapter/` is the best by evaluation where there were evaluations, else the last; then the last is kept apart."""
+    provenance = _provenance(config, loaded, progressed)
+    model, name = loaded.base.model, loaded.base.public_name
+    if progressed.best and progressed.best_step != progressed.step:
+        save_adapter(model, run.last_adapter, provenance=provenance, base_name=name)
+        _put(job.parameters, progressed.best)
+    save_adapter(model, run.adapter, provenance=provenance, base_name=name)
+
+
+@torch.no_grad()
+def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def _provenance(config: TrainConfig, loaded: _Loaded, progressed: Progressed) -> Provenance:
+    """What can be said without times and paths, so that the same training gives the same bytes."""
+    renderer: Renderer = loaded.base.renderer
+    return Provenance(
+        base=loaded.base.fingerprint.as_json(),
+        chat_template=renderer.template,
+        eos_token_ids=renderer.end_token_ids,
+        training={
+            "settings": asdict(config.training),
+            "data": loaded.train.report.digest,
+            "steps": progressed.step,
+            "best_step": progressed.best_step,
+            "dtype": config.dtype,
+        },
+    )
+
+
+def _prove(config: TrainConfig, loaded: _Loaded, emit: Emit) -> tuple[dict[str, Any] | None, Verification | None]:
+    if not config.verify:
+        return None, None
+    emit(Message(text="proving that the merged model says what the adapter says"))
+    base = loaded.base
+    batch = proof_batch((loaded.evaluation or loaded.train).items, base.device)
+    verification = verify_merge(base.model, batch, pad_token(base))
+    merge(base.model)
+    try:
+        return _evaluated(base, loaded.evaluation), verification
+    finally:
+        unmerge(base.model)
+
+
+def _figures(config: TrainConfig, run: RunFolder, base: Base, progressed: Progressed) -> dict[str, Any]:
+    return {
+        "run": str(run.path),
+        "adapter": str(run.adapter),
+        "base": config.base,
+        "dtype": config.dtype,
+        "device": config.device,
+        "steps": progressed.step,
+        "best_step": progressed.best_step,
+        "seconds": progressed.seconds,
+        "tokens": progressed.tokens,
+        "supervised_tokens": progressed.supervised_tokens,
+        "tokens_per_second": progressed.tokens / progressed.seconds if progressed.seconds else 0.0,
+        "peak_memory_bytes": peak_memory_bytes(base.device),
+    }

@@ -1,0 +1,154 @@
+"""The training loop: steps, evaluations, checkpoints; nothing about data formats, folders or terminals."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from twofold.base.batch import PackedBatch
+from twofold.errors import NonFiniteLossError
+from twofold.events import Checkpointed, Emit, Evaluated, Step
+from twofold.machine import memory_bytes
+from twofold.training import checkpoint
+from twofold.training.checkpoint import Progressed
+from twofold.training.objective import Objective
+from twofold.training.optim import TrainingConfig, learning_rate, optimiser
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        parameters: what is trained, by name.
+        steps: optimiser steps in all.
+        batches: the packed micro-batches of a step, counted from 0.
+        evaluate: held-out loss and token accuracy, if there is held-out data.
+        checkpoints: folder for checkpoints.
+    """
+
+    model: nn.Module
+    objective: Objective
+    parameters: Mapping[str, nn.Parameter]
+    config: TrainingConfig
+    steps: int
+    steps_per_epoch: int
+    batches: Callable[[int], list[PackedBatch]]
+    evaluate: Callable[[], tuple[float, float]] | None
+    checkpoints: Path
+    device: torch.device
+
+
+def train(job: Job, emit: Emit, resume_from: Path | None = None) -> Progressed:
+    """Run a job to its end, or until early stopping; the model holds the last adapter, the result the best.
+
+    Raises:
+        NonFiniteLossError: a loss or gradient is NaN or infinite; checkpoints up to then are kept.
+    """
+    optimise = optimiser(list(job.parameters.values()), job.config)
+    progressed = checkpoint.load(resume_from, job.parameters, optimise) if resume_from else Progressed()
+    job.model.train()
+    while progressed.step < job.steps and not _should_stop(job, progressed):
+        started = time.perf_counter()
+        event = _step(job, optimise, progressed)
+        progressed.seconds += time.perf_counter() - started
+        emit(_with_time_left(event, job, progressed))
+        if _due(job.config.evaluate_every, progressed.step) and job.evaluate is not None:
+            emit(_evaluate(job, progressed))
+        if _due(job.config.checkpoint_every, progressed.step):
+            folder = checkpoint.save(job.checkpoints, progressed, job.parameters, optimise)
+            checkpoint.prune(job.checkpoints, job.config.keep_checkpoints)
+            emit(Checkpointed(step=progressed.step, path=folder.name))
+    job.model.eval()
+    return progressed
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def _should_stop(job: Job, progressed: Progressed) -> bool:
+    return job.config.early_stopping is not None and progressed.stale >= job.config.early_stopping
+
+
+def _step(job: Job, optimise: torch.optim.Optimizer, progressed: Progressed) -> Step:
+    """One optimiser step. The loss is weighted by supervised tokens over all micro-batches of the step."""
+    started = time.perf_counter()
+    rate = learning_rate(job.config, progressed.step, job.steps)
+    for group in optimise.param_groups:
+        group["lr"] = rate
+    batches = job.batches(progressed.step)
+    supervised = sum(b.supervised_tokens for b in batches)
+    loss = sum(_backward(job, batch, supervised) for batch in batches)
+    norm = _clip(job)
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise NonFiniteLossError(_not_finite(job, progressed.step, loss, norm))
+    optimise.step()
+    optimise.zero_grad(set_to_none=True)
+    tokens = sum(b.tokens for b in batches)
+    progressed.step += 1
+    progressed.tokens += tokens
+    progressed.supervised_tokens += supervised
+    progressed.losses.append(loss)
+    return Step(
+        step=progressed.step,
+        steps=job.steps,
+        epoch=progressed.step / job.steps_per_epoch,
+        loss=loss,
+        learning_rate=rate,
+        gradient_norm=norm,
+        tokens=progressed.tokens,
+        supervised_tokens=progressed.supervised_tokens,
+        tokens_per_second=tokens / (time.perf_counter() - started),
+        memory_bytes=memory_bytes(job.device),
+        seconds_left=0.0,
+    )
+
+
+def _with_time_left(event: Step, job: Job, progressed: Progressed) -> Step:
+    from dataclasses import replace
+
+    return replace(event, seconds_left=progressed.seconds / progressed.step * (job.steps - progressed.step))
+
+
+def _backward(job: Job, batch: PackedBatch, supervised: int) -> float:
+    """Add a micro-batch's share of the step's gradient; its share of the mean loss."""
+    loss = job.objective(batch.to(job.device)).loss_sum / supervised
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
+
+
+def _clip(job: Job) -> float:
+    limit = job.config.gradient_clip or math.inf
+    return float(torch.nn.utils.clip_grad_norm_(job.parameters.values(), limit))
+
+
+def _not_finite(job: Job, step: int, loss: float, norm: float) -> str:
+    kept = checkpoint.newest(job.checkpoints)
+    there = f"the last good checkpoint is {kept}" if kept else "no checkpoint was due before (checkpoint_every)"
+    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+    return f"step {step + 1} gave {what}, so training stopped before it could spoil the adapter; {there}; try a lower learning rate"
+
+
+def _evaluate(job: Job, progressed: Progressed) -> Evaluated:
+    assert job.evaluate is not None
+    job.model.eval()
+    loss, accuracy = job.evaluate()
+    job.model.train()
+    best = progressed.best_loss is None or loss < progressed.best_loss
+    progressed.stale = 0 if best else progressed.stale + 1
+    if best:
+        progressed.best_loss, progressed.best_step = loss, progressed.step
+        progressed.best = snapshot(job.parameters)
+    return Evaluated(step=progressed.step, loss=loss, token_accuracy=accuracy, best=best)
+
+
+def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copies of the trained tensors."""
+    return {name: p.detach().clone() for name, p in parameters.items()}

@@ -1,0 +1,95 @@
+"""The optimiser, its schedule and the settings of a training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from twofold.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How an adapter is trained.
+
+    Attributes:
+        batch_size: examples in one optimiser step.
+        micro_batch_size: examples in one forward pass; smaller ones are accumulated to a step, weighted by
+            supervised tokens. The whole batch at once when not given.
+        epochs: passes over the data.
+        max_steps: stop after so many steps.
+        learning_rate: at its highest, after warm-up.
+        schedule: how it falls afterwards: `cosine` or `linear` to zero, or `constant`.
+        warmup: share of the steps in which the rate rises linearly from zero.
+        weight_decay: of AdamW, on the factors.
+        beta1: of AdamW.
+        beta2: of AdamW.
+        gradient_clip: largest norm of the whole gradient; 0 for none.
+        gradient_checkpointing: keep only each layer's input and compute the rest again: less memory, a third slower.
+        evaluate_every: steps between evaluations; only at the end when not given.
+        early_stopping: stop after so many evaluations without a better loss.
+        checkpoint_every: steps between checkpoints; none when not given.
+        keep_checkpoints: how many of the newest stay on disk.
+        seed: of the start, the order of the data and dropout.
+    """
+
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    epochs: int = 1
+    max_steps: int | None = None
+    learning_rate: float = 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    gradient_clip: float = 1.0
+    gradient_checkpointing: bool = False
+    evaluate_every: int | None = None
+    early_stopping: int | None = None
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_batch_size", "epochs", "max_steps", "evaluate_every", "early_stopping"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value} but must be at least 1")
+        for name in ("checkpoint_every", "keep_checkpoints"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value} but must be at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate is {self.learning_rate} but must be above 0")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup is {self.warmup} but must be a share of the steps, at least 0 and below 1")
+        if self.early_stopping and not self.evaluate_every:
+            raise ConfigError("early_stopping needs evaluate_every: it counts evaluations without a better loss")
+
+
+def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
+    """The rate of step `step` (from 0) of `steps`: linear warm-up, then the schedule."""
+    warm = round(config.warmup * steps)
+    if step < warm:
+        return config.learning_rate * (step + 1) / (warm + 1)
+    done = (step - warm) / max(1, steps - warm)
+    if config.schedule == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return config.learning_rate * (1 - done if config.schedule == "linear" else 1)
+
+
+def optimiser(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) in one fused pass over all tensors."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
