@@ -46,7 +46,7 @@ _WHERE = {
     "trainable_summary": "adapter.attach",
     "unmerge": "adapter.attach",
 }
-__all__ = sorted(_WHERE)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = list(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

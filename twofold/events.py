@@ -7,7 +7,8 @@ Work that nobody watches emits into `silent`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 
@@ -82,6 +83,14 @@ Emit: TypeAlias = Callable[[Event], None]
 
 def silent(event: Event) -> None:
     """Nobody watches."""
+
+
+@contextmanager
+def working(task: str, emit: Emit) -> Iterator[None]:
+    """Announce a task whose length is unknown, and its end."""
+    emit(Progress(task=task, done=0))
+    yield
+    emit(Progress(task=task, done=1, total=1))
 
 
 def fan_out(*subscribers: Emit) -> Emit:

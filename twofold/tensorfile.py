@@ -28,7 +28,7 @@ class TensorFile:
             raise AdapterFileError(f"{path} does not exist")
         try:
             self._file: Any = safe_open(path, framework="pt")
-            self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}
+            self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise AdapterFileError(
                 f"{path} is damaged or not a safetensors file ({error}); copy or train it again"

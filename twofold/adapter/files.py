@@ -193,7 +193,7 @@ def _exact_config(files: AdapterFiles, model: nn.Module) -> LoraConfig:
     patterns = {r: {m: getattr(resolve(files.config, m), r) for m in sorted(claimed)} for r in ("r", "alpha")}
     return _replace(
         files.config,
-        target_modules=tuple(sorted(claimed)),
+        target_modules=_in_full(claimed, shapes),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -337,10 +337,20 @@ def peft_config(model: nn.Module, name: str, base_name: str | None) -> dict[str,
     }
 
 
-def _shortest(adapted: Mapping[str, ModuleShape], shapes: Mapping[str, ModuleShape]) -> list[str]:
+def _shortest(adapted: Mapping[str, ModuleShape], shapes: Mapping[str, ModuleShape]) -> list[str] | str:
     """The last parts of the names where they match exactly the adapted modules, else the names in full."""
     endings = sorted({name.rsplit(".", 1)[-1] for name in adapted})
-    return endings if {n for n in shapes if matches(endings, n)} == set(adapted) else sorted(adapted)
+    return endings if _matched(endings, shapes) == set(adapted) else _in_full(adapted, shapes)
+
+
+def _in_full(adapted: Iterable[str], shapes: Mapping[str, ModuleShape]) -> list[str] | str:
+    """The names, or one expression of them where one name is the end of another's, which a list would match too."""
+    names = sorted(adapted)
+    return names if _matched(names, shapes) == set(names) else "|".join(re.escape(n) for n in names)
+
+
+def _matched(patterns: list[str], shapes: Mapping[str, ModuleShape]) -> set[str]:
+    return {n for n in shapes if matches(patterns, n)}
 
 
 def _stable(

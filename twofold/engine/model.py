@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -125,7 +125,8 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts begin with, leaving each at least one of its own; 0 when too few to matter."""
     if len(prompts) < 2:
         return 0
-    common = len(os.path.commonprefix([list(p) for p in prompts]))
+    alike = (len(set(tokens)) == 1 for tokens in zip(*prompts, strict=False))
+    common = sum(1 for _ in itertools.takewhile(bool, alike))
     common = min(common, min(len(p) for p in prompts) - 1)
     return common if common >= SHARED_FROM else 0
 

@@ -145,7 +145,8 @@ class _ExplicitAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return *_explicit_backward(gradients[0], *ctx.saved_tensors, ctx.scale), None, None
+        q, k, v, p = ctx.saved_tensors
+        return *_explicit_backward(gradients[0], q, k, v, p, ctx.scale), None, None
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scale: float) -> Tensor:
@@ -167,9 +168,14 @@ def packed_attention(
     scale: float,
 ) -> Float[Tensor, "rows heads d"]:
     """Causal attention in which each query sees the keys of its own segment up to itself."""
-    found = [_attend(*(_ToBucket.apply(x, bucket) for x in (q, k, v)), bucket, scale) for bucket in packed]
+    found = [_attend(_side_by_side(q, b), _side_by_side(k, b), _side_by_side(v, b), b, scale) for b in packed]
     out: Tensor = _FromBuckets.apply(packed, *found)
     return out
+
+
+def _side_by_side(x: Tensor, bucket: Bucket) -> Tensor:
+    found: Tensor = _ToBucket.apply(x, bucket)
+    return found
 
 
 def cached_attention(

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from twofold.layers.protocol import AdapterLayer, Share
+from twofold.layers.protocol import AdapterLayer, Share, bias_of
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.init import Factors
 from twofold.lowrank.linear import Projection, group_product
@@ -37,7 +37,7 @@ class LinearShare(Share):
     def saved(self, base: nn.Module) -> dict[str, Tensor]:
         found = {"lora_A.weight": self.A.detach(), "lora_B.weight": self.B.detach()}
         if self.bias_change is not None:
-            found["base_layer.bias"] = base.bias + self.bias_change.detach()
+            found["base_layer.bias"] = bias_of(base) + self.bias_change.detach()
         return found
 
     @torch.no_grad()
@@ -45,7 +45,7 @@ class LinearShare(Share):
         self.A.copy_(tensors["lora_A.weight"])
         self.B.copy_(tensors["lora_B.weight"])
         if self.bias_change is not None:
-            self.bias_change.copy_(tensors["base_layer.bias"].to(self.bias_change) - base.bias)
+            self.bias_change.copy_(tensors["base_layer.bias"].to(self.bias_change) - bias_of(base))
 
 
 class LoraLinear(AdapterLayer):
@@ -137,11 +137,15 @@ def project(x: Float[Tensor, "*batch in_"], *modules: nn.Module) -> tuple[Float[
     """Several linear modules that read the same x, adapted or not, in one fused pass over it."""
     projections, biases, dropout = [], [], 0.0
     for module in modules:
-        adapted = isinstance(module, LoraLinear)
-        projection = module.projection() if adapted else Projection(module.weight, module.bias, None)
+        projection = module.projection() if isinstance(module, LoraLinear) else _plain(module)
         learns_bias = projection.bias is not None and projection.bias.requires_grad
         projections.append(projection._replace(bias=None) if learns_bias else projection)
         biases.append(projection.bias if learns_bias else None)
-        dropout = max(dropout, module.dropout_now() if adapted else 0.0)
+        dropout = max(dropout, module.dropout_now() if isinstance(module, LoraLinear) else 0.0)
     outputs = group_product(x, projections, dropout)
     return tuple(y if b is None else y + b for y, b in zip(outputs, biases, strict=True))
+
+
+def _plain(module: nn.Module) -> Projection:
+    linear = cast(nn.Linear, module)
+    return Projection(linear.weight, linear.bias, None)

@@ -94,3 +94,9 @@ def checked_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_@-]*", name) or hasattr(nn.ModuleDict(), name):
         raise ConfigError(f"'{name}' cannot name an adapter: use letters, digits, '_', '-' and '@', as in 'my-adapter'")
     return name
+
+
+def bias_of(module: nn.Module) -> Tensor:
+    """The bias of a module that has one."""
+    bias: Tensor = module.bias  # type: ignore[assignment]
+    return bias

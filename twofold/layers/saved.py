@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from twofold.layers.protocol import AdapterLayer, Share
+from twofold.layers.protocol import AdapterLayer, Share, bias_of
 
 
 class CopyShare(Share):
@@ -60,11 +60,11 @@ class BiasShare(Share):
         self.bias_change = nn.Parameter(torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32)))
 
     def saved(self, base: nn.Module) -> dict[str, Tensor]:
-        return {"bias": base.bias + self.bias_change.detach()}
+        return {"bias": bias_of(base) + self.bias_change.detach()}
 
     @torch.no_grad()
     def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        self.bias_change.copy_(tensors["bias"].to(self.bias_change) - base.bias)
+        self.bias_change.copy_(tensors["bias"].to(self.bias_change) - bias_of(base))
 
 
 class TrainedBias(AdapterLayer):

@@ -18,7 +18,8 @@ def singular_values(factors: LowRank) -> Float[Tensor, " r"]:
     """The singular values of the delta, largest first, in float64; min(r, in, out) of them."""
     r_b = torch.linalg.qr(factors.B.double(), mode="r").R
     r_a = torch.linalg.qr(factors.A.double().T, mode="r").R
-    return torch.linalg.svdvals(r_b @ r_a.T) * abs(factors.scale)
+    values: Tensor = torch.linalg.svdvals(r_b @ r_a.T) * abs(factors.scale)
+    return values
 
 
 def stable_rank(values: Float[Tensor, " r"]) -> float:
@@ -36,8 +37,7 @@ def effective_rank(values: Float[Tensor, " r"]) -> float:
 
 def energy_rank(values: Float[Tensor, " r"], share: float) -> int:
     """The smallest rank whose truncation keeps `share` of the squared Frobenius norm; 0 for a zero delta."""
-    energy = values.square()
-    if energy.sum() <= 0:
+    kept = torch.cumsum(values.square(), 0)
+    if kept[-1] <= 0:
         return 0
-    kept = torch.cumsum(energy, 0) / energy.sum()
-    return int(torch.searchsorted(kept, torch.tensor(share, dtype=kept.dtype)).item()) + 1
+    return int(torch.searchsorted(kept / kept[-1], torch.tensor(share, dtype=kept.dtype)).item()) + 1

@@ -106,7 +106,7 @@ def task(base: Base, data: home_intents.HomeIntents, emit: Emit) -> dict[str, An
     adapter = ask("adapter", base, asked, expected, emit)
     with disabled(base.model):
         plain = ask("base", base, asked, expected, emit)
-        hinted = ask(HINTED, base, [hint(data) + row[1:] for row in asked], expected, emit)
+        hinted = ask(HINTED, base, [[*hint(data), *row[1:]] for row in asked], expected, emit)
     return {
         "scores": [
             {"name": a.name, "intent_exact": a.intent_exact, "whole_exact": a.whole_exact, "sentences": len(rows)}

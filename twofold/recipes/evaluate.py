@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from twofold.base.load import Base
@@ -11,16 +12,14 @@ from twofold.data.formats import as_messages, read_table
 from twofold.errors import DataError
 from twofold.events import Emit, silent
 from twofold.recipes.generate import GenerationConfig, answers
-from twofold.recipes.proof import pad_token
 from twofold.recipes.train import held_out_loss
-from twofold.training.objective import objective_for
 
 
 def evaluate(base: Base, data: DataConfig, emit: Emit = silent) -> dict[str, Any]:
     """Loss, perplexity and token accuracy of the model as it stands, on the data of `data.train`."""
     examples = load_examples(data.train, data, base.renderer, emit)
-    found = held_out_loss(objective_for(base.model, pad_token(base), recompute=False), examples, base.device)
-    return {**found, "perplexity": math.exp(min(found["loss"], 700))}
+    found = held_out_loss(base, examples, emit)
+    return {**asdict(found), "perplexity": math.exp(min(found.loss, 700)), "examples": len(examples.items)}
 
 
 def exact_match(base: Base, data: DataConfig, config: GenerationConfig, emit: Emit = silent) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class Verification:
 
 def proof_batch(examples: Sequence[Example], device: torch.device) -> PackedBatch:
     """A few short examples, whose every position is compared."""
-    chosen, tokens = [], 0
+    chosen: list[Example] = []
+    tokens = 0
     for example in sorted(examples, key=lambda e: len(e.token_ids))[:: max(1, len(examples) // EXAMPLES)]:
         if chosen and (len(chosen) == EXAMPLES or tokens + len(example.token_ids) > TOKENS):
             break

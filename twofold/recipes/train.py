@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from twofold.adapter.attach import attach, merge, unmerge
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import Provenance, load_adapter, open_adapter, save_adapter
 from twofold.base.chat import Renderer
-from twofold.base.load import Base, load_base, renderer_for
+from twofold.base.load import Base, Precision, load_base, renderer_for
 from twofold.data.batches import evaluation_batches, micro_batches, step_indices, steps_per_epoch
 from twofold.data.examples import Examples, load_examples
 from twofold.events import Emit, Event, Message, Warned, fan_out, silent
@@ -29,7 +29,7 @@ from twofold.recipes.settings import TrainConfig, check_continues
 from twofold.training.checkpoint import Progressed
 from twofold.training.loop import Job
 from twofold.training.loop import train as run_job
-from twofold.training.objective import Objective, evaluate_loss, objective_for
+from twofold.training.objective import HeldOut, evaluate_loss, objective_for
 
 EVALUATION_TOKENS = 2048
 """Tokens in one forward pass of an evaluation."""
@@ -80,7 +80,7 @@ def _resolved(config: TrainConfig) -> TrainConfig:
     """`auto` made definite, so that a resumed run computes in the type that it began with."""
     device = pick_device() if config.device == "auto" else config.device
     dtype = str(fastest_dtype(torch.device(device))).removeprefix("torch.") if config.dtype == "auto" else config.dtype
-    return replace(config, device=device, dtype=dtype)
+    return replace(config, device=device, dtype=cast(Precision, dtype))
 
 
 def _load(config: TrainConfig, emit: Emit) -> _Loaded:
@@ -108,16 +108,18 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit)
         emit(Warned(text=warning))
     emit(Prepared(preflight=foreseen))
     before = base_digest(model)
-    evaluation: dict[str, Any] = {"base": _evaluated(base, loaded.evaluation)}
+    evaluation: dict[str, Any] = {"base": _evaluated("base", loaded, emit)}
     _attach(config, loaded, emit)
     job = _job(config, run, loaded)
     emit(Message(text=job.objective.path))
     progressed = run_job(job, emit, newest)
+    peak = peak_memory_bytes(base.device)
     _save(config, run, loaded, job, progressed)
-    evaluation["adapter"] = _evaluated(base, loaded.evaluation)
+    evaluation["adapter"] = _evaluated("adapter", loaded, emit)
     evaluation["merged"], verification = _prove(config, loaded, emit)
     report = {
-        **_figures(config, run, base, progressed),
+        **_figures(config, run, progressed),
+        "peak_memory_bytes": peak,
         "parameters": foreseen.as_json()["parameters"],
         "predicted": {"seconds": foreseen.seconds, "memory": foreseen.memory.as_json()},
         "evaluation": evaluation,
@@ -144,13 +146,15 @@ def _job(config: TrainConfig, run: RunFolder, loaded: _Loaded) -> Job:
     base, items, training = loaded.base, loaded.train.items, config.training
     objective = objective_for(base.model, pad_token(base), recompute=training.gradient_checkpointing)
 
+    held_out = evaluation_batches(loaded.evaluation.items, EVALUATION_TOKENS) if loaded.evaluation else []
+
     def batches(step: int) -> Any:
         chosen = [items[i] for i in step_indices(len(items), training.batch_size, training.seed, step)]
         return micro_batches(chosen, training.micro_batch_size)
 
     def evaluate() -> tuple[float, float]:
-        found = held_out_loss(objective, loaded.evaluation, base.device)
-        return found["loss"], found["token_accuracy"]
+        found = evaluate_loss(objective, held_out, base.device)
+        return found.loss, found.token_accuracy
 
     return Job(
         model=base.model,
@@ -160,24 +164,23 @@ def _job(config: TrainConfig, run: RunFolder, loaded: _Loaded) -> Job:
         steps=total_steps(len(items), training),
         steps_per_epoch=steps_per_epoch(len(items), training.batch_size),
         batches=batches,
-        evaluate=evaluate if loaded.evaluation else None,
+        evaluate=evaluate if held_out else None,
         checkpoints=run.checkpoints,
         device=base.device,
     )
 
 
-def held_out_loss(objective: Objective, examples: Examples | None, device: torch.device) -> dict[str, Any]:
-    """Mean loss and accuracy over all supervised tokens of a data set."""
-    items = examples.items if examples else []
-    loss, accuracy, tokens = evaluate_loss(objective, evaluation_batches(items, EVALUATION_TOKENS), device)
-    return {"loss": loss, "token_accuracy": accuracy, "tokens": tokens, "examples": len(items)}
+def held_out_loss(base: Base, examples: Examples, emit: Emit = silent, task: str = "evaluating") -> HeldOut:
+    """Loss and accuracy of the model as it stands."""
+    objective = objective_for(base.model, pad_token(base), recompute=False)
+    return evaluate_loss(objective, evaluation_batches(examples.items, EVALUATION_TOKENS), base.device, emit, task)
 
 
-def _evaluated(base: Base, examples: Examples | None) -> dict[str, Any] | None:
-    """Held-out loss of the model as it stands; None without held-out data."""
-    if examples is None:
+def _evaluated(name: str, loaded: _Loaded, emit: Emit) -> dict[str, Any] | None:
+    """Held-out figures for the report; None without held-out data."""
+    if loaded.evaluation is None:
         return None
-    return held_out_loss(objective_for(base.model, pad_token(base), recompute=False), examples, base.device)
+    return asdict(held_out_loss(loaded.base, loaded.evaluation, emit, f"held-out loss, {name}"))
 
 
 def _save(config: TrainConfig, run: RunFolder, loaded: _Loaded, job: Job, progressed: Progressed) -> None:
@@ -222,12 +225,12 @@ def _prove(config: TrainConfig, loaded: _Loaded, emit: Emit) -> tuple[dict[str, 
     verification = verify_merge(base.model, batch, pad_token(base))
     merge(base.model)
     try:
-        return _evaluated(base, loaded.evaluation), verification
+        return _evaluated("merged", loaded, emit), verification
     finally:
         unmerge(base.model)
 
 
-def _figures(config: TrainConfig, run: RunFolder, base: Base, progressed: Progressed) -> dict[str, Any]:
+def _figures(config: TrainConfig, run: RunFolder, progressed: Progressed) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "adapter": str(run.adapter),
@@ -240,5 +243,4 @@ def _figures(config: TrainConfig, run: RunFolder, base: Base, progressed: Progre
         "tokens": progressed.tokens,
         "supervised_tokens": progressed.supervised_tokens,
         "tokens_per_second": progressed.tokens / progressed.seconds if progressed.seconds else 0.0,
-        "peak_memory_bytes": peak_memory_bytes(base.device),
     }

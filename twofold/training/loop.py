@@ -120,7 +120,7 @@ def _with_time_left(event: Step, job: Job, progressed: Progressed) -> Step:
 def _backward(job: Job, batch: PackedBatch, supervised: int) -> float:
     """Add a micro-batch's share of the step's gradient; its share of the mean loss."""
     loss = job.objective(batch.to(job.device)).loss_sum / supervised
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return float(loss.detach())
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from twofold.base.batch import PackedBatch, pad
 from twofold.base.blocks import Decoder, NotDescribed, describe
+from twofold.events import Emit, Progress, silent
 from twofold.functional.loss import HeadLoss, head_loss, logits_loss
 from twofold.layers.protocol import AdapterLayer
 from twofold.training.block import hidden_states
@@ -20,8 +21,10 @@ from twofold.training.block import hidden_states
 class Objective(Protocol):
     """From a batch on the model's device to the sum of its supervised tokens' losses."""
 
-    path: str
-    """Which path this is, and why: for the log."""
+    @property
+    def path(self) -> str:
+        """Which path this is, and why: for the log."""
+        ...
 
     def __call__(self, batch: PackedBatch) -> HeadLoss: ...
 
@@ -82,12 +85,28 @@ def plain_objective(model: Any, pad_id: int, why: NotDescribed, *, recompute: bo
     return PlainObjective(model, pad_id, f"plain path: {why.reason}")
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Means over all supervised tokens of held-out data."""
+
+    loss: float
+    token_accuracy: float
+    tokens: int
+
+
 @torch.no_grad()
-def evaluate_loss(objective: Objective, batches: list[PackedBatch], device: torch.device) -> tuple[float, float, int]:
-    """Mean loss and accuracy over all supervised tokens of the batches, and how many those are."""
+def evaluate_loss(
+    objective: Objective,
+    batches: list[PackedBatch],
+    device: torch.device,
+    emit: Emit = silent,
+    task: str = "evaluating",
+) -> HeldOut:
+    """Run held-out batches through an objective."""
     loss, correct, count = 0.0, 0, 0
-    for batch in batches:
+    for done, batch in enumerate(batches, start=1):
         found = objective(batch.to(device))
         loss, correct = loss + float(found.loss_sum), correct + int(found.correct)
         count += batch.supervised_tokens
-    return loss / count, correct / count, count
+        emit(Progress(task=task, done=done, total=len(batches)))
+    return HeldOut(loss / count, correct / count, count)

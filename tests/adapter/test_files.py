@@ -1,0 +1,351 @@
+"""Adapter folders: the same bytes every time, whole or absent, and nothing in them skipped in silence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from families import build_model, logits, randomise
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from twofold.adapter.attach import activate, active, attach, attached, config_of, shares
+from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.files import Provenance, load_adapter, open_adapter, save_adapter, split_key
+from twofold.errors import AdapterFileError, ConfigError, RunError, UserError
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+KEY = "base_model.model.model.layers.0.self_attn.{}.lora_{}.weight"
+
+
+def learned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+
+def saved(path: Path, family: str = "llama", **settings: Any) -> Path:
+    """A random adapter on disk."""
+    model = build_model(family)
+    attach(model, LoraConfig(**{"r": 4, "target_modules": ("q_proj", "v_proj"), **settings}))
+    randomise(learned(model))
+    return save_adapter(model, path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return saved(tmp_path / "adapter")
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / TENSORS)
+    change(tensors)
+    save_file(tensors, folder / TENSORS)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))}
+
+
+def refusal(folder: Path, model: nn.Module | None = None) -> str:
+    """The message with which a load is refused; the model must be as before."""
+    model = model or build_model("llama")
+    before = logits(model)
+    structure, learning, working = repr(model), [p.requires_grad for p in model.parameters()], active(model)
+    with pytest.raises(AdapterFileError) as caught:
+        load_adapter(model, folder, "loaded")
+    assert repr(model) == structure
+    assert [p.requires_grad for p in model.parameters()] == learning
+    assert active(model) == working
+    assert torch.equal(logits(model), before)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def test_what_is_saved_loads_again_bit_for_bit(folder: Path) -> None:
+    model, again = build_model("llama"), build_model("llama")
+    load_adapter(model, folder)
+    load_adapter(again, save_adapter(model, folder.parent / "again"))
+    assert torch.equal(logits(model), logits(again))
+    assert bytes_of(folder) == bytes_of(folder.parent / "again")
+    assert {n: resolve(config_of(again), n) for n in shares(again, "default")} == {
+        n: resolve(LoraConfig(r=4), n) for n in shares(model, "default")
+    }
+
+
+def test_equal_adapters_give_equal_bytes_whatever_came_first(tmp_path: Path) -> None:
+    one = saved(tmp_path / "one", target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2, "v_proj": 3})
+    two = saved(tmp_path / "two", target_modules=["v_proj", "q_proj"], rank_pattern={"v_proj": 3, "q_proj": 2})
+    model = build_model("llama")
+    attach(model, LoraConfig(r=7, target_modules="mlp"), "earlier")
+    attach(model, LoraConfig(r=4, target_modules=r".*\.(v|q)_proj", rank_pattern={"v_proj": 3, "q_proj": 2}), "named")
+    named = {n.replace(".named.", ".default."): p for n, p in learned(model)}
+    randomise(list(named.items()))
+    three = save_adapter(model, tmp_path / "three", "named")
+    assert bytes_of(one) == bytes_of(two) == bytes_of(three)
+
+
+def test_a_folder_gives_way_only_to_a_whole_one_and_leaves_no_crumbs(folder: Path) -> None:
+    (folder / "stale.txt").write_text("of an older adapter")
+    saved(folder, r=2)
+    assert sorted(bytes_of(folder)) == [CONFIG, TENSORS]
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="cannot write .*file/adapter"):
+        saved(tmp_path / "file" / "adapter")
+    assert (tmp_path / "file").read_text() == "in the way"
+    model = build_model("llama")
+    with pytest.raises(ConfigError, match="no adapter named 'default'"):
+        save_adapter(model, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_provenance_comes_back_and_holds_no_time_and_no_path(tmp_path: Path) -> None:
+    model = build_model("llama")
+    attach(model, LoraConfig(r=2))
+    told = Provenance(
+        base={"shapes": "x", "samples": [1.5]}, chat_template="{{ x }}", eos_token_ids=[2], training={"steps": 3}
+    )
+    path = save_adapter(model, tmp_path / "a", provenance=told, base_name="some/base")
+    opened = open_adapter(path)
+    assert opened.provenance == told
+    assert opened.base_name == "some/base"
+    assert str(tmp_path) not in "".join(p.read_text(errors="ignore") for p in path.iterdir())
+    assert open_adapter(saved(tmp_path / "b")).provenance is None
+
+
+# ---------------------------------------------------------------------------------------- patterns
+
+
+OVERLAPPING = {
+    "rank_pattern": {"q_proj": 3, r".*proj": 5},
+    "alpha_pattern": {r"layers\.0\..*": 9, "q_proj": 16, ".*": 4},
+}
+
+
+@pytest.mark.parametrize("reader", ["peft", "twofold"])
+def test_overlapping_patterns_keep_their_meaning_although_files_are_sorted(reader: str, tmp_path: Path) -> None:
+    model = build_model("llama")
+    config = LoraConfig(r=2, target_modules=("q_proj", "v_proj", "up_proj"), **OVERLAPPING)  # type: ignore[arg-type]
+    attach(model, config)
+    randomise(learned(model))
+    expected = {n: resolve(config, n) for n in shares(model, "default")}
+    assert {v.alpha for v in expected.values()} == {9, 16, 4}
+    path = save_adapter(model, tmp_path / "a")
+    again: Any = build_model("llama")
+    if reader == "twofold":
+        load_adapter(again, path)
+        path = save_adapter(again, tmp_path / "b")
+        again = build_model("llama")
+        load_adapter(again, path)
+        found = {n: (s.A.shape[0], s.scale) for n, s in shares(again, "default").items()}  # type: ignore[union-attr, index]
+    else:
+        again = peft.PeftModel.from_pretrained(again, path).eval()
+        again.save_pretrained(tmp_path / "b")
+        again = peft.PeftModel.from_pretrained(build_model("llama"), tmp_path / "b").eval()
+        layers = {n.removeprefix("base_model.model."): m for n, m in again.named_modules() if hasattr(m, "lora_A")}
+        found = {n: (m.r["default"], m.scaling["default"]) for n, m in layers.items()}
+    assert found == {n: (v.r, v.scale) for n, v in expected.items()}
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+
+
+class _Nested(nn.Module):
+    """A module's whole name that is the end of another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.inner = nn.ModuleDict({"proj": nn.Linear(4, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner["proj"](self.proj(x))
+        return y
+
+
+@pytest.mark.parametrize("reader", ["peft", "twofold"])
+def test_targets_that_no_list_of_endings_can_tell_apart_survive(reader: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, again = _Nested(), _Nested()
+    again.load_state_dict(model.state_dict())
+    attach(model, LoraConfig(r=2, target_modules="proj"))
+    assert list(shares(model, "default")) == ["proj"]
+    randomise(learned(model))
+    x = torch.randn(3, 4)
+    expected = model(x)
+    path = save_adapter(model, tmp_path / "a")
+    if reader == "twofold":
+        load_adapter(again, path)
+    else:
+        again = peft.PeftModel.from_pretrained(again, path)  # type: ignore[assignment]
+    torch.testing.assert_close(again(x), expected)
+
+
+# ---------------------------------------------------------------------------------------- strictness
+
+
+def test_all_tensors_that_do_not_fit_are_listed_at_once(folder: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        del tensors[KEY.format("q_proj", "A")]
+        tensors[KEY.format("v_proj", "B")] = torch.zeros(3, 4)
+        tensors["base_model.model.model.norm.weight"] = torch.zeros(32)
+        tensors[KEY.format("q_proj", "B").replace("0", "1")][0, 0] = float("nan")
+
+    edit_tensors(folder, spoil)
+    said = refusal(folder)
+    for expected in (
+        f"missing tensor '{KEY.format('q_proj', 'A')}'",
+        f"'{KEY.format('v_proj', 'B')}' has shape (3, 4) where this model needs (16, 4)",
+        "unexpected tensor 'base_model.model.model.norm.weight'",
+        "'model.layers.1.self_attn.q_proj.lora_B.weight' holds NaN or infinity",
+    ):
+        assert expected in said, said
+
+
+def test_modules_that_the_file_or_the_model_lacks_are_listed(folder: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        for side in "AB":
+            del tensors[KEY.format("q_proj", side)]
+            tensors[f"base_model.model.model.layers.7.self_attn.q_proj.lora_{side}.weight"] = torch.zeros(4, 4)
+            tensors[KEY.format("k_proj", side)] = torch.zeros(4, 4)
+
+    edit_tensors(folder, spoil)
+    said = refusal(folder)
+    assert "no module 'model.layers.7.self_attn.q_proj' in this model" in said
+    assert "'model.layers.0.self_attn.q_proj' is a target of the config but has no tensors" in said
+    assert "'model.layers.0.self_attn.k_proj' has tensors but is no target of the config" in said
+
+
+def test_a_rank_other_than_the_configs_is_refused(folder: Path) -> None:
+    edit_config(folder, r=8)
+    assert "'model.layers.0.self_attn.q_proj' has rank 4 in the tensors but 8 by the config" in refusal(folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(folder: Path, bad: float) -> None:
+    edit_tensors(folder, lambda t: t[KEY.format("q_proj", "A")].view(-1)[3:4].fill_(bad))
+    assert "q_proj.lora_A.weight' holds NaN or infinity" in refusal(folder)
+
+
+def test_a_resized_vocabulary_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a", target_modules=("embed_tokens", "q_proj"))
+    wider = LlamaForCausalLM(LlamaConfig(**{**build_model("llama").config.to_dict(), "vocab_size": 72})).eval()
+    said = refusal(path, wider)
+    assert "lora_embedding_A' has shape (4, 64) where this model needs (4, 72)" in said
+
+
+def test_a_refused_load_leaves_other_adapters_at_work(folder: Path) -> None:
+    model = build_model("llama")
+    attach(model, LoraConfig(r=2, target_modules="mlp"), "working")
+    randomise(learned(model))
+    attach(model, LoraConfig(r=2, target_modules="mlp"), "idle")
+    activate(model, {"working": 0.5})
+    edit_tensors(folder, lambda t: t.pop(KEY.format("q_proj", "A")))
+    refusal(folder, model)
+    assert active(model) == {"working": 0.5}
+    assert attached(model) == ["working", "idle"]
+
+
+def test_a_base_embedding_that_peft_saved_beside_must_be_this_bases(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(build_model("llama"), peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]))
+    theirs.save_pretrained(tmp_path / "a")
+    assert any("base_layer.weight" in k for k in load_file(tmp_path / "a" / TENSORS))
+    load_adapter(build_model("llama"), tmp_path / "a")
+    assert "unexpected tensor 'base_model.model.model.embed_tokens.base_layer.weight'" in refusal(
+        tmp_path / "a", build_model("llama", seed=8)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"use_dora": True, "lora_bias": True}, "lora_bias=True, use_dora=True"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices=[1, 2]"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"target_parameters": ["experts.up"]}, "target_parameters"),
+        ({"use_qalora": True}, "use_qalora=True"),
+        ({"made_up_later": 3}, "made_up_later=3"),
+        ({"peft_type": "IA3"}, "describes a IA3 adapter"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base"),
+        ({"r": "four"}, "'r' is 'four' but should be a whole number"),
+        ({"bias": "some"}, "'bias' is 'some' but may be none, lora_only, all"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(folder: Path, changes: dict[str, Any], said: str) -> None:
+    edit_config(folder, **changes)
+    with pytest.raises(UserError) as caught:
+        load_adapter(build_model("llama"), folder)
+    assert said in str(caught.value)
+    assert CONFIG in str(caught.value)
+
+
+def test_settings_that_change_nothing_are_taken(folder: Path) -> None:
+    inert = {
+        "use_dora": False,
+        "megatron_config": None,
+        "loftq_config": {},
+        "peft_version": "9.9",
+        "inference_mode": False,
+    }
+    edit_config(folder, **inert, layers_to_transform=None, init_lora_weights="orthogonal", made_up_later=None)
+    model, plain = build_model("llama"), build_model("llama")
+    load_adapter(model, folder)
+    edit_config(folder, init_lora_weights=True)
+    load_adapter(plain, folder)
+    assert torch.equal(logits(model), logits(plain))
+
+
+def test_damaged_missing_and_pickled_files_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    whole = (folder / TENSORS).read_bytes()
+    for cut in (len(whole) - 1, len(whole) // 2, 20, 3, 0):
+        (folder / TENSORS).write_bytes(whole[:cut])
+        assert "damaged or not a safetensors file" in refusal(folder)
+    (folder / TENSORS).unlink()
+    assert f"{TENSORS} does not exist" in refusal(folder)
+    torch.save({}, folder / "adapter_model.bin")
+    assert "is a pickle" in refusal(folder)
+    (folder / TENSORS).write_bytes(whole)
+    load_adapter(build_model("llama"), folder)
+    for text, said in (("{", "is not valid JSON"), ("[]", "should hold a JSON object"), ("\xff", "not valid JSON")):
+        (folder / CONFIG).write_text(text, encoding="latin-1")
+        assert said in refusal(folder)
+    (folder / CONFIG).unlink()
+    assert "is this an adapter folder?" in refusal(folder)
+    shutil.rmtree(folder)
+    assert "no adapter folder at" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "parts"),
+    [
+        (KEY.format("q_proj", "A"), ("model.layers.0.self_attn.q_proj", "lora_A.weight")),
+        ("base_model.model.wte.lora_embedding_B", ("wte", "lora_embedding_B")),
+        ("base_model.model.h.0.attn.base_layer.bias", ("h.0.attn", "base_layer.bias")),
+        ("base_model.model.lm_head.weight", ("lm_head", "weight")),
+    ],
+)
+def test_keys_are_split_at_the_module(key: str, parts: tuple[str, str]) -> None:
+    assert split_key(key) == parts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files_load_into_float32_factors(folder: Path, dtype: torch.dtype) -> None:
+    edit_tensors(folder, lambda t: t.update({k: v.to(dtype) for k, v in t.items()}))
+    model = build_model("llama")
+    load_adapter(model, folder)
+    assert {p.dtype for _, p in learned(model)} == {torch.float32}
