@@ -11,7 +11,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def new_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise RunError(_cannot_write(path, error)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 @contextmanager
@@ -74,9 +74,21 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         sync(path.parent)
     except OSError as error:
         raise RunError(_cannot_write(path, error)) from error
+    except RunError as error:
+        raise RunError(str(error).replace(str(temporary), str(path))) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+        if retired.exists() and not path.exists():
+            os.replace(retired, path)
+        _remove(temporary)
+        _remove(retired)
+
+
+def _remove(path: Path) -> None:
+    """Take away what may be a folder, a file or nothing; if it cannot be, the error that led here matters more."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

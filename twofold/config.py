@@ -163,7 +163,7 @@ def _convert_scalar(value: Any, hint: Any, place: str, problems: list[str]) -> A
         return _wrong(value, "a whole number", place, problems)
     if isinstance(value, hint):
         return value
-    words = {int: "a whole number", str: "text", bool: "true or false", Path: "a path"}
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
     return _wrong(value, words.get(hint, getattr(hint, "__name__", str(hint))), place, problems)
 
 

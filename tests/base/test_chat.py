@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -34,8 +34,8 @@ TAGGED = (
 FORGETFUL = (
     "{% for m in messages %}{% set text = m['content'] %}"
     "{% if m['role'] == 'assistant' and not loop.last %}{% set text = text.split('</think>')[-1] %}{% endif %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n\n' + text + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
 )
 """Drops the thinking of all but the last turn, as reasoning models' templates do."""
 HEADINGS = (
@@ -174,8 +174,9 @@ CONTENTS = st.one_of(
     system=st.none() | CONTENTS,
     metaspace=st.booleans(),
 )
+@example("forgetful", ["a", "0", "b", "<think>x</think>y", "c", "z"], None, metaspace=False)
 def test_a_prompt_has_the_tokens_that_stood_before_its_answer_in_training(
-    template: str, contents: list[str], system: str | None, metaspace: bool
+    template: str, contents: list[str], system: str | None, *, metaspace: bool
 ) -> None:
     if template == "llama2":
         system = None

@@ -231,8 +231,8 @@ def test_evaluation_weighs_by_tokens() -> None:
     count = sum(e.supervised_tokens for e in examples)
     objective = objective_for(model, 0, recompute=False)
     found = evaluate_loss(objective, [pack(examples[:1]), pack(examples[1:])], torch.device("cpu"))
-    assert found[0] == pytest.approx(expected.item() / count, rel=1e-5)
-    assert found[1:] == (hits / count, count)
+    assert found.loss == pytest.approx(expected.item() / count, rel=1e-5)
+    assert (found.token_accuracy, found.tokens) == (hits / count, count)
 
 
 # ---------------------------------------------------------------------------------------- which path
@@ -273,8 +273,7 @@ def test_hooked_and_patched_modules_are_not_described() -> None:
     hooked, early, patched = (build_model("llama") for _ in range(3))
     hooked.model.layers[1].mlp.up_proj.register_forward_hook(lambda m, a, y: y * 2)
     early.model.layers[0].register_forward_pre_hook(lambda m, a: None)
-    inner = patched.model.layers[0].self_attn.forward
-    patched.model.layers[0].self_attn.forward = lambda *a, **k: inner(*a, **k)
+    patched.model.layers[0].self_attn.forward = patched.model.layers[0].self_attn.forward
     assert "'model.layers.1.mlp.up_proj' is hooked" in reason_of(hooked)
     assert "'model.layers.0' is hooked" in reason_of(early)
     assert "'model.layers.0.self_attn'" in reason_of(patched)

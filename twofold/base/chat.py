@@ -1,8 +1,8 @@
 """The one renderer: messages to tokens and loss mask, for training, evaluation and serving alike.
 
 The rule that keeps training and serving equal: the tokens before an answer in training are the tokens that a prompt for
-that answer gets. A text is therefore tokenised whole only where no token crosses the border of an answer; where one would,
-the pieces are tokenised apart, in training and in prompts.
+that answer gets. A text is therefore tokenised up to each border of an answer; where the tokens of a longer text do not
+begin with those, what follows the border is tokenised apart, in training and in prompts.
 
 Answers are found by the template's own ``{% generation %}`` tags where it has them. Else a conversation is rendered up to each
 answer and just after it, and the difference is the answer. Some templates rewrite history (they drop the thinking of
@@ -88,11 +88,7 @@ class Renderer:
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens that a model is given to write the next answer: those it saw before that answer in training."""
         text = self._render(messages, answer_next=True)
-        try:
-            spans = self._spans(messages, text)
-        except _HistoryRewritten:
-            spans = []
-        return self._encode(text, [p for s in spans for p in (s.start, s.end)])[0]
+        return self._encode(text, self._cuts(messages, text))[0]
 
     def completion_prompt(self, prompt: str) -> list[int]:
         """Tokens of a bare prompt, with the beginning-of-text token where the tokenizer uses one: once."""
@@ -133,9 +129,21 @@ class Renderer:
         """`wanted` are the answers that count; `alone` says that only the last answer can be located."""
         text = self._render(messages, answer_next=False)
         spans = [self._span(messages, len(messages) - 1, text)] if alone else self._spans(messages, text)
-        tokens, starts = self._encode(text, [p for s in spans for p in (s.start, s.end)])
-        counted = [s for s in spans if s.message in wanted]
-        return Example(tokens, [any(s.start <= at < s.end for s in counted) for at in starts])
+        history = self._cuts(messages[:-1], text[: spans[0].start]) if alone else []
+        tokens, before = self._encode(text, [*history, *(p for s in spans for p in (s.start, s.end))])
+        supervised = [False] * len(tokens)
+        for span in (s for s in spans if s.message in wanted):
+            for at in range(before[span.start], before[span.end]):
+                supervised[at] = True
+        return Example(tokens, supervised)
+
+    def _cuts(self, messages: Sequence[Message], prompt: str) -> list[int]:
+        """Where answers begin and end in a prompt; nowhere if its template rewrites history."""
+        try:
+            spans = self._spans(messages, prompt)
+        except _HistoryRewritten:
+            return []
+        return [p for s in spans for p in (s.start, s.end)]
 
     def _spans(self, messages: Sequence[Message], text: str) -> list[_Span]:
         return [self._span(messages, i, text) for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -193,19 +201,12 @@ class Renderer:
         ends = last is not None and self.tokenizer.convert_ids_to_tokens(last) in self._special_tokens()
         return [last] if ends and last is not None else []
 
-    def _encode(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Token ids of `text` with the character each starts at; no token crosses a cut."""
-        ids, offsets = self._encode_piece(text)
-        if not any(start < cut < end for start, end in offsets for cut in cuts):
-            return ids, [start for start, _ in offsets]
-        borders = sorted({0, *cuts, len(text)})
-        ids, starts = [], []
-        for begin, end in itertools.pairwise(borders):
-            piece, at = self._encode_piece(text[begin:end])
-            ids += piece
-            starts += [begin + start for start, _ in at]
-        return ids, starts
-
-    def _encode_piece(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    def _encode(self, text: str, cuts: Sequence[int]) -> tuple[list[int], dict[int, int]]:
+        """Token ids of `text`, and how many of them come before each cut: those of the text up to it, whatever follows."""
+        ids: list[int] = []
+        before: dict[int, int] = {}
+        for begin, end in itertools.pairwise(sorted({0, *cuts, len(text)})):
+            before[begin] = len(ids)
+            whole = self._tokens(text[:end])
+            ids = whole if whole[: len(ids)] == ids else ids + self._tokens(text[begin:end])
+        return ids, before | {len(text): len(ids)}

@@ -79,5 +79,14 @@ def check_same_base(recorded: Mapping[str, Any], ours: Fingerprint, adapter: str
 
 
 def _relative_error(theirs: list[float], ours: list[float]) -> float:
-    a, b = torch.tensor(theirs, dtype=torch.float64), torch.tensor(ours, dtype=torch.float64)
-    return float((a - b).norm() / a.norm()) if a.shape == b.shape else float("inf")
+    """Root mean square of the relative errors tensor by tensor: norms near 1 would drown the small values of matrices."""
+    if len(theirs) != len(ours):
+        return float("inf")
+    a, b = (_by_tensor(samples) for samples in (theirs, ours))
+    size = torch.maximum(a.norm(dim=1), b.norm(dim=1)).clamp_min(torch.finfo(a.dtype).tiny)
+    return float(((a - b).norm(dim=1) / size).square().mean().sqrt())
+
+
+def _by_tensor(samples: list[float]) -> Tensor:
+    """(tensors, VALUES): nearly all tensors give that many samples; the last row is filled with zeros."""
+    return torch.tensor(samples + [0.0] * (-len(samples) % VALUES), dtype=torch.float64).view(-1, VALUES)

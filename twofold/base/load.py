@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -230,8 +231,8 @@ def _convert(gguf: Path, folder: Path, sha256: str) -> None:
 
 def gguf_quantization(file_name: str) -> str | None:
     """The format in a GGUF file's name, such as `Q4_1`; None for 16- and 32-bit files."""
-    parts = file_name.removesuffix(".gguf").replace("-", ".").split(".")
-    return next((p.upper() for p in reversed(parts) if p.upper().startswith(("Q", "IQ")) and p[-1:].isalnum()), None)
+    parts = re.split(r"[.-]", file_name.removesuffix(".gguf").upper())
+    return next((p for p in reversed(parts) if re.fullmatch(r"(I|T)?Q\d(_\w+)?|MXFP4", p)), None)
 
 
 def _quantization(source: str) -> str | None:

@@ -69,7 +69,7 @@ def _bucket(starts: list[int], lengths: list[int], device: torch.device | str) -
     offsets = torch.arange(longest)
     sizes = torch.tensor(lengths)[:, None]
     gather = (torch.tensor(starts)[:, None] + torch.minimum(offsets, sizes - 1)).flatten()
-    places = (offsets < sizes).flatten().nonzero()[:, 0]
+    places = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(lengths)])
     mask = torch.ones(longest, longest, dtype=torch.bool).triu_(1)
     return Bucket(len(lengths), gather.to(device), places.to(device), gather[places].to(device), mask.to(device))
 
@@ -90,13 +90,13 @@ class _ToBucket(torch.autograd.Function):
 
 
 class _FromBuckets(torch.autograd.Function):
-    """The (segments, heads, length, d) of every bucket -> (rows, heads, d)."""
+    """The (segments, heads, length, d) of every bucket -> (rows, heads, d); rows of no segment are zero."""
 
     @staticmethod
-    def forward(ctx: Any, packed: Sequence[Bucket], *found: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: int, packed: Sequence[Bucket], *found: Tensor) -> Tensor:
         ctx.packed, ctx.shapes = packed, [f.shape for f in found]
         _, heads, _, d = found[0].shape
-        out = found[0].new_empty(sum(b.tokens.numel() for b in packed), heads, d)
+        out = found[0].new_zeros(rows, heads, d)
         for bucket, f in zip(packed, found, strict=True):
             flat = f.transpose(1, 2).reshape(-1, heads, d)
             out.index_copy_(0, bucket.tokens, flat.index_select(0, bucket.places))
@@ -110,7 +110,7 @@ class _FromBuckets(torch.autograd.Function):
             flat = dy.new_zeros(segments * length, heads, d)
             flat.index_copy_(0, bucket.places, dy.index_select(0, bucket.tokens))
             back.append(flat.view(segments, length, heads, d).transpose(1, 2))
-        return None, *back
+        return None, None, *back
 
 
 def _explicit_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -167,9 +167,9 @@ def packed_attention(
     packed: Sequence[Bucket],
     scale: float,
 ) -> Float[Tensor, "rows heads d"]:
-    """Causal attention in which each query sees the keys of its own segment up to itself."""
+    """Causal attention in which each query sees the keys of its own segment up to itself; rows of no segment give 0."""
     found = [_attend(_side_by_side(q, b), _side_by_side(k, b), _side_by_side(v, b), b, scale) for b in packed]
-    out: Tensor = _FromBuckets.apply(packed, *found)
+    out: Tensor = _FromBuckets.apply(q.shape[0], packed, *found)
     return out
 
 

@@ -13,16 +13,18 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 from markupsafe import Markup
 
-Point: TypeAlias = tuple[float, float]
-Interval: TypeAlias = tuple[float, float]
+Number: TypeAlias = int | float
+Point: TypeAlias = tuple[Number, Number]
+Interval: TypeAlias = tuple[Number, Number]
+Json: TypeAlias = Mapping[str, Any]
 T = TypeVar("T")
 
-POINTS, TIPS = 800, 160
-"""The most points of a curve, and of places on a chart that tell their figures."""
+POINTS, TIPS, MARKERS = 800, 160, 40
+"""The most points of a curve, places on a chart that tell their figures, and dots; more dots make a line."""
 VIEW = 1000
 """Side of the viewport that curves are drawn in."""
 
@@ -96,23 +98,24 @@ def smoothing_window(count: int) -> int:
 
 
 def smoothed(points: Sequence[Point], window: int) -> list[Point]:
-    """A centred mean, so that it does not lag; the window narrows towards the ends, so that both ends stay."""
-    sums = [0.0, *accumulate(y for _, y in points)]
+    """A centred mean, so that it does not lag; the window narrows towards the ends, so that steep ends stay steep."""
+    sums, last = [0.0, *accumulate(y for _, y in points)], len(points) - 1
     means = []
     for i, (x, _) in enumerate(points):
-        half = min(window // 2, i, len(points) - 1 - i)
-        means.append((x, (sums[i + half + 1] - sums[i - half]) / (2 * half + 1)))
+        half = max(min(window // 2, i, last - i), window // 16)
+        start, stop = max(0, i - half), min(last, i + half) + 1
+        means.append((x, (sums[stop] - sums[start]) / (stop - start)))
     return means
 
 
-def round_step(span: float, count: int) -> float:
+def round_step(span: Number, count: int) -> Number:
     """The smallest of 1, 2, 5 times a power of ten that divides `span` into at most `count` parts."""
     raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
     return next((m * power for m in (1, 2, 5) if m * power >= raw * (1 - 1e-9)), 10 * power)
 
 
-def ticks(interval: Interval, count: int) -> list[float]:
+def ticks(interval: Interval, count: int) -> list[Number]:
     """Round numbers inside an interval, its ends included where they are round."""
     low, high = interval
     step = round_step(high - low, count)
@@ -120,7 +123,7 @@ def ticks(interval: Interval, count: int) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def extent(values: Sequence[float], count: int) -> Interval:
+def extent(values: Sequence[Number], count: int) -> Interval:
     """An interval between round numbers that holds all values, and zero where they come near it."""
     low, high = min(values), max(values)
     if 0 <= low < high / 2:
@@ -132,11 +135,11 @@ def extent(values: Sequence[float], count: int) -> Interval:
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
 
 
-def tick_text(value: float, step: float) -> str:
+def tick_text(value: Number, step: Number) -> str:
     """A tick's number, as short as its neighbours allow."""
     if value == 0:
         return "0"
-    if abs(value) >= 1e4:
+    if abs(value) >= 1e4 or step >= 1e3:
         return f"{value / 1e6:g}M" if step >= 1e5 else f"{value / 1e3:g}k"
     if step < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
@@ -144,7 +147,7 @@ def tick_text(value: float, step: float) -> str:
     return f"{value:.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
 
-def significant(value: float) -> str:
+def significant(value: Number) -> str:
     """Four digits, and a power of ten for what would need many zeros."""
     if value == 0 or 1e-3 <= abs(value) < 1e6 or not math.isfinite(value):
         return f"{value:.4g}" if abs(value) < 1e3 else f"{value:,.0f}"
@@ -188,14 +191,14 @@ def _grid(chart: Chart, x_range: Interval, y_range: Interval) -> Markup:
     return Markup("").join(parts)
 
 
-def _y_tick(y: float, text: str) -> Markup:
+def _y_tick(y: Number, text: str) -> Markup:
     return Markup(
         '<line class="grid" x1="0" x2="100%" y1="{0:.2f}%" y2="{0:.2f}%"/>'
         '<text class="tick y" x="-8" y="{0:.2f}%" dy="0.32em">{1}</text>'
     ).format(y, text)
 
 
-def _x_tick(x: float, text: str) -> Markup:
+def _x_tick(x: Number, text: str) -> Markup:
     return Markup(
         '<line class="notch" x1="{0:.2f}%" x2="{0:.2f}%" y1="100%" y2="100%"/>'
         '<text class="tick x" x="{0:.2f}%" y="100%" dy="1.6em">{1}</text>'
@@ -221,7 +224,7 @@ def _tips(chart: Chart, place: Callable[[Point], Point]) -> Markup:
     return Markup("").join(strips)
 
 
-def _tip(at: Point, strip: Sequence[float], text: str) -> Markup:
+def _tip(at: Point, strip: Sequence[Number], text: str) -> Markup:
     x, y = at
     return Markup(
         '<g class="tip"><title>{0}</title><rect x="{1:.2f}%" y="0" width="{2:.2f}%" height="100%"/>'
@@ -237,12 +240,12 @@ def _marker(marker: Marker, place: Callable[[Point], Point]) -> Markup:
     if not marker.note:
         return drawn
     side, shift = ("end", "-2") if x > 50 else ("start", "12")
-    lift = "1.6em" if y < 6 else "-1.1em"
+    lift = "1.6em" if y < 6 else "-1.3em"
     note = Markup('<text class="note" x="{:.2f}%" y="{:.2f}%" dx="{}" dy="{}" text-anchor="{}">{}</text>')
     return drawn + note.format(x, y, shift, lift if x > 50 else "0.32em", side, marker.note)
 
 
-def bar(value: float, top: float, limit: float | None = None) -> Markup:
+def bar(value: Number, top: Number, limit: Number | None = None) -> Markup:
     """A horizontal bar of `value` out of `top`, with a line at `limit`; for the eye only, its number is text."""
     parts = [Markup('<rect class="filled" width="{:.2f}%" height="100%" rx="2"/>').format(_share(value, top))]
     if limit is not None:
@@ -250,7 +253,7 @@ def bar(value: float, top: float, limit: float | None = None) -> Markup:
     return Markup('<svg class="bar" aria-hidden="true">{}</svg>').format(Markup("").join(parts))
 
 
-def gauge(measured: float, expected: float, band: Interval | None = None) -> Markup:
+def gauge(measured: Number, expected: Number, band: Interval | None = None) -> Markup:
     """A measured bar over what was predicted: the expected value as a line, its range as a band. For the eye only."""
     top = 1.05 * max(measured, expected, *(band or ()))
     filled = Markup('<rect class="filled" y="30%" width="{:.2f}%" height="40%" rx="2"/>')
@@ -262,12 +265,12 @@ def gauge(measured: float, expected: float, band: Interval | None = None) -> Mar
     return Markup('<svg class="gauge" aria-hidden="true">{}</svg>').format(Markup("").join(parts))
 
 
-def _limit(value: float, top: float) -> Markup:
+def _limit(value: Number, top: Number) -> Markup:
     x = _share(value, top)
     return Markup('<line class="limit" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="100%"/>').format(x)
 
 
-def _share(value: float, top: float) -> float:
+def _share(value: Number, top: Number) -> Number:
     """Per cent of `top`, within the bar."""
     return min(100.0, max(0.0, 100 * value / top)) if top > 0 else 0.0
 
@@ -275,9 +278,7 @@ def _share(value: float, top: float) -> float:
 # --- a run's curves --------------------------------------------------------------------------------------------------
 
 
-def loss_figure(
-    report: Mapping[str, Any], events: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]]
-) -> Figure | None:
+def loss_figure(report: Json, events: Sequence[Json], steps: Sequence[Json]) -> Figure | None:
     """Training loss as measured and smoothed, with every held-out loss marked."""
     points = _points(steps, "loss")
     if not points:
@@ -285,48 +286,48 @@ def loss_figure(
     window = smoothing_window(len(points))
     smooth = smoothed(points, window)
     means = dict(smooth)
-    markers = held_out(report, events)
+    ends, along = held_out(report, events)
+    lines = [Line(points, "line faint"), Line(smooth, "line")]
+    if len(along) > MARKERS:
+        lines.append(Line([m.point for m in along], "line held"))
     chart = Chart(
         label=f"Line chart of training loss by step. {_summary(points)}",
-        lines=[Line(points, "line faint"), Line(smooth, "line")],
+        lines=lines,
         tip=lambda p: f"step {p[0]:,.0f}: loss {p[1]:.3f}, smoothed {means[p[0]]:.3f}",
-        markers=markers,
+        markers=ends if len(along) > MARKERS else [*along, *ends],
         x_ticks=8,
     )
-    legend = [("faint", "training loss"), ("", f"mean of {window} steps")]
-    if markers:
+    legend = [("faint", "training loss"), ("", f"mean of {window:,} steps")]
+    if ends or along:
         legend.append(("mark", "held-out loss"))
     return Figure("Loss", _summary(points), draw(chart), legend)
 
 
-def held_out(report: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> list[Marker]:
-    """Every held-out loss: the base before the first step, those along the way, the adapter that was kept."""
-    before, after = (_loss_of(report, name) for name in ("base", "adapter"))
+def held_out(report: Json, events: Sequence[Json]) -> tuple[list[Marker], list[Marker]]:
+    """Every held-out loss: of the base before the first step and the adapter that was kept, and those along the way."""
     step = report.get("best_step") or report.get("steps")
-    markers = [] if before is None else [_end(0, before, "base, before training", "base")]
+    base, adapter = _loss_of(report, "base"), _loss_of(report, "adapter")
+    ends = [] if base is None else [_end(0, base, "base, before training", "base")]
+    if step is not None and adapter is not None:
+        ends.append(_end(step, adapter, f"the adapter, step {step:,}", "adapter"))
     measured = [e for e in events if e.get("event") == "evaluated" and _finite(e.get("loss"))]
-    markers += [_on_the_way(e) for e in measured if after is None or e["step"] != step]
-    return (
-        markers
-        if after is None or not step
-        else [*markers, _end(step, after, f"the adapter, step {step:,}", "adapter")]
-    )
+    return ends, [_on_the_way(e) for e in measured if e["step"] not in {m.point[0] for m in ends}]
 
 
-def _loss_of(report: Mapping[str, Any], name: str) -> float | None:
+def _loss_of(report: Json, name: str) -> Number | None:
     loss = ((report.get("evaluation") or {}).get(name) or {}).get("loss")
     return float(loss) if _finite(loss) else None
 
 
-def _end(step: int, loss: float, what: str, name: str) -> Marker:
+def _end(step: int, loss: Number, what: str, name: str) -> Marker:
     return Marker((step, loss), f"{what}: held-out loss {loss:.3f}", f"{name} {loss:.3f}")
 
 
-def _on_the_way(event: Mapping[str, Any]) -> Marker:
+def _on_the_way(event: Json) -> Marker:
     return Marker((event["step"], event["loss"]), f"step {event['step']:,}: held-out loss {event['loss']:.3f}")
 
 
-def small_figures(steps: Sequence[Mapping[str, Any]]) -> list[Figure]:
+def small_figures(steps: Sequence[Json]) -> list[Figure]:
     """The three curves that explain the loss's."""
     keys = ("learning_rate", "gradient_norm", "tokens_per_second")
     found = [(key.replace("_", " ").capitalize(), _points(steps, key)) for key in keys]
@@ -334,9 +335,13 @@ def small_figures(steps: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
 
 def _small_figure(title: str, points: Sequence[Point]) -> Figure:
+    """Of a long run the curve is faint, under its mean."""
+    lines = [Line(points, "line")]
+    if len(points) > TIPS:
+        lines = [Line(points, "line faint"), Line(smoothed(points, smoothing_window(len(points))), "line")]
     chart = Chart(
         label=f"Line chart of {title.lower()} by step. {_summary(points)}",
-        lines=[Line(points, "line")],
+        lines=lines,
         tip=lambda p: f"step {p[0]:,.0f}: {title.lower()} {significant(p[1])}",
         x_ticks=4,
         y_ticks=4,
@@ -344,11 +349,11 @@ def _small_figure(title: str, points: Sequence[Point]) -> Figure:
     return Figure(title, _summary(points), draw(chart))
 
 
-def _points(steps: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
+def _points(steps: Sequence[Json], key: str) -> list[Point]:
     return [(s["step"], s[key]) for s in steps if _finite(s.get(key))]
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: Any) -> TypeGuard[Number]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 

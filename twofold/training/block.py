@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +21,10 @@ from twofold.functional.rope import rope
 from twofold.functional.swiglu import swiglu
 from twofold.layers.linear import project
 
+ROW_MULTIPLE = 64
+"""Rows are filled up to a multiple of this: kernels are prepared, and kept, for every number of rows that occurs, and
+few numbers then occur. The filler belongs to no example: it attends to nothing and nothing attends to it."""
+
 
 def hidden_states(decoder: Decoder, batch: PackedBatch, *, recompute: bool = False) -> Float[Tensor, "rows d"]:
     """The normed output of the last block for every token.
@@ -29,15 +34,16 @@ def hidden_states(decoder: Decoder, batch: PackedBatch, *, recompute: bool = Fal
         batch: the packed examples, on the model's device.
         recompute: gradient checkpointing: keep only each block's input and run it again in the backward.
     """
-    x = cast(Tensor, decoder.embedding(batch.token_ids))
-    angles = decoder.angles(x, batch.positions)
+    filler = -batch.tokens % ROW_MULTIPLE
+    x = cast(Tensor, decoder.embedding(F.pad(batch.token_ids, (0, filler))))
+    angles = decoder.angles(x, F.pad(batch.positions, (0, filler)))
     packed = buckets(batch.lengths, x.device)
     for block in decoder.blocks:
         if recompute:
             x = cast(Tensor, checkpoint(run_block, decoder, block, x, angles, packed, use_reentrant=False))
         else:
             x = run_block(decoder, block, x, angles, packed)
-    return normed(decoder.norm, x)
+    return normed(decoder.norm, x[: batch.tokens])
 
 
 def run_block(
