@@ -150,14 +150,14 @@ def test_what_is_written_reads_back_the_same(tmp_path_factory: pytest.TempPathFa
 def test_files_that_are_no_configuration(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="c.yaml") as caught:
+    with pytest.raises(ConfigError, match=r"c.yaml") as caught:
         read_yaml(path)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read the configuration .*none.yaml: No such file"):
+    with pytest.raises(ConfigError, match=r"cannot read the configuration .*none.yaml: No such file"):
         read_yaml(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"a: \xff")
     with pytest.raises(ConfigError, match="not valid YAML"):

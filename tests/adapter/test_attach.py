@@ -43,6 +43,10 @@ def hashes(model: nn.Module) -> dict[str, str]:
     }
 
 
+def deltas_of(model: nn.Module) -> dict[str, Tensor]:
+    return {n: layer.delta() for n, layer in adapter_layers(model) if isinstance(layer, LoraLinear | LoraEmbedding)}
+
+
 def learned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
@@ -233,10 +237,10 @@ def test_several_active_adapters_add_up_by_their_weights(family: str) -> None:
     deltas: dict[str, dict[str, Tensor]] = {}
     for name in ("default", "b"):
         activate(model, name)
-        deltas[name] = {n: l.delta() for n, l in adapter_layers(model) if isinstance(l, LoraLinear | LoraEmbedding)}
+        deltas[name] = deltas_of(model)
     activate(model, weights := {"default": 0.3, "b": -1.5})
     assert active(model) == weights
-    found = {n: l.delta() for n, l in adapter_layers(model) if isinstance(l, LoraLinear | LoraEmbedding)}
+    found = deltas_of(model)
     for name, delta in found.items():
         expected = sum(w * deltas[a][name] for a, w in weights.items())
         torch.testing.assert_close(delta, expected, rtol=1e-5, atol=1e-6)

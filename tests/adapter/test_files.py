@@ -106,7 +106,7 @@ def test_a_folder_gives_way_only_to_a_whole_one_and_leaves_no_crumbs(folder: Pat
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(RunError, match="cannot write .*file/adapter"):
+    with pytest.raises(RunError, match=r"cannot write .*file/adapter"):
         saved(tmp_path / "file" / "adapter")
     assert (tmp_path / "file").read_text() == "in the way"
     model = build_model("llama")

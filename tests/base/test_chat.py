@@ -174,7 +174,7 @@ CONTENTS = st.one_of(
     system=st.none() | CONTENTS,
     metaspace=st.booleans(),
 )
-@example("forgetful", ["a", "0", "b", "<think>x</think>y", "c", "z"], None, metaspace=False)
+@example(template="forgetful", contents=["a", "0", "b", "<think>x</think>y", "c", "z"], system=None, metaspace=False)
 def test_a_prompt_has_the_tokens_that_stood_before_its_answer_in_training(
     template: str, contents: list[str], system: str | None, *, metaspace: bool
 ) -> None:

@@ -126,7 +126,7 @@ def test_a_converted_folder_remembers_its_quantisation(folder: Path) -> None:
 
 def test_a_damaged_folder_is_told_in_one_sentence(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(BaseError, match=f"cannot load a causal language model from {folder}: .") as caught:
+    with pytest.raises(BaseError, match=rf"cannot load a causal language model from {folder}: .") as caught:
         load_base(str(folder), dtype="float32", device="cpu")
     assert "\n" not in str(caught.value)
 
@@ -152,7 +152,7 @@ def test_hub_ids_and_folders_are_told_apart(folder: Path, monkeypatch: pytest.Mo
     assert locate(str(folder)) == str(folder)
     monkeypatch.chdir(folder.parent)
     (Path("some") / "model").mkdir(parents=True)
-    with pytest.raises(BaseError, match="it has no config.json"):
+    with pytest.raises(BaseError, match=r"it has no config.json"):
         locate("some/model")
 
 

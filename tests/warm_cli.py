@@ -1,0 +1,144 @@
+"""Command lines as processes of their own, without each paying for Python's imports.
+
+A warm interpreter imports everything once and forks a process for every command: one that can be killed, limited in
+what it may write, and whose code, stdout and stderr are its own. `tests/cli` and `tests/recipes/test_resume.py` also run
+`python -m twofold` itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a process ended: its code (negative: the signal that killed it) and what it said."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    def refusal(self) -> str:
+        """The one sentence of a command that the user must mend."""
+        lines = self.stderr.splitlines()
+        assert self.code == 2, self
+        assert len(lines) == 1, self.stderr
+        assert lines[0].startswith("twofold: "), self.stderr
+        assert "Traceback" not in self.stderr
+        return lines[0]
+
+    def json(self) -> Any:
+        """The one JSON document on stdout."""
+        assert self.code == 0, self.stderr
+        return json.loads(self.stdout)
+
+
+class WarmCli:
+    """Runs one command at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out, self.err = folder / "stdout", folder / "stderr"
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def start(self, *arguments: object, setup: str = "", cwd: Path | None = None) -> int:
+        """Begin a command; its process id. `setup` is Python that runs in it first."""
+        self._say({"argv": [str(a) for a in arguments], "setup": setup, "cwd": str(cwd or Path.cwd())})
+        return self._heard()
+
+    def wait(self) -> Finished:
+        """The end of the command that was started."""
+        code = self._heard()
+        return Finished(code, self.out.read_text(), self.err.read_text())
+
+    def __call__(self, *arguments: object, setup: str = "", cwd: Path | None = None) -> Finished:
+        self.start(*arguments, setup=setup, cwd=cwd)
+        return self.wait()
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()
+
+    def _say(self, command: dict[str, Any]) -> None:
+        assert self._server.stdin is not None
+        command |= {"stdout": str(self.out), "stderr": str(self.err)}
+        self._server.stdin.write(json.dumps(command) + "\n")
+        self._server.stdin.flush()
+
+    def _heard(self) -> int:
+        assert self._server.stdout is not None
+        return int(self._server.stdout.readline())
+
+
+@pytest.fixture(scope="session")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCli]:
+    """`cli("plan", "--base", folder)` as a process of its own."""
+    warm = WarmCli(tmp_path_factory.mktemp("cli"))
+    yield warm
+    warm.close()
+
+
+def cold(*arguments: object, **environment: str) -> Finished:
+    """`python -m twofold` as a shell would run it."""
+    found = subprocess.run(
+        [sys.executable, "-m", "twofold", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+    return Finished(found.returncode, found.stdout, found.stderr)
+
+
+# ---------------------------------------------------------------------------------------------- the warm interpreter
+
+
+def _serve() -> None:
+    from twofold.cli.main import quiet_libraries
+
+    quiet_libraries()
+    import datasets  # noqa: F401
+    import transformers.models.gpt2.modeling_gpt2
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import twofold.cli.train_verb  # noqa: F401
+
+    for line in sys.stdin:
+        command = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            _become(command)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _become(command: dict[str, Any]) -> None:
+    from twofold.cli.main import main
+
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(command[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(command["cwd"])
+    exec(command["setup"], {})
+    try:
+        code: Any = main(command["argv"])
+    except SystemExit as stop:
+        code = stop.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+if __name__ == "__main__":
+    _serve()
