@@ -27,9 +27,9 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def ours(data: Path, output: Path, dtype: str) -> dict[str, Any]:
     """Train with Twofold; the time is that of the steps."""
+    from twofold.data.examples import DataConfig
     from twofold.recipes.settings import AdapterSettings, TrainConfig
     from twofold.recipes.train import train
-    from twofold.data.examples import DataConfig
     from twofold.training.optim import TrainingConfig
 
     config = TrainConfig(
@@ -106,7 +106,7 @@ def theirs(data: Path, output: Path, dtype: str) -> dict[str, Any]:
     clock = Clock()
     trainer.add_callback(clock)
     supervised = sum(
-        sum(l != -100 for l in b["labels"][:, 1:].flatten().tolist()) for b in trainer.get_train_dataloader()
+        sum(t != -100 for t in b["labels"][:, 1:].flatten().tolist()) for b in trainer.get_train_dataloader()
     )
     trainer.train()
     peak = peak_memory_bytes(torch.device("cpu"))

@@ -1,6 +1,6 @@
 """Tiny bases on disk, each with a tokenizer of its own, and tiny data: a whole training over them takes a second.
 
-A test file says `pytest_plugins = ("tiny_base",)` and asks for the fixtures by name.
+`tiny_fixtures.py` makes fixtures of them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_CACHE = tempfile.mkdtemp(prefix="twofold-tests-")
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-os.environ["HF_DATASETS_CACHE"] = _CACHE  # before `datasets` is imported: tests leave the user's cache alone
-
-import pytest
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+_CACHE = tempfile.mkdtemp(prefix="twofold-tests-")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ["HF_DATASETS_CACHE"] = _CACHE  # nothing has imported `datasets` yet: tests leave the user's cache alone
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -83,35 +82,6 @@ def gpt2(vocabulary: int, seed: int = 1) -> hf.GPT2LMHeadModel:
     return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=vocabulary, **sizes, **quiet, **ends)).eval()
 
 
-@pytest.fixture(scope="session")
-def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with a chat template."""
-    tokens = tokenizer()
-    return write_base(tmp_path_factory.mktemp("bases") / "tiny-llama", llama(len(tokens)), tokens)
-
-
-@pytest.fixture(scope="session")
-def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of the same shapes with other weights."""
-    tokens = tokenizer()
-    return write_base(tmp_path_factory.mktemp("bases") / "other-llama", llama(len(tokens), seed=2), tokens)
-
-
-@pytest.fixture(scope="session")
-def tied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose input and output embeddings are one tensor."""
-    tokens = tokenizer()
-    model = llama(len(tokens), tie_word_embeddings=True)
-    return write_base(tmp_path_factory.mktemp("bases") / "tied-llama", model, tokens)
-
-
-@pytest.fixture(scope="session")
-def gpt2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-2 without a chat template."""
-    tokens = tokenizer(template=None)
-    return write_base(tmp_path_factory.mktemp("bases") / "tiny-gpt2", gpt2(len(tokens)), tokens)
-
-
 def pairs(count: int, start: int = 0) -> list[tuple[str, str]]:
     """Questions and answers of a task that a tiny model can learn: the colour follows from the thing."""
     chosen = [THINGS[i % len(THINGS)] for i in range(start, start + count)]
@@ -130,15 +100,3 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
     """One JSON object a line."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="session")
-def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """23 conversations."""
-    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", chats(23))
-
-
-@pytest.fixture(scope="session")
-def held_out_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """7 more."""
-    return write_jsonl(tmp_path_factory.mktemp("data") / "held_out.jsonl", chats(7, start=40))

@@ -11,12 +11,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 
 @dataclass(frozen=True)
@@ -28,13 +25,13 @@ class Finished:
     stderr: str
 
     def refusal(self) -> str:
-        """The one sentence of a command that the user must mend."""
+        """The one sentence of a command that the user must mend: the last line, after nothing but progress."""
         lines = self.stderr.splitlines()
         assert self.code == 2, self
-        assert len(lines) == 1, self.stderr
-        assert lines[0].startswith("twofold: "), self.stderr
-        assert "Traceback" not in self.stderr
-        return lines[0]
+        assert lines[-1].startswith("twofold: "), self.stderr
+        assert all(line.startswith("  ") for line in lines[:-1]), self.stderr
+        assert self.stdout == ""
+        return lines[-1]
 
     def json(self) -> Any:
         """The one JSON document on stdout."""
@@ -79,14 +76,6 @@ class WarmCli:
     def _heard(self) -> int:
         assert self._server.stdout is not None
         return int(self._server.stdout.readline())
-
-
-@pytest.fixture(scope="session")
-def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCli]:
-    """`cli("plan", "--base", folder)` as a process of its own."""
-    warm = WarmCli(tmp_path_factory.mktemp("cli"))
-    yield warm
-    warm.close()
 
 
 def cold(*arguments: object, **environment: str) -> Finished:

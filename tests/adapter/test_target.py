@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from families import CAUSAL, FAMILIES, build_model
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -128,6 +128,7 @@ PIECES = [
     r=st.integers(1, 16),
     stabilised=st.booleans(),
 )
+@example(ranks={"up_proj|q_proj": 3}, alphas={"q_proj|up_proj": 5}, r=2, stabilised=False)
 def test_rank_and_scale_of_a_module_are_those_of_peft(
     ranks: dict[str, int], alphas: dict[str, int], r: int, stabilised: bool
 ) -> None:

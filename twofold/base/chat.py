@@ -98,11 +98,6 @@ class Renderer:
             tokens = tokens[:-1]
         return tokens[1:] if bos is not None and tokens[:2] == [bos, bos] else tokens
 
-    @staticmethod
-    def instruction(instruction: str, extra: str | None) -> str:
-        """An instruction and its optional input as one text."""
-        return f"{instruction}\n\n{extra}" if extra else instruction
-
     # -------------------------------------------------------------------------- inside
 
     def _eos(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -14,8 +15,10 @@ from twofold.recipes.preflight import Preflight
 from twofold.recipes.train import Prepared
 
 SECONDS_BETWEEN_LINES = 5.0
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+LOG_WIDTH = 160
+"""Columns where nobody watches: a log is not wrapped at a terminal's width."""
+stderr = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else LOG_WIDTH)
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
 
 
 class Terminal:
@@ -41,7 +44,8 @@ class Terminal:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._bars.stop()
+        if stderr.is_terminal:  # elsewhere it would leave an empty line behind
+            self._bars.stop()
 
     def __call__(self, event: events.Event) -> None:
         match event:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from twofold.errors import DataError
 
@@ -22,6 +22,15 @@ COLUMNS: dict[Format, tuple[str, ...]] = {
 """The columns that each format needs, in the order they are looked for."""
 
 
+@runtime_checkable
+class Rows(Protocol):
+    """Rows to be counted and gone through in order; they need not be in memory."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]: ...
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows as they were read, with the format that their columns mean."""
@@ -29,7 +38,7 @@ class Table:
     source: str
     format: Format
     columns: tuple[str, ...]
-    rows: Sequence[Mapping[str, Any]]
+    rows: Rows
 
 
 def read_table(source: str) -> Table:

@@ -27,6 +27,8 @@ EXPLICIT_UP_TO = 512
 """Bucket length to which explicit products are used."""
 BUCKET_WASTE = 0.8
 """A segment joins a bucket when it is at least this share of the bucket's longest."""
+LENGTH_MULTIPLE = 16
+"""Buckets are padded to a multiple of this, so that kernels meet few lengths."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def buckets(lengths: Sequence[int], device: torch.device | str) -> list[Bucket]:
 
 
 def _bucket(starts: list[int], lengths: list[int], device: torch.device | str) -> Bucket:
-    longest = max(lengths)
+    longest = -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     offsets = torch.arange(longest)
     sizes = torch.tensor(lengths)[:, None]
     gather = (torch.tensor(starts)[:, None] + torch.minimum(offsets, sizes - 1)).flatten()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 23
 """Logits alive at once: 32 MiB in float32."""
+ROW_MULTIPLE = 32
 
 
 class HeadLoss(NamedTuple):
@@ -28,10 +29,11 @@ class HeadLoss(NamedTuple):
 
 def chunk_rows(vocabulary: int) -> int:
     """Rows per chunk, so that a chunk's logits stay small."""
-    return max(1, CHUNK_ELEMENTS // vocabulary)
+    rows = CHUNK_ELEMENTS // vocabulary
+    return max(1, rows - rows % ROW_MULTIPLE)
 
 
-def _chunk_loss(logits: Tensor, labels: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_loss(logits: Tensor, labels: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:
     """Loss sum and correct count of one chunk; with `gradient`, logits (rows, V) are overwritten by theirs."""
     top = logits.max(-1, keepdim=True)
     at = labels[:, None]
@@ -42,7 +44,12 @@ def _chunk_loss(logits: Tensor, labels: Tensor, *, gradient: bool) -> tuple[Tens
     loss = (total.log() + top.values - picked).sum()
     if gradient:
         exponentials.div_(total).scatter_add_(-1, at, torch.full_like(picked, -1.0))
-    return loss, correct, logits
+    return loss, correct
+
+
+def _filled(hidden: Tensor) -> Tensor:
+    """Rows filled up to a multiple with zeros, so that kernels meet few numbers of rows."""
+    return F.pad(hidden, (0, 0, 0, -hidden.shape[0] % ROW_MULTIPLE))
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -54,13 +61,14 @@ class _HeadLoss(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         rows = chunk_rows(head.shape[0])
         for start in range(0, hidden.shape[0], rows):
-            at = slice(start, start + rows)
-            logits = F.linear(hidden[at], head).to(wide)
-            loss, right, logits = _chunk_loss(logits, labels[at], gradient=gradient is not None)
+            at = slice(start, min(start + rows, hidden.shape[0]))
+            count = at.stop - start
+            logits = F.linear(_filled(hidden[at]), head).to(wide)
+            loss, right = _chunk_loss(logits[:count], labels[at], gradient=gradient is not None)
             loss_sum += loss
             correct += right
             if gradient is not None:
-                torch.mm(logits.to(head.dtype), head, out=gradient[at])
+                gradient[at] = torch.mm(logits.to(head.dtype), head)[:count]
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
         ctx.mark_non_differentiable(correct)
         return loss_sum, correct

@@ -93,7 +93,7 @@ def train_config(config: DemoConfig, run: RunFolder) -> TrainConfig:
     return TrainConfig(
         base=DEFAULT_BASE,
         data=DataConfig(train=str(data / "train.jsonl"), evaluation=str(data / "evaluation.jsonl")),
-        training=TrainingConfig(learning_rate=1e-3, checkpoint_every=25, seed=config.seed),
+        training=TrainingConfig(learning_rate=2e-3, checkpoint_every=25, seed=config.seed),
         output=config.output,
     )
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from twofold import atomic
-from twofold.config import write_yaml
+from twofold.config import as_dict, write_yaml
 from twofold.errors import RunError
 from twofold.events import Emit, Event, Progress
 from twofold.recipes.settings import TrainConfig, read_config
@@ -65,12 +65,21 @@ class RunFolder:
         report: dict[str, Any] = json.loads(self.report.read_text())
         return report
 
+    def require_same_data(self, digest: str) -> None:
+        """Raises RunError if the training examples are not those that the run began with."""
+        began_with = json.loads(self.preflight.read_text())["train"]["digest"]
+        if digest != began_with:
+            raise RunError(
+                f"{self.path} was started with other data: its training examples have changed since; put them back, or "
+                "choose another output for a new run"
+            )
+
     def recorded(self) -> list[dict[str, Any]]:
         """The events so far; a line that a crash cut short does not count."""
         if not self.events.is_file():
             return []
-        lines = self.events.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        lines = self.events.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def open_new(config: TrainConfig) -> RunFolder:
@@ -84,6 +93,16 @@ def open_new(config: TrainConfig) -> RunFolder:
         raise RunError(f"{run.path} holds a run already; pass --resume to go on with it, or choose another output")
     atomic.write_text(run.config, write_yaml(config))
     return run
+
+
+def as_begun(config: TrainConfig) -> TrainConfig:
+    """`auto` as the run in the output folder made it definite: what was measured then holds when it goes on."""
+    run = RunFolder(Path(config.output))
+    if not run.config.exists():
+        return config
+    before = read_config(run.config)
+    dtype = before.dtype if config.dtype == "auto" else config.dtype
+    return replace(config, dtype=dtype, device=before.device if config.device == "auto" else config.device)
 
 
 def open_resumed(config: TrainConfig) -> tuple[RunFolder, Path | None]:
@@ -110,11 +129,9 @@ def open_resumed(config: TrainConfig) -> tuple[RunFolder, Path | None]:
 
 
 def _differences(before: TrainConfig, now: TrainConfig) -> list[str]:
-    """Top-level keys whose values differ; `dtype: auto` may resolve to what the run chose."""
-    from twofold.config import as_dict
-
+    """Top-level keys whose values differ; a run folder may have been moved, or be called by another path."""
     a, b = as_dict(before), as_dict(now)
-    return [k for k in a if a[k] != b[k] and not (k in ("dtype", "device") and b[k] == "auto")]
+    return [k for k in a if a[k] != b[k] and k != "output"]
 
 
 class EventLog:

@@ -24,7 +24,7 @@ from twofold.recipes.adapters import check_base
 from twofold.recipes.preflight import Preflight, preflight, total_steps
 from twofold.recipes.proof import Verification, base_digest, pad_token, proof_batch, verify_merge
 from twofold.recipes.report import write_page
-from twofold.recipes.runs import EventLog, RunFolder, open_new, open_resumed, trackers
+from twofold.recipes.runs import EventLog, RunFolder, as_begun, open_new, open_resumed, trackers
 from twofold.recipes.settings import TrainConfig, check_continues
 from twofold.training.checkpoint import Progressed
 from twofold.training.loop import Job
@@ -61,7 +61,7 @@ def train(config: TrainConfig, emit: Emit = silent, *, resume: bool = False) -> 
         NonFiniteLossError: a loss that is NaN or infinite; checkpoints are kept.
         ProofError: the base changed, or merging does not give what the adapter gives.
     """
-    config = _resolved(config)
+    config = _resolved(as_begun(config) if resume else config)
     run, newest = open_resumed(config) if resume else (open_new(config), None)
     log = EventLog(run)
     try:
@@ -103,6 +103,8 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit)
     loaded = _load(config, emit)
     base, model = loaded.base, loaded.base.model
     foreseen = preflight(base, loaded.lora, config.training, loaded.train, loaded.evaluation)
+    if newest is not None:
+        run.require_same_data(foreseen.train.digest)
     atomic.write_json(run.preflight, foreseen.as_json())
     for warning in foreseen.warnings:
         emit(Warned(text=warning))
@@ -126,8 +128,8 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit)
         "verification": verification.as_json() if verification else None,
         "base_unchanged": base_digest(model) == before,
     }
-    atomic.write_json(run.report, report)
     write_page(run.page, report, foreseen.as_json(), run.recorded())
+    atomic.write_json(run.report, report)  # last: where it stands, the run is finished
     if verification:
         verification.require("the merged model")
     return report

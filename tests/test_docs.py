@@ -1,0 +1,68 @@
+"""Every command and every Python block in the documentation runs, in the order in which a reader meets them."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOT_HERE = ("git ", "cd ", "make ", "#")
+"""What sets a machine up is tried in a fresh clone, not here."""
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    lines = [line.strip() for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line and not line.startswith(NOT_HERE)]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)
+def test_commands_run(page: Path, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for command in commands(page):
+        words = shlex.split(command, comments=True)
+        program = {"twofold": [sys.executable, "-m", "twofold"], "python": [sys.executable]}[words[0]]
+        done = subprocess.run(
+            [*program, *words[1:]], cwd=tmp_path, input="", capture_output=True, text=True, env=os.environ, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for i, block in enumerate(blocks(page, "python")):
+        script = tmp_path / f"block{i}.py"
+        script.write_text(block)
+        runpy.run_path(str(script))
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script))
+
+
+def test_the_configuration_page_is_up_to_date() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "build.py"))["page"]
+    assert (ROOT / "docs" / "configuration.md").read_text() == page()
+
+
+def test_no_path_of_a_machine_is_committed() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    texts = [ROOT / f for f in listed if f.endswith((".py", ".md", ".toml", ".yaml", ".yml", ".j2", "Makefile"))]
+    for path in texts:
+        found = re.search(r"/(?:home|work|root|tmp)/\w", path.read_text()) if path.is_file() else None
+        assert found is None, f"{path} names {found.group() if found else ''}"

@@ -1,0 +1,62 @@
+"""What the tests of the upper floors share: bases, data and a command line, each made once.
+
+A test file says `pytest_plugins = ("tiny_fixtures",)` and asks for these by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_base import chats, gpt2, llama, tokenizer, write_base, write_jsonl
+from warm_cli import WarmCli
+
+
+@pytest.fixture(scope="session")
+def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with a chat template."""
+    tokens = tokenizer()
+    return write_base(tmp_path_factory.mktemp("bases") / "tiny-llama", llama(len(tokens)), tokens)
+
+
+@pytest.fixture(scope="session")
+def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of the same shapes with other weights."""
+    tokens = tokenizer()
+    return write_base(tmp_path_factory.mktemp("bases") / "other-llama", llama(len(tokens), seed=2), tokens)
+
+
+@pytest.fixture(scope="session")
+def tied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose input and output embeddings are one tensor."""
+    tokens = tokenizer()
+    model = llama(len(tokens), tie_word_embeddings=True)
+    return write_base(tmp_path_factory.mktemp("bases") / "tied-llama", model, tokens)
+
+
+@pytest.fixture(scope="session")
+def gpt2_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 without a chat template."""
+    tokens = tokenizer(template=None)
+    return write_base(tmp_path_factory.mktemp("bases") / "tiny-gpt2", gpt2(len(tokens)), tokens)
+
+
+@pytest.fixture(scope="session")
+def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """23 conversations."""
+    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", chats(23))
+
+
+@pytest.fixture(scope="session")
+def held_out_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """7 more."""
+    return write_jsonl(tmp_path_factory.mktemp("data") / "held_out.jsonl", chats(7, start=40))
+
+
+@pytest.fixture(scope="session")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCli]:
+    """`cli("plan", "--base", folder)` as a process of its own."""
+    warm = WarmCli(tmp_path_factory.mktemp("cli"))
+    yield warm
+    warm.close()
