@@ -49,7 +49,7 @@ class DemoConfig:
     """
 
     output: str = "runs/demo"
-    examples: int = 1024
+    examples: int = 1280
     held_out: int = 240
     seed: int = 0
 
