@@ -8,17 +8,22 @@ from twofold.cli.main import print_json
 from twofold.cli.terminal import Terminal, stdout
 from twofold.errors import ConfigError
 
+USAGE = "usage: twofold base list | twofold base pull NAME"
+
 
 def run(arguments: list[str]) -> int:
     arguments, as_json = take(arguments, "--json")
     match arguments:
+        case ["-h" | "--help"]:
+            print(f"{USAGE}\n\nList the built-in bases, or fetch and convert one into the cache.")
+            return 0
         case ["list"]:
             found = [{"name": n, "hub_id": b.hub_id, "licence": b.licence} for n, b in BUILT_IN.items()]
         case ["pull", name]:
             with Terminal() as terminal:
                 found = [{"name": name, "folder": str(pull(name, terminal))}]
         case _:
-            raise ConfigError("say `twofold base list` or `twofold base pull NAME`")
+            raise ConfigError(f"{USAGE}; see twofold base --help")
     if as_json:
         print_json(found)
         return 0

@@ -81,6 +81,8 @@ def _read(source: str) -> Any:
     except DatasetGenerationError as error:
         raise DataError(f"{source} cannot be read: {_innermost(error)}") from error
     except Exception as error:
+        if "corresponds to no data" in str(error):  # what `datasets` says of files without a row
+            raise DataError(f"{source} holds no examples") from error
         raise DataError(f"cannot load the data set {source}: {_innermost(error)}") from error
 
 

@@ -18,7 +18,7 @@ class SlotCache:
         shape = (layers, streams, kv_heads, capacity, d)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.filled = torch.zeros(streams, dtype=torch.long, device=device)
+        self.filled = [0] * streams  # in Python: a GPU need not be waited for to know them
 
     def write(
         self,
@@ -34,13 +34,13 @@ class SlotCache:
 
     def spread(self) -> None:
         """Give every slot what slot 0 holds: a prefix that all share is computed once."""
-        length = int(self.filled[0])
+        length = self.filled[0]
         self.keys[:, 1:, :, :length] = self.keys[:, :1, :, :length]
         self.values[:, 1:, :, :length] = self.values[:, :1, :, :length]
-        self.filled[:] = length
+        self.filled = [length] * len(self.filled)
 
     def keep(self, streams: Sequence[int]) -> None:
         """Drop all other slots."""
-        at = torch.tensor(list(streams), device=self.filled.device)
+        at = torch.tensor(list(streams), device=self.keys.device)
         self.keys, self.values = self.keys.index_select(1, at), self.values.index_select(1, at)
-        self.filled = self.filled.index_select(0, at)
+        self.filled = [self.filled[i] for i in streams]

@@ -80,20 +80,20 @@ class BlockStreams:
     def _forward(self, tokens: Sequence[Sequence[int]], streams: int) -> Float[Tensor, "streams vocabulary"]:
         """Run the first `streams` slots on; each may bring a different number of tokens, padded on the right."""
         cache = self._slots()
-        device = cache.filled.device
-        counts = torch.tensor([len(t) for t in tokens])
-        longest = int(counts.max())
+        device, before = cache.keys.device, cache.filled[:streams]
+        counts = [len(t) for t in tokens]
+        longest = max(counts)
         padded = torch.tensor([[*t, *([0] * (longest - len(t)))] for t in tokens], device=device)
-        start = cache.filled[:streams]
+        start = torch.tensor(before, device=device)
         positions = (start[:, None] + torch.arange(longest, device=device)).clamp_max(cache.keys.shape[3] - 1)
         x = cast(Tensor, self.decoder.embedding(padded)).flatten(0, 1)
         angles = self.decoder.angles(x, positions.flatten())
-        seen = int(start.max()) + longest
+        seen = max(before) + longest
         for i, block in enumerate(self.decoder.blocks):
             x = self._block(i, block, x, angles, positions, seen)
-        counts = counts.to(device)
-        cache.filled[:streams] += counts
-        last = x.view(streams, longest, -1)[torch.arange(streams, device=device), counts - 1]
+        cache.filled[:streams] = [b + c for b, c in zip(before, counts, strict=True)]
+        ends = torch.tensor(counts, device=device) - 1
+        last = x.view(streams, longest, -1)[torch.arange(streams, device=device), ends]
         return cast(Tensor, self.decoder.head(normed(self.decoder.norm, last)))
 
     def _block(

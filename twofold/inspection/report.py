@@ -12,6 +12,7 @@ from twofold.adapter.files import AdapterFiles
 from twofold.errors import AdapterFileError
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.spectra import effective_rank, energy_rank, singular_values, stable_rank
+from twofold.tensorfile import nonfinite
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """An adapter, module by module."""
+    """An adapter, module by module; one that holds NaN or infinity has a finding in place of figures."""
 
     r: int
     modules: list[ModuleReport]
@@ -60,9 +61,12 @@ def report_adapter(files: AdapterFiles) -> AdapterReport:
     Raises:
         AdapterFileError: a module has only one of its two factors.
     """
-    factors = {name: low_rank(files, name, keys) for name, keys in files.modules().items()}
-    reports = [_module(name, update) for name, update in factors.items() if update is not None]
-    return AdapterReport(files.config.r, reports, [f for r in reports for f in _findings(r)])
+    found = {name: low_rank(files, name, keys) for name, keys in files.modules().items()}
+    updates = {name: update for name, update in found.items() if update is not None}
+    broken = [name for name, update in updates.items() if nonfinite({"A": update.A, "B": update.B})]
+    reports = [_module(name, update) for name, update in updates.items() if name not in broken]
+    findings = [Finding("error", "not-finite", f"'{name}' holds NaN or infinity") for name in broken]
+    return AdapterReport(files.config.r, reports, [*findings, *(f for r in reports for f in _findings(r))])
 
 
 def low_rank(files: AdapterFiles, module: str, keys: dict[str, str]) -> LowRank | None:
@@ -96,6 +100,4 @@ def _module(name: str, update: LowRank) -> ModuleReport:
 def _findings(module: ModuleReport) -> list[Finding]:
     if module.spectral_norm == 0:
         return [Finding("warning", "dead", f"'{module.name}' changes nothing: its update is zero")]
-    if not module.spectral_norm < float("inf"):
-        return [Finding("error", "not-finite", f"'{module.name}' holds NaN or infinity")]
     return []

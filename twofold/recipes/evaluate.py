@@ -33,6 +33,8 @@ def exact_match(base: Base, data: DataConfig, config: GenerationConfig, emit: Em
         raise DataError(f"{data.train} is plain text, which has no answers to match; leave out --generate")
     rows = [as_messages(r, table.format, f"{data.train}, example {i + 1}") for i, r in enumerate(table.rows)]
     conversations = [with_system(m, data.system) for m in rows if m[-1]["role"] == "assistant"]
+    if not conversations:
+        raise DataError(f"{data.train} has no answers to match: no conversation ends with the assistant's turn")
     given = answers(base, [c[:-1] for c in conversations], config, emit)
     right = [g.strip() == c[-1]["content"].strip() for g, c in zip(given, conversations, strict=True)]
     return {"exact_match": sum(right) / len(right), "generated": len(right)}

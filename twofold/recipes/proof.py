@@ -2,7 +2,9 @@
 
 The tolerance is not chosen, it is measured. The same adapter is run once more with the base's weights widened (bfloat16 to
 float32, float32 to float64); the largest difference of a logit is the noise that this model's own precision makes. Two
-honest computations of one function can each be off by that much, so they may lie twice as far apart. A control, the
+honest computations of one function can each be off by that much, merging rounds the weights once more, and the largest
+of many roundings is itself random: over tiny float32 models honest merges lay up to 3.8 noises apart (1.3 in the
+median), so 4 are allowed. A control, the
 adapter at scale 0, must fail the same test: a proof that anything passes proves nothing.
 """
 
@@ -25,6 +27,8 @@ from twofold.errors import ProofError
 from twofold.training.block import hidden_states
 
 EXAMPLES, TOKENS = 8, 512
+NOISES = 4
+"""How many times the model's own rounding noise two honest computations may lie apart."""
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 
@@ -35,7 +39,7 @@ class Verification:
     Attributes:
         max_abs_logit_difference: the largest difference.
         top1_agreement: share of positions with the same likeliest token.
-        tolerance: twice this model's own rounding noise.
+        tolerance: NOISES times this model's own rounding noise.
         control_difference: the largest difference when the adapter is at scale 0; it must exceed the tolerance.
     """
 
@@ -112,7 +116,7 @@ def compare(model: Any, kept_apart: Tensor, other: Tensor, batch: PackedBatch, p
     with disabled(model):
         control = _largest(other, all_logits(model, batch, pad_id))
     agreement = (kept_apart.argmax(-1) == other.argmax(-1)).double().mean()
-    return Verification(_largest(kept_apart, other), float(agreement), 2 * noise, control)
+    return Verification(_largest(kept_apart, other), float(agreement), NOISES * noise, control)
 
 
 def _largest(a: Tensor, b: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -64,6 +65,14 @@ class RunFolder:
             raise RunError(f"{self.path} has no report.json: the run is not finished")
         report: dict[str, Any] = json.loads(self.report.read_text())
         return report
+
+    def withdraw(self) -> None:
+        """Take back a run that ended before its preflight was written, so that the mended configuration can begin."""
+        if not self.preflight.exists():
+            self.config.unlink(missing_ok=True)
+            self.events.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder holds something else
+                self.path.rmdir()
 
     def require_same_data(self, digest: str) -> None:
         """Raises RunError if the training examples are not those that the run began with."""

@@ -18,6 +18,7 @@ from twofold.base.chat import Renderer
 from twofold.base.load import Base, Precision, load_base, renderer_for
 from twofold.data.batches import evaluation_batches, micro_batches, step_indices, steps_per_epoch
 from twofold.data.examples import Examples, load_examples
+from twofold.errors import UserError
 from twofold.events import Emit, Event, Message, Warned, fan_out, silent
 from twofold.machine import fastest_dtype, peak_memory_bytes, pick_device
 from twofold.recipes.adapters import check_base
@@ -66,6 +67,9 @@ def train(config: TrainConfig, emit: Emit = silent, *, resume: bool = False) -> 
     log = EventLog(run)
     try:
         return _train(config, run, newest, fan_out(log, emit, *trackers(config, run)))
+    except UserError:
+        run.withdraw()
+        raise
     finally:
         log.close()
 

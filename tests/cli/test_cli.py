@@ -1,0 +1,303 @@
+"""The command line: one document on stdout, one sentence for a mistake, and the codes that scripts rely on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_base import write_jsonl
+from warm_cli import Finished, WarmCli, cold
+
+from twofold.cli.main import VERBS
+
+pytest_plugins = ("tiny_fixtures",)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, llama_base: Path, train_file: Path, held_out_file: Path) -> Path:
+    path = tmp_path_factory.mktemp("cli-config") / "config.yaml"
+    settings = {
+        "base": str(llama_base),
+        "data": {"train": str(train_file), "evaluation": str(held_out_file)},
+        "adapter": {"r": 4},
+        "training": {"batch_size": 6, "max_steps": 3, "learning_rate": "1e-2"},
+        "output": str(path.parent / "run"),
+        "dtype": "float32",
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(cli: WarmCli, config: Path) -> Finished:
+    """`twofold train CONFIG --json`, done once."""
+    return cli("train", config, "--json")
+
+
+@pytest.fixture
+def adapter(trained: Finished) -> Path:
+    return Path(trained.json()["adapter"])
+
+
+@pytest.fixture
+def broken(adapter: Path, tmp_path: Path) -> Path:
+    """A copy of the adapter, to be damaged."""
+    return Path(shutil.copytree(adapter, tmp_path / "broken"))
+
+
+def edited(config: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of the configuration with some keys changed, `a__b` meaning `b` inside `a`."""
+    settings = yaml.safe_load(config.read_text()) | {"output": str(folder / "run")}
+    for key, value in changes.items():
+        outer, _, inner = key.partition("__")
+        settings[outer] = {**settings.get(outer, {}), inner: value} if inner else value
+    path = folder / "edited.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(cli: WarmCli, verb: str) -> None:
+    found = cli(verb, "--help")
+    assert found.code == 0, found.stderr
+    assert verb in found.stdout
+    assert found.stderr == ""
+
+
+def test_help_lists_every_verb_and_loads_no_torch() -> None:
+    code = (
+        "import sys; from twofold.cli.main import main; code = main(['--help']);"
+        "print(sorted({'torch', 'transformers', 'rich', 'tyro', 'yaml'} & set(sys.modules)), file=sys.stderr);"
+        "sys.exit(code)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stderr.strip() == "[]"
+    assert all(f"  {verb} " in found.stdout for verb in VERBS)
+    assert cold("--help").stdout == cold().stdout == found.stdout
+
+
+def test_the_version_is_printed() -> None:
+    assert cold("--version").stdout.startswith("twofold 0.")
+
+
+# ---------------------------------------------------------------------------------------------- one JSON document
+
+
+def test_train_prints_its_report(trained: Finished) -> None:
+    report = trained.json()
+    assert report == json.loads((Path(report["run"]) / "report.json").read_text())
+    assert report["steps"] == 3
+    assert "held-out loss" in trained.stderr
+
+
+def test_eval(cli: WarmCli, llama_base: Path, adapter: Path, held_out_file: Path, trained: Finished) -> None:
+    model = ("--base", llama_base, "--dtype", "float32", "--data", held_out_file)
+    found = cli("eval", *model, "--adapter", adapter, "--json", "--generate", "--max-new-tokens", 3).json()
+    assert {"loss", "perplexity", "token_accuracy", "tokens", "examples", "exact_match"} <= set(found)
+    assert found["loss"] == trained.json()["evaluation"]["adapter"]["loss"]
+    assert found["examples"] == found["generated"] == 7
+    assert cli("eval", *model, "--json").json()["loss"] == trained.json()["evaluation"]["base"]["loss"]
+
+
+def test_plan(cli: WarmCli, llama_base: Path, trained: Finished) -> None:
+    found = cli("plan", "--base", llama_base, "--r", 4, "--json").json()
+    assert set(found["parameters"]) >= {"base", "trainable", "fraction"}
+    assert found["parameters"]["trainable"] == trained.json()["parameters"]["trainable"]
+    terms = {"weights", "adapter", "gradients", "optimizer", "activations", "logits", "total"}
+    assert terms <= set(found["memory"])
+    total = found["memory"]["total"]
+    assert 0 < total["low"] < total["expected"] < total["high"]
+
+
+def test_inspect(cli: WarmCli, adapter: Path) -> None:
+    found = cli("inspect", adapter, "--json").json()
+    assert found["r"] == 4
+    assert len(found["modules"]) == 14
+    assert 1 <= found["suggested_rank"] <= 4
+
+
+def test_merge(cli: WarmCli, llama_base: Path, adapter: Path, tmp_path: Path) -> None:
+    flags = ("--base", llama_base, "--adapter", adapter, "--dtype", "float32", "-o", tmp_path / "merged")
+    found = cli("merge", *flags, "--json").json()
+    assert found["output"] == str(tmp_path / "merged")
+    assert found["verification"]["passed"] is True
+    assert found["seconds"] > 0
+    assert found["peak_memory_bytes"] > 0
+    assert "exists already" in cli("merge", *flags).refusal()
+
+
+def test_preview(cli: WarmCli, config: Path) -> None:
+    found = cli("preview", config, "--examples", 2, "--json").json()
+    assert found["train"]["examples"] == 23
+    supervised = ["".join(text for text, counts in sample if counts) for sample in found["samples"]]
+    assert supervised == ["black cup<|im_end|>", "black hat<|im_end|>"]
+
+
+def test_generate_and_chat(cli: WarmCli, llama_base: Path, adapter: Path) -> None:
+    flags = ("--base", llama_base, "--adapter", adapter, "--dtype", "float32", "--max-new-tokens", 5)
+    found = cli("generate", *flags, "colour of the cup 0?", "--json").json()
+    assert found["prompt"] == "colour of the cup 0?"
+    plain = cli("generate", *flags, "colour of the cup 0?")
+    assert plain.stdout == found["text"] + "\n"
+    assert cli("chat", *flags).code == 0
+
+
+def test_base_list(cli: WarmCli) -> None:
+    assert "smollm2-135m-instruct" in [b["name"] for b in cli("base", "list", "--json").json()]
+
+
+def test_a_dry_run(cli: WarmCli, config: Path, tmp_path: Path) -> None:
+    found = cli("train", config, "--output", tmp_path / "run", "--dry-run", "--json").json()
+    assert found["steps"] == 3
+    assert found["train"]["supervised_tokens"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------- the configuration
+
+
+def test_flags_override_the_file_and_numbers_may_have_exponents(cli: WarmCli, config: Path, tmp_path: Path) -> None:
+    flags = ("--output", tmp_path / "run", "--adapter.r", 2, "--training.max-steps", 1, "--adapter.lora-alpha", 7)
+    assert cli("train", config, *flags, "--no-verify").code == 0
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert written["adapter"]["r"] == 2
+    assert written["adapter"]["lora_alpha"] == 7
+    assert written["training"]["max_steps"] == 1
+    assert written["training"]["learning_rate"] == 0.01
+    assert written["verify"] is False
+    saved = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"]) == (2, 7)
+
+
+# ---------------------------------------------------------------------------------------------- mistakes
+
+
+def test_a_misspelt_verb(cli: WarmCli) -> None:
+    assert "no verb 'trian'; did you mean 'train'" in cli("trian").refusal()
+    assert cold("trian").refusal() == cli("trian").refusal()
+
+
+def test_a_misspelt_key_and_a_wrong_type_are_told_together(cli: WarmCli, config: Path, tmp_path: Path) -> None:
+    wrong = edited(config, tmp_path, training__learning_rat=1, adapter__r="many")
+    said = cli("train", wrong).refusal()
+    assert "unknown key 'training.learning_rat'; did you mean 'learning_rate'" in said
+    assert "'adapter.r' is 'many' but should be a whole number" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_target(cli: WarmCli, config: Path, tmp_path: Path) -> None:
+    said = cli("train", edited(config, tmp_path, adapter__target_modules=["q_porj"])).refusal()
+    assert "q_porj" in said
+    assert "q_proj" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_that_is_not_there_or_not_yaml(cli: WarmCli, tmp_path: Path) -> None:
+    assert "No such file" in cli("train", tmp_path / "none.yaml").refusal()
+    (tmp_path / "odd.yaml").write_text("base: [unclosed")
+    assert "is not valid YAML" in cli("train", tmp_path / "odd.yaml").refusal()
+
+
+@pytest.mark.parametrize("verb", ["train", "preview"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no data at"),
+        ("", "the file is empty"),
+        ('{"messages": [{"role": "user", "content": "a"}\n', "cannot be read"),
+        ('{"question": "a", "answer": "b"}\n', "has the columns 'question', 'answer', which fit no known format"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', "nothing in data.jsonl is supervised"),
+    ],
+    ids=["missing", "empty", "broken", "columns", "unsupervised"],
+)
+def test_data_that_cannot_be_used(
+    cli: WarmCli, config: Path, tmp_path: Path, verb: str, content: str | None, said: str
+) -> None:
+    if content is not None:
+        (tmp_path / "data.jsonl").write_text(content)
+    assert said in cli(verb, edited(config, tmp_path, data__train=str(tmp_path / "data.jsonl"))).refusal()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_is_not_there(cli: WarmCli, tmp_path: Path) -> None:
+    assert "did you mean 'smollm2-135m-instruct'" in cli("plan", "--base", "smollm2-135m-instrukt").refusal()
+    (tmp_path / "folder").mkdir()
+    assert "has no config.json" in cli("generate", "--base", tmp_path / "folder", "hello").refusal()
+
+
+def test_an_adapter_of_another_base(cli: WarmCli, other_base: Path, adapter: Path, tmp_path: Path) -> None:
+    flags = ("--base", other_base, "--adapter", adapter, "--dtype", "float32")
+    assert "--allow-foreign-base" in cli("generate", *flags, "hello").refusal()
+    assert "other weights" in cli("merge", *flags, "-o", tmp_path / "merged").refusal()
+    assert not (tmp_path / "merged").exists()
+    found = cli("generate", *flags, "hello", "--allow-foreign-base", "--max-new-tokens", 2)
+    assert found.code == 0, found.stderr
+
+
+def test_adapters_that_cannot_be_read(cli: WarmCli, llama_base: Path, broken: Path, tmp_path: Path) -> None:
+    tensors = broken / "adapter_model.safetensors"
+    whole = tensors.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:4], b"", b"not tensors at all"):
+        tensors.write_bytes(damaged)
+        assert "is damaged or not a safetensors file" in cli("inspect", broken).refusal()
+    assert "is damaged" in cli("generate", "--base", llama_base, "--adapter", broken, "hello").refusal()
+    tensors.rename(broken / "adapter_model.bin")
+    assert "is a pickle, which can run code" in cli("inspect", broken).refusal()
+    (broken / "adapter_config.json").write_text("{")
+    tensors.write_bytes(whole)
+    assert "is not valid JSON" in cli("inspect", broken).refusal()
+    assert "no adapter folder at" in cli("inspect", tmp_path / "nowhere").refusal()
+
+
+def test_an_adapter_whose_tensors_do_not_fit(cli: WarmCli, llama_base: Path, broken: Path) -> None:
+    path = broken / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 5}))
+    said = cli("generate", "--base", llama_base, "--adapter", broken, "hello").refusal()
+    assert "has rank 4 in the tensors but 5 by the config" in said
+
+
+def test_a_scale_that_is_no_number(cli: WarmCli, llama_base: Path, adapter: Path) -> None:
+    said = cli("generate", "--base", llama_base, "--adapter", f"{adapter}:loud", "hello").refusal()
+    assert "the part after ':' must be a number" in said
+
+
+def test_merging_nothing(cli: WarmCli, llama_base: Path, tmp_path: Path) -> None:
+    assert "name at least one adapter" in cli("merge", "--base", llama_base, "-o", tmp_path / "merged").refusal()
+
+
+def test_an_unknown_flag_ends_with_code_two(cli: WarmCli, config: Path) -> None:
+    found = cli("train", config, "--trainig.seed", 1)
+    assert found.code == 2
+    assert "Traceback" not in found.stderr
+    assert "--training.seed" in found.stderr
+
+
+def test_only_debug_shows_a_traceback(cli: WarmCli, tmp_path: Path) -> None:
+    found = cli("inspect", tmp_path / "nowhere", "--debug")
+    assert "Traceback" in found.stderr
+    assert "AdapterFileError" in found.stderr
+    assert "Traceback" not in cli("inspect", tmp_path / "nowhere").stderr
+
+
+def test_a_training_that_cannot_go_on_has_code_one(cli: WarmCli, config: Path, tmp_path: Path) -> None:
+    flags = ("--output", tmp_path / "run", "--training.learning-rate", "1e30", "--training.warmup", 0)
+    found = cli("train", config, *flags, "--training.schedule", "constant")
+    assert found.code == 1
+    assert "try a lower learning rate" in found.stderr.splitlines()[-1]
+    assert "Traceback" not in found.stderr
+
+
+def test_an_empty_list_of_rows_is_refused_by_eval(cli: WarmCli, llama_base: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "text.jsonl", [{"text": "only text"}])
+    flags = ("--base", llama_base, "--dtype", "float32", "--data", data)
+    assert cli("eval", *flags, "--json").json()["examples"] == 1
+    assert "plain text, which has no answers to match" in cli("eval", *flags, "--generate").refusal()

@@ -1,0 +1,249 @@
+"""The engine: every stream says what transformers' own generation says for that prompt alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from families import VOCABULARY, build_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from twofold.adapter.attach import activate, attach, disabled, merge, unmerge
+from twofold.adapter.config import LoraConfig
+from twofold.base.blocks import Decoder, describe
+from twofold.engine import model as forward
+from twofold.engine.engine import Engine
+from twofold.engine.model import BlockStreams, TransformersStreams, common_prefix, stream_model
+from twofold.engine.request import Completion, Request, Sampling
+from twofold.engine.sampler import Sampler
+from twofold.errors import ConfigError
+
+BLOCKS = ("llama", "llama-tied", "qwen2", "qwen3", "mistral")
+OTHERS = ("gpt2", "opt")
+FAMILIES = pytest.mark.parametrize("family", [*BLOCKS, *OTHERS])
+
+
+def prompts(*lengths: int, seed: int = 3) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+MIXED = prompts(1, 9, 4, 17, 2)
+
+
+def sharp(family: str) -> Any:
+    """A model whose greedy answers are no ties: its logits are spread wide."""
+    model = build_model(family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6)
+    return model
+
+
+def adapted(family: str, *names: str) -> Any:
+    model = sharp(family)
+    for i, name in enumerate(names):
+        attach(model, LoraConfig(r=4), name)
+        generator = torch.Generator().manual_seed(20 + i)
+        for n, p in model.named_parameters():
+            if n.endswith(f"{name}.B"):
+                p.data = torch.randn(p.shape, generator=generator) * 0.3
+    return model
+
+
+def requests(texts: Sequence[list[int]], new: int = 8, **more: Any) -> list[Request]:
+    return [Request(token_ids=t, max_new_tokens=new, **more) for t in texts]
+
+
+def greedy(model: Any, prompt: list[int], new: int = 8) -> list[int]:
+    """transformers' own generation, this prompt alone."""
+    ids = torch.tensor([prompt])
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "use_cache": True}
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=new, max_new_tokens=new, **settings)
+    made: list[int] = found[0, len(prompt) :].tolist()
+    return made
+
+
+def made(model: Any, texts: Sequence[list[int]], new: int = 8, streams: int = 32) -> list[list[int]]:
+    return [c.token_ids for c in Engine(model, streams).generate(requests(texts, new))]
+
+
+# ---------------------------------------------------------------------------------------------- what is said
+
+
+@FAMILIES
+def test_every_stream_says_what_transformers_says_alone(family: str) -> None:
+    model = sharp(family)
+    expected = [greedy(model, p) for p in MIXED]
+    assert len({tuple(e) for e in expected}) > 1
+    assert made(model, MIXED) == expected
+    assert isinstance(stream_model(model), BlockStreams if family in BLOCKS else TransformersStreams)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_with_adapters_active_weighted_merged_and_off(family: str) -> None:
+    model = adapted(family, "one", "two")
+    bare = made(sharp(family), MIXED)
+    said = []
+    for weights in ({"one": 1.0}, {"two": 1.0}, {"one": 0.5, "two": 0.8}):
+        activate(model, weights)
+        said.append(made(model, MIXED))
+        assert said[-1] == [greedy(model, p) for p in MIXED]
+        merge(model)
+        assert made(model, MIXED) == said[-1]
+        unmerge(model)
+    assert len({str(s) for s in (*said, bare)}) == 4
+    with disabled(model):
+        assert made(model, MIXED) == bare
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_shared_prefix_is_computed_once_and_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (head, *tails) = adapted(family, "one"), prompts(20, 5, 1, 12)
+    texts = [head + t for t in tails] + [list(head) + tails[0]]
+    assert common_prefix(texts) == 20
+    shared = made(model, texts)
+    assert shared == [greedy(model, t) for t in texts]
+    monkeypatch.setattr(forward, "SHARED_FROM", 10_000)
+    assert common_prefix(texts) == 0
+    assert made(model, texts) == shared
+
+
+def test_a_prompt_that_is_the_prefix_of_another_keeps_a_token_of_its_own() -> None:
+    (text,) = prompts(24)
+    assert common_prefix([text, text[:20], text]) == 19
+    assert common_prefix([text, text[:16]]) == 0
+    assert common_prefix([text]) == 0
+    model = sharp("llama")
+    assert made(model, [text, text[:20], text]) == [greedy(model, t) for t in (text, text[:20], text)]
+
+
+def test_more_requests_than_streams_come_back_in_their_order() -> None:
+    model = sharp("llama")
+    assert made(model, MIXED, streams=2) == [greedy(model, p) for p in MIXED]
+    assert Engine(model).generate([]) == []
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt2"])
+def test_streams_that_finish_do_not_disturb_the_others(family: str) -> None:
+    """Of eight streams six end early, one after another, so that slots ride along and are dropped."""
+    model, texts = sharp(family), prompts(3, 8, 5, 2, 7, 6, 4, 9)
+    news = [1, 2, 12, 3, 1, 9, 4, 12]
+    asked = [Request(token_ids=t, max_new_tokens=n) for t, n in zip(texts, news, strict=True)]
+    found = Engine(model).generate(asked)
+    assert [c.token_ids for c in found] == [greedy(model, t, 12)[:n] for t, n in zip(texts, news, strict=True)]
+    assert {c.finish_reason for c in found} == {"length"}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_stop_tokens_end_an_answer_and_are_not_part_of_it(family: str) -> None:
+    model = sharp(family)
+    alone = [greedy(model, p) for p in MIXED]
+    stop = alone[1][3]
+    found = Engine(model).generate(requests(MIXED, stop_ids=(stop,)))
+    for said, whole in zip(found, alone, strict=True):
+        at = whole.index(stop) if stop in whole else len(whole)
+        assert said == Completion(token_ids=whole[:at], finish_reason="stop" if at < len(whole) else "length")
+    assert found[1].finish_reason == "stop"
+    assert len(Engine(model).generate(requests(MIXED[:1], stop_ids=(alone[0][0],)))[0].token_ids) == 0
+
+
+@FAMILIES
+def test_a_streamed_answer_is_the_generated_one(family: str) -> None:
+    model = adapted(family, "one")
+    for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=4)):
+        for request in requests(MIXED[:3], sampling=sampling):
+            (whole,) = Engine(model).generate([request])
+            assert list(Engine(model).stream(request)) == whole.token_ids
+    stop = Engine(model).generate(requests(MIXED[1:2]))[0].token_ids[2]
+    request = Request(token_ids=MIXED[1], max_new_tokens=8, stop_ids=(stop,))
+    assert list(Engine(model).stream(request)) == Engine(model).generate([request])[0].token_ids
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+def test_a_seeded_stream_does_not_depend_on_its_neighbours() -> None:
+    model = sharp("llama")
+    sampling = Sampling(temperature=1.5, top_k=20, top_p=0.95, seed=11)
+    mine = Request(token_ids=MIXED[1], max_new_tokens=10, sampling=sampling)
+    alone = Engine(model).generate([mine])[0].token_ids
+    assert alone != greedy(model, MIXED[1], 10)
+    others = requests(prompts(4, 20, 3, seed=8), 5, sampling=Sampling(temperature=2.0, seed=3))
+    for batch in ([mine, *others], [*others, mine], [others[0], mine]):
+        assert Engine(model).generate(batch)[batch.index(mine)].token_ids == alone
+    again = Request(token_ids=MIXED[1], max_new_tokens=10, sampling=Sampling(temperature=1.5, top_k=20, seed=12))
+    assert Engine(model).generate([again])[0].token_ids != alone
+
+
+def test_top_k_of_one_is_greedy_at_any_temperature() -> None:
+    model = sharp("llama")
+    found = Engine(model).generate(requests(MIXED, sampling=Sampling(temperature=3.0, top_k=1, seed=9)))
+    assert [c.token_ids for c in found] == [greedy(model, p) for p in MIXED]
+
+
+def drawn(logits: torch.Tensor, count: int = 4000, **settings: Any) -> dict[int, float]:
+    sampler = Sampler(Sampling(**settings))
+    counts = Counter(sampler.choose(logits) for _ in range(count))
+    return {token: n / count for token, n in counts.items()}
+
+
+PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_by_their_tempered_probability(temperature: float) -> None:
+    found = drawn(PROBABILITIES.log() + 3, temperature=temperature)
+    expected = PROBABILITIES ** (1 / temperature)
+    expected /= expected.sum()
+    for token, share in enumerate(expected.tolist()):
+        assert found[token] == pytest.approx(share, abs=0.03)
+
+
+def test_top_k_and_top_p_cut_the_tail_and_keep_the_proportions() -> None:
+    logits = PROBABILITIES.log()
+    assert drawn(logits, temperature=1.0, top_k=2) == pytest.approx({1: 4 / 7, 3: 3 / 7}, abs=0.03)
+    assert drawn(logits, temperature=1.0, top_p=0.69) == pytest.approx({1: 4 / 7, 3: 3 / 7}, abs=0.03)
+    assert set(drawn(logits, temperature=1.0, top_p=0.71)) == {1, 3, 4}
+    assert set(drawn(logits, temperature=1.0, top_p=0.01)) == {1}
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -2}])
+def test_sampling_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="top_p above 0 and at most 1"):
+        Sampling(**wrong)
+
+
+# ---------------------------------------------------------------------------------------------- on a GPU that is not there
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_nothing_is_left_on_the_cpu(dtype: torch.dtype, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors on another device refuse to meet any of the CPU; values that Python reads stand in for them."""
+    device = torch.device("cuda:0" if torch.backends.cuda.is_built() else "lazy:0")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                model = build_model(family)
+        finally:
+            torch.set_default_dtype(before)
+        attach(model, LoraConfig(r=4))
+        described = describe(model)
+        assert isinstance(described, Decoder)
+        streams = BlockStreams(described)
+        first = streams.start(MIXED[:3], 30)
+        assert first.device == device
+        assert first.shape == (3, VOCABULARY)
+        assert first.dtype == dtype
+        then = streams.step([5, 6, 7])
+        assert then.device == device
+        streams.keep([0, 2])
+        assert streams.step([5, 6]).shape == (2, VOCABULARY)
+        assert streams.step([5, 6]).device == device
