@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "twofold"
 FLOORS = {
-    **dict.fromkeys(("errors", "events", "machine"), -2),
-    **dict.fromkeys(("config", "atomic"), -1),
+    **dict.fromkeys(("errors", "events"), -2),
+    **dict.fromkeys(("config", "atomic", "machine"), -1),
     "downloads": 0,
     **dict.fromkeys(("lowrank", "functional", "quant", "tensorfile"), 1),
     "layers": 2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from functools import lru_cache
@@ -10,12 +9,28 @@ from functools import lru_cache
 import psutil
 import torch
 
+from twofold.errors import ConfigError
+
 
 def pick_device() -> str:
-    """A CUDA GPU, else Apple's, else the CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    """A CUDA GPU, else the CPU. Apple's GPU lacks float64 and is untried, so it is never chosen unasked."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def checked_device(name: str) -> torch.device:
+    """The device of that name, `auto` included, if this machine has it.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    chosen = pick_device() if name == "auto" else name
+    try:
+        return torch.empty(0, device=chosen).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device '{name}' is not to be had on this machine ({reason}); use 'cpu' or 'auto'"
+        ) from error
 
 
 @lru_cache
@@ -41,6 +56,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far: of the device on a GPU, of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -98,10 +98,18 @@ def test_equal_adapters_give_equal_bytes_whatever_came_first(tmp_path: Path) -> 
 
 
 def test_a_folder_gives_way_only_to_a_whole_one_and_leaves_no_crumbs(folder: Path) -> None:
-    (folder / "stale.txt").write_text("of an older adapter")
+    (folder / "twofold.json").write_text("{}")
     saved(folder, r=2)
     assert sorted(bytes_of(folder)) == [CONFIG, TENSORS]
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_folder_with_other_things_in_it_is_never_replaced(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    before = bytes_of(folder)
+    with pytest.raises(RunError, match=r"other things than an adapter \(tokenizer.json\)"):
+        saved(folder, r=2)
+    assert bytes_of(folder) == before
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:

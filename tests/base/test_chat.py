@@ -294,8 +294,3 @@ def test_what_cannot_be_rendered_is_refused_with_the_reason() -> None:
     with pytest.raises(DataError, match="has no chat template"):
         Renderer(bare).chat(talk("a", "b"))
     assert Renderer(bare).end_token_ids == [1]
-
-
-def test_instructions_without_a_template() -> None:
-    assert Renderer.instruction("Do it.", None) == "Do it."
-    assert Renderer.instruction("Do it.", "Here.") == "Do it.\n\nHere."

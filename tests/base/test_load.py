@@ -103,7 +103,7 @@ def test_a_folder_becomes_a_frozen_base(folder: Path, dtype: Any) -> None:
     assert not base.model.training
     assert not any(p.requires_grad for p in base.model.parameters())
     assert base.public_name == "tiny-base"
-    assert base.quantization is None
+    assert base.fingerprint.quantization is None
     assert base.renderer.completion_prompt("lamp on") == [2, 3]
     assert 1 in base.renderer.end_token_ids
     assert base.fingerprint == fingerprint(weights(build_model("llama")))
@@ -121,7 +121,7 @@ def test_the_fingerprint_is_taken_before_adapters_rename_modules(folder: Path) -
 
 def test_a_converted_folder_remembers_its_quantisation(folder: Path) -> None:
     (folder / ORIGIN).write_text('{"quantization": "Q4_1"}')
-    assert load_base(str(folder), dtype="float32", device="cpu").quantization == "Q4_1"
+    assert load_base(str(folder), dtype="float32", device="cpu").fingerprint.quantization == "Q4_1"
 
 
 def test_a_damaged_folder_is_told_in_one_sentence(folder: Path) -> None:

@@ -192,10 +192,23 @@ def activate(model: nn.Module, names: str | Mapping[str, float] | None) -> None:
         if name not in known:
             raise ConfigError(_unknown(name, known))
     _check_unmerged(model, "choosing others")
+    _check_copies(model, weights)
     for _, layer in adapter_layers(model):
         for name, share in layer.shares.items():
             cast(Share, share).weight_when_active = weights.get(name, 0.0)
             share.requires_grad_(name in weights)
+
+
+def _check_copies(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Whole modules do not add up: one adapter at a time may bring one, and only at its full weight."""
+    for module, layer in adapter_layers(model):
+        chosen = [n for n, s in layer.shares.items() if isinstance(s, CopyShare) and weights.get(n, 0.0)]
+        if len(chosen) > 1 or any(weights[n] != 1 for n in chosen):
+            names = " and ".join(f"'{n}'" for n in chosen)
+            raise ConfigError(
+                f"adapter {names} brings its own whole '{module}' (modules_to_save), which can be neither scaled nor summed; "
+                "activate one such adapter alone, at weight 1"
+            )
 
 
 @contextmanager

@@ -67,14 +67,27 @@ class LoraConfig:
                 object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, set) else value))
             if isinstance(value, int):
                 object.__setattr__(self, name, (value,))
+        problems += [p for p in map(_pattern_problem, self._patterns()) if p]
         if problems:
             raise ConfigError("; ".join(problems))
+
+    def _patterns(self) -> list[str]:
+        whole = [p for p in (self.target_modules, self.exclude_modules) if isinstance(p, str)]
+        return [*whole, *self.rank_pattern, *self.alpha_pattern]
 
     @property
     def layers(self) -> frozenset[int] | None:
         """The indices of `layers_to_transform`; None for all layers."""
         given = self.layers_to_transform
         return None if given is None else frozenset([given] if isinstance(given, int) else given)
+
+
+def _pattern_problem(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"'{pattern}' is no regular expression ({error}); a list of names needs none, as in [q_proj, v_proj]"
+    return None
 
 
 class Resolved(NamedTuple):

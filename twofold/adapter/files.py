@@ -8,8 +8,7 @@ A tensor's key is ``base_model.model.<module path>.<suffix>``; scaling is not st
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from twofold import atomic
-from twofold.adapter.attach import DEFAULT_NAME, activate, active, adapter_layers, attach, config_of, detach, shares
+from twofold.adapter.attach import DEFAULT_NAME, activate, active, adapter_layers, attach, detach, shares
 from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.peft_config import exceptions, names_in_full, parse_config, peft_config, with_changes
 from twofold.adapter.target import ModuleShape, adapted_modules, matches, module_shapes
 from twofold.config import build
-from twofold.errors import AdapterFileError
-from twofold.layers.linear import LoraConv1D
+from twofold.errors import AdapterFileError, RunError
 from twofold.tensorfile import TensorFile, nonfinite, write_tensors
 
 CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "twofold.json"
@@ -117,43 +116,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-OURS_TOO = {f.name for f in fields(LoraConfig)}
-INERT: dict[str, tuple[Any, ...]] = {
-    "fan_in_fan_out": (True, False),
-    "inference_mode": (True, False),
-    "qalora_group_size": (16,),
-    "ensure_weight_tying": (True, False),
-}
-"""Keys of PEFT's config that change nothing here at these values; others must be empty, false or absent."""
-DESCRIPTIVE = {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping"}
-DESCRIPTIVE |= {"megatron_core", "runtime_config"}
-
-
-def parse_config(raw: Mapping[str, Any], source: Path) -> LoraConfig:
-    """PEFT's JSON as a `LoraConfig`; a feature that is not supported is an error, never skipped."""
-    kind = raw.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise AdapterFileError(f"{source} describes a {kind} adapter; only LORA adapters are supported")
-    foreign = [k for k, v in raw.items() if k not in OURS_TOO | DESCRIPTIVE and v and v not in INERT.get(k, ())]
-    if foreign:
-        listed = ", ".join(f"{k}={raw[k]!r}" for k in sorted(foreign))
-        raise AdapterFileError(f"{source} uses what this version of Twofold does not support: {listed}")
-    values = {k: v for k, v in raw.items() if k in OURS_TOO and v is not None}
-    if values.get("init_lora_weights") not in (None, True, "gaussian"):
-        values["init_lora_weights"] = _harmless_start(values["init_lora_weights"], source)
-    return build(LoraConfig, values, source=str(source))
-
-
-def _harmless_start(start: Any, source: Path) -> bool:
-    """Starts that left the base alone are past and do not matter; the others changed the base that this fits."""
-    if start in (False, "orthogonal", "eva"):
-        return True
-    raise AdapterFileError(
-        f"{source}: init_lora_weights={start!r} changed the base when training began, so the adapter does not fit the "
-        "plain base; convert it with PEFT (save_pretrained(path_initial_model_for_weight_conversion=...)) first"
-    )
-
-
 def load_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -> AdapterFiles:
     """Attach an adapter from its folder and make it the active one; a failure leaves the model as it was.
 
@@ -191,14 +153,14 @@ def _exact_config(files: AdapterFiles, model: nn.Module) -> LoraConfig:
     if problems:
         raise AdapterFileError(_mismatch(files.path, problems))
     patterns = {r: {m: getattr(resolve(files.config, m), r) for m in sorted(claimed)} for r in ("r", "alpha")}
-    return _replace(
+    return with_changes(
         files.config,
-        target_modules=_in_full(claimed, shapes),
+        target_modules=names_in_full(claimed, shapes),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        rank_pattern=_exceptions(patterns["r"], files.config.r),
-        alpha_pattern=_exceptions(patterns["alpha"], files.config.lora_alpha),
+        rank_pattern=exceptions(patterns["r"], files.config.r),
+        alpha_pattern=exceptions(patterns["alpha"], files.config.lora_alpha),
         modules_to_save=_saved_names(files, shapes),
     )
 
@@ -289,12 +251,24 @@ def save_adapter(
     """
     path = Path(path)
     tensors = adapter_tensors(model, name)
+    _check_replaceable(path)
     with atomic.new_folder(path, replace=True) as folder:
         atomic.write_json(folder / CONFIG, peft_config(model, name, base_name))
         if provenance is not None:
             atomic.write_json(folder / OURS, {f.name: getattr(provenance, f.name) for f in fields(provenance)})
         write_tensors(folder / TENSORS, tensors)
     return path
+
+
+def _check_replaceable(path: Path) -> None:
+    """Only an adapter gives way to an adapter; anything else in the folder would be lost."""
+    foreign = (
+        [e.name for e in path.iterdir() if e.name not in (CONFIG, TENSORS, OURS, "README.md")] if path.is_dir() else []
+    )
+    if foreign:
+        raise RunError(
+            f"{path} holds other things than an adapter ({', '.join(sorted(foreign)[:3])}); choose a new folder"
+        )
 
 
 def adapter_tensors(model: nn.Module, name: str = DEFAULT_NAME) -> dict[str, Tensor]:
@@ -305,92 +279,3 @@ def adapter_tensors(model: nn.Module, name: str = DEFAULT_NAME) -> dict[str, Ten
         for module, share in shares(model, name).items()
         for suffix, tensor in share.saved(layers[module].base).items()
     }
-
-
-def peft_config(model: nn.Module, name: str, base_name: str | None) -> dict[str, Any]:
-    """The adapter's config as PEFT reads it back, with nothing in it that could change meaning on the way."""
-    config = config_of(model, name)
-    shapes = module_shapes(model)
-    adapted = adapted_modules(config, shapes)
-    layers = dict(adapter_layers(model))
-    return {
-        "peft_type": "LORA",
-        "task_type": _task(model),
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
-        "r": config.r,
-        "lora_alpha": _as_int(config.lora_alpha),
-        "lora_dropout": config.lora_dropout,
-        "target_modules": _shortest(adapted, shapes),
-        "bias": config.bias,
-        "use_rslora": config.use_rslora,
-        "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
-        "init_lora_weights": config.init_lora_weights,
-        "fan_in_fan_out": any(isinstance(layers[m], LoraConv1D) for m in adapted),
-        "rank_pattern": _stable(config.rank_pattern, adapted, lambda c, m: resolve(c, m).r, config, "rank_pattern"),
-        "alpha_pattern": {
-            k: _as_int(v)
-            for k, v in _stable(
-                config.alpha_pattern, adapted, lambda c, m: resolve(c, m).alpha, config, "alpha_pattern"
-            ).items()
-        },
-    }
-
-
-def _shortest(adapted: Mapping[str, ModuleShape], shapes: Mapping[str, ModuleShape]) -> list[str] | str:
-    """The last parts of the names where they match exactly the adapted modules, else the names in full."""
-    endings = sorted({name.rsplit(".", 1)[-1] for name in adapted})
-    return endings if _matched(endings, shapes) == set(adapted) else _in_full(adapted, shapes)
-
-
-def _in_full(adapted: Iterable[str], shapes: Mapping[str, ModuleShape]) -> list[str] | str:
-    """The names, or one expression of them where one name is the end of another's, which a list would match too."""
-    names = sorted(adapted)
-    return names if _matched(names, shapes) == set(names) else "|".join(re.escape(n) for n in names)
-
-
-def _matched(patterns: list[str], shapes: Mapping[str, ModuleShape]) -> set[str]:
-    return {n for n in shapes if matches(patterns, n)}
-
-
-def _stable(
-    patterns: Mapping[str, Any],
-    adapted: Iterable[str],
-    value: Callable[[LoraConfig, str], Any],
-    config: LoraConfig,
-    field_name: str,
-) -> dict[str, Any]:
-    """The patterns, sorted as PEFT will sort them, if every module still gets its value; else one name per module."""
-    in_order = dict(sorted(patterns.items()))
-    as_sorted = _replace(config, **{field_name: in_order})
-    if all(value(as_sorted, m) == value(config, m) for m in adapted):
-        return in_order
-    default = config.r if field_name == "rank_pattern" else config.lora_alpha
-    return _exceptions({m: value(config, m) for m in adapted}, default)
-
-
-def _exceptions(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Anchored patterns for the modules whose value is not the default: each can match its own module only."""
-    return {f"^{re.escape(m)}": v for m, v in values.items() if v != default}
-
-
-def _replace(config: LoraConfig, **changes: Any) -> LoraConfig:
-    return LoraConfig(**{**{f.name: getattr(config, f.name) for f in fields(config)}, **changes})
-
-
-def _as_int(value: float | int) -> float | int:
-    return int(value) if float(value).is_integer() else value
-
-
-def _task(model: nn.Module) -> str | None:
-    tasks = {
-        "ForCausalLM": "CAUSAL_LM",
-        "LMHeadModel": "CAUSAL_LM",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS",
-    }
-    return next((task for ending, task in tasks.items() if type(model).__name__.endswith(ending)), None)
-
-
-__all__ = ["AdapterFiles", "Provenance", "activate", "load_adapter", "open_adapter", "save_adapter"]

@@ -200,6 +200,8 @@ def _unmatched(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[st
 def _unmatched_names(key: str, patterns: str | Sequence[str], like: list[str], names: list[str]) -> list[str]:
     if isinstance(patterns, str) and (patterns in PRESETS or any(matches(patterns, n) for n in names)):
         return []
+    if isinstance(patterns, str) and any(matches((patterns,), n) for n in names):
+        return [f"{key} '{patterns}' is one text, so a regular expression for whole names; write the list [{patterns}]"]
     entries = (patterns,) if isinstance(patterns, str) else patterns
     return [
         f"{key} '{entry}' matches no module{_nearest(entry, like)}"

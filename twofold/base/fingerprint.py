@@ -53,7 +53,7 @@ def fingerprint(parameters: Mapping[str, Tensor], quantization: str | None = Non
 
 def _sample(tensor: Tensor) -> list[float]:
     flat = tensor.detach().flatten()
-    at = torch.linspace(0, flat.numel() - 1, min(VALUES, flat.numel()), device=flat.device, dtype=torch.float64).long()
+    at = torch.linspace(0, flat.numel() - 1, min(VALUES, flat.numel()), dtype=torch.float64).long()
     return [float(v) for v in flat[at].to(torch.bfloat16)]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,8 @@ from twofold.base.chat import Renderer
 from twofold.base.fingerprint import Fingerprint, fingerprint
 from twofold.downloads import cache_folder, wheel_file
 from twofold.errors import BaseError, did_you_mean
-from twofold.events import Emit, silent, working
-from twofold.machine import fastest_dtype, pick_device
+from twofold.events import Emit, Warned, silent, working
+from twofold.machine import checked_device, fastest_dtype
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 ORIGIN = "twofold_base.json"
@@ -60,19 +60,14 @@ class Base:
         model: a transformers model, frozen, in evaluation mode.
         tokenizer: its tokenizer.
         renderer: messages to tokens, the one renderer for everything.
-        quantization: the format its values went through, or None.
+        fingerprint: taken before adapters change the names of modules.
     """
 
     reference: str
     model: Any
     tokenizer: Any
     renderer: Renderer
-    quantization: str | None = None
-
-    @cached_property
-    def fingerprint(self) -> Fingerprint:
-        """Taken once, and before adapters change the names of modules: see `load_base`."""
-        return fingerprint(dict(self.model.named_parameters()), self.quantization)
+    fingerprint: Fingerprint
 
     @property
     def public_name(self) -> str:
@@ -107,18 +102,32 @@ def load_base(reference: str, dtype: Precision = "auto", device: str = "auto", e
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = locate(reference, emit)
-    chosen = torch.device(pick_device() if device == "auto" else device)
+    chosen = checked_device(device)
     precision = fastest_dtype(chosen) if dtype == "auto" else getattr(torch, dtype)
     try:
         with working(f"loading {reference} in {str(precision).removeprefix('torch.')} on {chosen}", emit):
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=precision)
+            model, told = AutoModelForCausalLM.from_pretrained(source, dtype=precision, output_loading_info=True)
+            model = model.to(chosen)
     except Exception as error:
         raise BaseError(f"cannot load a causal language model from {reference}: {_first_line(error)}") from error
-    model = model.to(chosen).eval().requires_grad_(False)
-    base = Base(reference, model, tokenizer, renderer_for(model, tokenizer), _quantization(source))
-    _ = base.fingerprint
-    return base
+    _check_complete(reference, told, emit)
+    model = model.eval().requires_grad_(False)
+    taken = fingerprint(dict(model.named_parameters()), _quantization(source))
+    return Base(reference, model, tokenizer, renderer_for(model, tokenizer), taken)
+
+
+def _check_complete(reference: str, told: Mapping[str, Any], emit: Emit) -> None:
+    """Refuse a base with random weights in it: transformers makes up what a checkpoint lacks."""
+    lacking = sorted([*told["missing_keys"], *(str(m[0]) for m in told["mismatched_keys"])])
+    if lacking:
+        raise BaseError(
+            f"{reference} is no whole causal language model: {len(lacking)} tensors are missing or of another shape "
+            f"({', '.join(lacking[:4])}{', ...' if len(lacking) > 4 else ''}), and random ones would stand in for them"
+        )
+    if told["unexpected_keys"]:
+        left = sorted(told["unexpected_keys"])
+        emit(Warned(text=f"{reference} holds {len(left)} tensors that its model does not use, such as {left[0]}"))
 
 
 def load_renderer(reference: str, template: str | None = None, emit: Emit = silent) -> Renderer:

@@ -10,7 +10,6 @@ from twofold.cli.flags import parse, take
 from twofold.cli.main import print_json
 from twofold.cli.terminal import Terminal, duration, gigabytes, stdout
 from twofold.recipes.demo import DemoConfig, attribution, demo
-from twofold.recipes.proof import NOISES
 
 
 def run(arguments: list[str]) -> int:
@@ -69,10 +68,10 @@ def _show_proof(report: dict[str, Any]) -> None:
 def _show_comparison(what: str, found: dict[str, Any]) -> None:
     stdout.print(
         f"  {what}: {'passed' if found['passed'] else 'FAILED'}; logits differ by at most "
-        f"{found['max_abs_logit_difference']:.2f}, same likeliest token at {found['top1_agreement']:.1%} of positions"
+        f"{found['max_abs_logit_difference']:.2g}, same likeliest token at {found['top1_agreement']:.1%} of positions"
     )
     stdout.print(
-        f"    tolerance {found['tolerance']:.2f} is {NOISES} times this model's own rounding noise, measured; the control, the "
+        f"    tolerance {found['tolerance']:.2f} is the noise of serving both in this precision, measured; the control, the "
         f"adapter at scale 0, differs by {found['control_difference']:.2f} and fails, as it must",
         style="dim",
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
 from twofold.base.batch import Example, PackedBatch, pack
 
 
+@lru_cache(maxsize=2)
 def epoch_order(examples: int, seed: int, epoch: int) -> list[int]:
     """A permutation of the examples for one epoch."""
     generator = torch.Generator().manual_seed((seed << 20) + epoch)

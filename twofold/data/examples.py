@@ -102,12 +102,12 @@ def render_row(row: Mapping[str, Any], table: Table, i: int, config: DataConfig,
     place = f"{table.source}, example {i + 1}"
     try:
         if table.format == "text":
-            return _windows(renderer.text(_plain_text(row, place)), config.max_length)
+            return _windows(renderer.text(_plain_text(row, "text", place)), config.max_length)
         if renderer.template is None and table.format == "instruction":
             prompt = ALPACA.format(instruction=instruction_text(row, place))
-            return [renderer.completion(prompt, row["output"])]
+            return [renderer.completion(prompt, _plain_text(row, "output", place))]
         if renderer.template is None and table.format == "prompt-completion" and isinstance(row["prompt"], str):
-            return [renderer.completion(row["prompt"], row["completion"])]
+            return [renderer.completion(row["prompt"], _plain_text(row, "completion", place))]
         return renderer.chat(with_system(as_messages(row, table.format, place), config.system))
     except DataError as error:
         raise DataError(str(error) if str(error).startswith(place) else f"{place}: {error}") from error
@@ -120,10 +120,10 @@ def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict
     return [{"role": "system", "content": system}, *messages]
 
 
-def _plain_text(row: Mapping[str, Any], place: str) -> str:
-    if not isinstance(row["text"], str):
-        raise DataError(f"{place}: expected text, found {row['text']!r:.80}")
-    return row["text"]
+def _plain_text(row: Mapping[str, Any], column: str, place: str) -> str:
+    if not isinstance(row[column], str):
+        raise DataError(f"{place}: expected text in '{column}', found {row[column]!r:.80}")
+    return str(row[column])
 
 
 def _windows(example: Example, length: int) -> list[Example]:

@@ -156,7 +156,8 @@ def _sharegpt(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or message.get("from") not in SHAREGPT_ROLES:
         known = ", ".join(SHAREGPT_ROLES)
         raise DataError(f"{place}: 'from' must be one of {known}, found {message!r:.120}")
-    return {"role": SHAREGPT_ROLES[message["from"]], "content": _text(message.get("value"), place)}
+    marked = {} if message.get("train") is None else {"train": message["train"]}
+    return {"role": SHAREGPT_ROLES[message["from"]], "content": _text(message.get("value"), place), **marked}
 
 
 def _text(value: Any, place: str) -> str:

@@ -44,6 +44,10 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
 
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or not self.token_ids:
+            raise ConfigError("a request needs a prompt of at least one token, and max_new_tokens of at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:

@@ -40,14 +40,14 @@ class Bucket:
         gather: (segments * length,) the flat row of each place; a padded place repeats its segment's last row.
         places: (tokens,) the places that are tokens.
         tokens: (tokens,) the flat rows of those tokens.
-        mask: (length, length) True where a query may not see a key.
+        mask: (length, length) True where a query may not see a key; empty where the fused kernel knows by itself.
     """
 
     segments: int
     gather: Int[Tensor, " places"]
     places: Int[Tensor, " tokens"]
     tokens: Int[Tensor, " tokens"]
-    mask: Bool[Tensor, "length length"]
+    mask: Bool[Tensor, "side side"]
 
 
 def buckets(lengths: Sequence[int], device: torch.device | str) -> list[Bucket]:
@@ -72,7 +72,8 @@ def _bucket(starts: list[int], lengths: list[int], device: torch.device | str) -
     sizes = torch.tensor(lengths)[:, None]
     gather = (torch.tensor(starts)[:, None] + torch.minimum(offsets, sizes - 1)).flatten()
     places = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(lengths)])
-    mask = torch.ones(longest, longest, dtype=torch.bool).triu_(1)
+    side = longest if longest <= EXPLICIT_UP_TO else 0
+    mask = torch.ones(side, side, dtype=torch.bool).triu_(1)
     return Bucket(len(lengths), gather.to(device), places.to(device), gather[places].to(device), mask.to(device))
 
 

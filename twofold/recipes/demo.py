@@ -25,7 +25,7 @@ from twofold.events import Emit, silent
 from twofold.recipes.adapters import load_with_adapters
 from twofold.recipes.generate import GenerationConfig, answers
 from twofold.recipes.merge import merge_checkpoint
-from twofold.recipes.proof import Verification, all_logits, compare, pad_token, proof_batch
+from twofold.recipes.proof import both_logits, compare, pad_token, proof_batch
 from twofold.recipes.report import write_page
 from twofold.recipes.runs import RunFolder
 from twofold.recipes.settings import TrainConfig
@@ -167,9 +167,8 @@ def peft_parity(base: Base, adapter: Path, examples: list[Any]) -> dict[str, Any
     fresh = AutoModelForCausalLM.from_pretrained(locate(base.reference), dtype=base.dtype).to(base.device)
     theirs = PeftModel.from_pretrained(fresh, str(adapter)).eval()
     batch = proof_batch(examples, base.device)
-    ours = all_logits(base.model, batch, pad_token(base))
-    found: Verification = compare(base.model, ours, all_logits(theirs, batch, pad_token(base)), batch, pad_token(base))
-    return found.as_json()
+    found = compare(base.model, both_logits(theirs, batch, pad_token(base)), batch, pad_token(base))
+    return found.require("PEFT's own loading of the adapter").as_json()
 
 
 def size(folder: Path) -> int:

@@ -34,7 +34,7 @@ def merge_checkpoint(
     write_merged(base.model, base.tokenizer, output, chat_template=base.renderer.template)
     seconds = time.perf_counter() - started
     verification = verify_folder(base, output, examples, emit)
-    verification.require(str(output))
+    verification.require(str(output), emit)
     return {
         "output": str(output),
         "seconds": seconds,

@@ -26,6 +26,7 @@ class Preflight:
     """What a run will do and cost.
 
     Attributes:
+        base: the base's fingerprint.
         path: which path the model trains on, and why.
         seconds: predicted for all steps.
         samples: two examples, token by token, each token with whether it is supervised.
@@ -33,6 +34,7 @@ class Preflight:
 
     train: DataReport
     evaluation: DataReport | None
+    base: dict[str, Any]
     parameters: ParameterPlan
     memory: MemoryPlan
     path: str
@@ -45,6 +47,7 @@ class Preflight:
         return {
             "train": self.train.as_json(),
             "evaluation": self.evaluation.as_json() if self.evaluation else None,
+            "base": self.base,
             "parameters": {**asdict(self.parameters), "fraction": self.parameters.fraction},
             "memory": self.memory.as_json(),
             "path": self.path,
@@ -75,6 +78,7 @@ def preflight(
     return Preflight(
         train=train.report,
         evaluation=evaluation.report if evaluation else None,
+        base=base.fingerprint.as_json(),
         parameters=parameters,
         memory=plan_memory(parameters, sizes, micro, sum_of_ranks(config, shapes)),
         path="fast path" if not isinstance(described, NotDescribed) else f"plain path: {described.reason}",
@@ -134,4 +138,8 @@ def warnings(report: DataReport, base: Base) -> list[str]:
         found.append(f"{report.unsupervised} examples are left out because nothing in them is supervised")
     if report.format != "text" and base.renderer.template is not None and not base.renderer.ends_turns:
         found.append("the chat template puts no end token after an answer, so generation will not know where to stop")
+    if "strftime_now" in (base.renderer.template or ""):
+        found.append(
+            "the chat template prints today's date, so other days give other tokens; fix the date in data.template"
+        )
     return found

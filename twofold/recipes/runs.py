@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -55,33 +58,43 @@ class RunFolder:
     def page(self) -> Path:
         return self.path / "report.html"
 
-    def read_report(self) -> dict[str, Any]:
-        """The finished run's report.
-
-        Raises:
-            RunError: the run has none yet.
-        """
-        if not self.report.is_file():
-            raise RunError(f"{self.path} has no report.json: the run is not finished")
-        report: dict[str, Any] = json.loads(self.report.read_text())
-        return report
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
 
     def withdraw(self) -> None:
         """Take back a run that ended before its preflight was written, so that the mended configuration can begin."""
         if not self.preflight.exists():
             self.config.unlink(missing_ok=True)
             self.events.unlink(missing_ok=True)
-            with suppress(OSError):  # the folder holds something else
-                self.path.rmdir()
 
-    def require_same_data(self, digest: str) -> None:
-        """Raises RunError if the training examples are not those that the run began with."""
-        began_with = json.loads(self.preflight.read_text())["train"]["digest"]
-        if digest != began_with:
+    def require_same(self, now: dict[str, Any]) -> None:
+        """Raises RunError unless data and base are those that the run's pre-flight recorded."""
+        began = json.loads(self.preflight.read_text())
+        sets = {"training examples": "train", "held-out examples": "evaluation"}
+        changed = [what for what, key in sets.items() if _digest(began[key]) != _digest(now[key])]
+        changed += ["base"] if began["base"] != now["base"] else []
+        if changed:
             raise RunError(
-                f"{self.path} was started with other data: its training examples have changed since; put them back, or "
-                "choose another output for a new run"
+                f"{self.path} was started with other data: its {' and '.join(changed)} changed since; put the old ones "
+                "back (a template that prints the date changes them too), or choose another output for a new run"
             )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time; the lock goes with the process, however it ends."""
+        with self.lock.open("w") as file:
+            try:
+                _lock(file)
+            except OSError as error:
+                busy = f"another process is at work in {self.path}; wait for it or choose another output"
+                raise RunError(busy) from error
+            try:
+                yield
+            finally:
+                self.lock.unlink(missing_ok=True)
+                with suppress(OSError):  # it holds something, as it should
+                    self.path.rmdir()
 
     def recorded(self) -> list[dict[str, Any]]:
         """The events so far; a line that a crash cut short does not count."""
@@ -89,6 +102,18 @@ class RunFolder:
             return []
         lines = self.events.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _lock(file: IO[str]) -> None:
+    """Raises OSError if another process holds the file; where the system has no such locks, nothing is held."""
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _digest(report: dict[str, Any] | None) -> str | None:
+    return None if report is None else report["digest"]
 
 
 def open_new(config: TrainConfig) -> RunFolder:
@@ -130,6 +155,7 @@ def open_resumed(config: TrainConfig) -> tuple[RunFolder, Path | None]:
         raise RunError(
             f"{run.path} was started with other settings ({', '.join(differing)}); resume with its config.yaml"
         )
+    checkpoint.remove_partial(run.checkpoints)
     newest = checkpoint.newest(run.checkpoints)
     step = int(newest.name.removeprefix("step-")) if newest else 0
     kept = [r for r in run.recorded() if r.get("step", 0) <= step]
@@ -151,8 +177,13 @@ class EventLog:
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, Progress):
-            self._file.write(json.dumps({**event.record(), "time": round(time.time(), 3)}) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps({**event.record(), "time": round(time.time(), 3)}) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise RunError(
+                    f"cannot write {self._file.name}: {error.strerror}; free space, then --resume"
+                ) from error
 
     def close(self) -> None:
         self._file.close()
@@ -163,4 +194,19 @@ def trackers(config: TrainConfig, run: RunFolder) -> list[Emit]:
     from twofold.recipes.trackers import TensorBoard, WeightsAndBiases
 
     made: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
-    return [made[name](run.path) for name in config.trackers]
+    return [tolerated(name, made[name](run.path)) for name in config.trackers]
+
+
+def tolerated(name: str, tracker: Emit) -> Emit:
+    """A tracker whose failure is said once and does not end the training."""
+    working = [tracker]
+
+    def emit(event: Event) -> None:
+        try:
+            for subscriber in working:
+                subscriber(event)
+        except Exception as error:
+            working.clear()
+            warnings.warn(f"tracker {name} failed and is left out from here on: {error}", stacklevel=2)
+
+    return emit

@@ -18,9 +18,9 @@ from twofold.base.chat import Renderer
 from twofold.base.load import Base, Precision, load_base, renderer_for
 from twofold.data.batches import evaluation_batches, micro_batches, step_indices, steps_per_epoch
 from twofold.data.examples import Examples, load_examples
-from twofold.errors import UserError
+from twofold.errors import ProofError, UserError
 from twofold.events import Emit, Event, Message, Warned, fan_out, silent
-from twofold.machine import fastest_dtype, peak_memory_bytes, pick_device
+from twofold.machine import checked_device, fastest_dtype, peak_memory_bytes
 from twofold.recipes.adapters import check_base
 from twofold.recipes.preflight import Preflight, preflight, total_steps
 from twofold.recipes.proof import Verification, base_digest, pad_token, proof_batch, verify_merge
@@ -64,14 +64,15 @@ def train(config: TrainConfig, emit: Emit = silent, *, resume: bool = False) -> 
     """
     config = _resolved(as_begun(config) if resume else config)
     run, newest = open_resumed(config) if resume else (open_new(config), None)
-    log = EventLog(run)
-    try:
-        return _train(config, run, newest, fan_out(log, emit, *trackers(config, run)))
-    except UserError:
-        run.withdraw()
-        raise
-    finally:
-        log.close()
+    with run.locked():
+        log = EventLog(run)
+        try:
+            return _train(config, run, newest, fan_out(log, emit, *trackers(config, run)))
+        except UserError:
+            run.withdraw()
+            raise
+        finally:
+            log.close()
 
 
 def dry_run(config: TrainConfig, emit: Emit = silent) -> Preflight:
@@ -82,17 +83,19 @@ def dry_run(config: TrainConfig, emit: Emit = silent) -> Preflight:
 
 def _resolved(config: TrainConfig) -> TrainConfig:
     """`auto` made definite, so that a resumed run computes in the type that it began with."""
-    device = pick_device() if config.device == "auto" else config.device
+    device = str(checked_device(config.device))
     dtype = str(fastest_dtype(torch.device(device))).removeprefix("torch.") if config.dtype == "auto" else config.dtype
     return replace(config, device=device, dtype=cast(Precision, dtype))
 
 
 def _load(config: TrainConfig, emit: Emit) -> _Loaded:
+    base = load_base(config.base, config.dtype, config.device, emit)
     lora = config.adapter.lora()
     if config.adapter.init_from:
-        lora = open_adapter(Path(config.adapter.init_from)).config
+        files = open_adapter(Path(config.adapter.init_from))
+        check_base(files, base, emit, allow_foreign=config.allow_foreign_base)
+        lora = files.config
         check_continues(config.adapter, lora)
-    base = load_base(config.base, config.dtype, config.device, emit)
     template = config.data.chat_template()
     if template is not None:
         base = replace(base, renderer=renderer_for(base.model, base.tokenizer, template))
@@ -108,14 +111,15 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit)
     base, model = loaded.base, loaded.base.model
     foreseen = preflight(base, loaded.lora, config.training, loaded.train, loaded.evaluation)
     if newest is not None:
-        run.require_same_data(foreseen.train.digest)
+        run.require_same(foreseen.as_json())
     atomic.write_json(run.preflight, foreseen.as_json())
     for warning in foreseen.warnings:
         emit(Warned(text=warning))
     emit(Prepared(preflight=foreseen))
+    _say_where_it_begins(newest, config, emit)
     before = base_digest(model)
     evaluation: dict[str, Any] = {"base": _evaluated("base", loaded, emit)}
-    _attach(config, loaded, emit)
+    _attach(config, loaded)
     job = _job(config, run, loaded)
     emit(Message(text=job.objective.path))
     progressed = run_job(job, emit, newest)
@@ -134,18 +138,26 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit)
     }
     write_page(run.page, report, foreseen.as_json(), run.recorded())
     atomic.write_json(run.report, report)  # last: where it stands, the run is finished
+    if not report["base_unchanged"]:
+        raise ProofError("the base's tensors changed in training, which must never happen; do not use this adapter")
     if verification:
-        verification.require("the merged model")
+        verification.require("the merged model", emit)
     return report
 
 
-def _attach(config: TrainConfig, loaded: _Loaded, emit: Emit) -> None:
+def _say_where_it_begins(newest: Path | None, config: TrainConfig, emit: Emit) -> None:
+    if newest is not None:
+        emit(Message(text=f"going on from checkpoint {newest.name}"))
+    if config.adapter.init_from:
+        emit(Message(text=f"going on from the adapter {config.adapter.init_from}, with its own r, alpha and targets"))
+
+
+def _attach(config: TrainConfig, loaded: _Loaded) -> None:
     torch.manual_seed(config.training.seed)
     if config.adapter.init_from:
-        files = load_adapter(loaded.base.model, config.adapter.init_from)
-        check_base(files, loaded.base, emit, allow_foreign=config.allow_foreign_base)
-        return
-    attach(loaded.base.model, loaded.lora)
+        load_adapter(loaded.base.model, config.adapter.init_from)
+    else:
+        attach(loaded.base.model, loaded.lora)
 
 
 def _job(config: TrainConfig, run: RunFolder, loaded: _Loaded) -> Job:

@@ -7,6 +7,7 @@ the random generators, the step (the order of the data follows from it), and the
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,7 +37,6 @@ class Progressed:
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
     best_loss: float | None = None
     best_step: int | None = None
     stale: int = 0
@@ -70,10 +70,14 @@ def newest(checkpoints: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def remove_partial(checkpoints: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for left in checkpoints.glob(".step-*.partial"):
+        shutil.rmtree(left)
+
+
 def prune(checkpoints: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
-    import shutil
-
     for old in sorted(checkpoints.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
 

@@ -59,9 +59,10 @@ def train(job: Job, emit: Emit, resume_from: Path | None = None) -> Progressed:
         event = _step(job, optimise, progressed)
         progressed.seconds += time.perf_counter() - started
         emit(_with_time_left(event, job, progressed))
-        if _due(job.config.evaluate_every, progressed.step) and job.evaluate is not None:
-            emit(_evaluate(job, progressed))
-        if _due(job.config.checkpoint_every, progressed.step):
+        last = progressed.step == job.steps
+        if job.evaluate is not None and _due(job.config.evaluate_every, progressed.step, last):
+            emit(_evaluate(job, job.evaluate, progressed))
+        if _due(job.config.checkpoint_every, progressed.step, last):
             folder = checkpoint.save(job.checkpoints, progressed, job.parameters, optimise)
             checkpoint.prune(job.checkpoints, job.config.keep_checkpoints)
             emit(Checkpointed(step=progressed.step, path=folder.name))
@@ -69,8 +70,8 @@ def train(job: Job, emit: Emit, resume_from: Path | None = None) -> Progressed:
     return progressed
 
 
-def _due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0
+def _due(every: int | None, step: int, last: bool) -> bool:
+    return every is not None and (last or step % every == 0)
 
 
 def _should_stop(job: Job, progressed: Progressed) -> bool:
@@ -95,7 +96,6 @@ def _step(job: Job, optimise: torch.optim.Optimizer, progressed: Progressed) -> 
     progressed.step += 1
     progressed.tokens += tokens
     progressed.supervised_tokens += supervised
-    progressed.losses.append(loss)
     return Step(
         step=progressed.step,
         steps=job.steps,
@@ -136,11 +136,12 @@ def _not_finite(job: Job, step: int, loss: float, norm: float) -> str:
     return f"step {step + 1} gave {what}, so training stopped before it could spoil the adapter; {there}; try a lower learning rate"
 
 
-def _evaluate(job: Job, progressed: Progressed) -> Evaluated:
-    assert job.evaluate is not None
+def _evaluate(job: Job, evaluate: Callable[[], tuple[float, float]], progressed: Progressed) -> Evaluated:
     job.model.eval()
-    loss, accuracy = job.evaluate()
+    loss, accuracy = evaluate()
     job.model.train()
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(f"the held-out loss after step {progressed.step} is {loss}; try a lower learning rate")
     best = progressed.best_loss is None or loss < progressed.best_loss
     progressed.stale = 0 if best else progressed.stale + 1
     if best:

@@ -17,7 +17,6 @@ from twofold.training.block import hidden_states
 
 
 @runtime_checkable
-@runtime_checkable
 class Objective(Protocol):
     """From a batch on the model's device to the sum of its supervised tokens' losses."""
 

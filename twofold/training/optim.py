@@ -33,7 +33,7 @@ class TrainingConfig:
         gradient_checkpointing: keep only each layer's input and compute the rest again: less memory, a third slower.
         evaluate_every: steps between evaluations; only at the end when not given.
         early_stopping: stop after so many evaluations without a better loss.
-        checkpoint_every: steps between checkpoints; none when not given.
+        checkpoint_every: steps between checkpoints; null for none.
         keep_checkpoints: how many of the newest stay on disk.
         seed: of the start, the order of the data and dropout.
     """
@@ -52,7 +52,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     evaluate_every: int | None = None
     early_stopping: int | None = None
-    checkpoint_every: int | None = None
+    checkpoint_every: int | None = 200
     keep_checkpoints: int = 2
     seed: int = 0
 
@@ -67,6 +67,10 @@ class TrainingConfig:
                 raise ConfigError(f"{name} is {value} but must be at least 1")
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate is {self.learning_rate} but must be above 0")
+        if self.gradient_clip < 0 or self.weight_decay < 0 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ConfigError(
+                "gradient_clip and weight_decay must be at least 0, beta1 and beta2 at least 0 and below 1"
+            )
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup is {self.warmup} but must be a share of the steps, at least 0 and below 1")
         if self.early_stopping and not self.evaluate_every:

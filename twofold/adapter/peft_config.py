@@ -1,0 +1,140 @@
+"""PEFT's `adapter_config.json`, both ways: nothing is skipped on reading, and nothing written can change its meaning."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from twofold.adapter.attach import adapter_layers, config_of
+from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.target import ModuleShape, adapted_modules, matches, module_shapes
+from twofold.config import build
+from twofold.errors import AdapterFileError
+from twofold.layers.linear import LoraConv1D
+
+OURS_TOO = {f.name for f in fields(LoraConfig)}
+INERT: dict[str, tuple[Any, ...]] = {
+    "fan_in_fan_out": (True, False),
+    "inference_mode": (True, False),
+    "qalora_group_size": (16,),
+    "ensure_weight_tying": (True, False),
+}
+"""Keys of PEFT's config that change nothing here at these values; others must be empty, false or absent."""
+DESCRIPTIVE = {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping"}
+DESCRIPTIVE |= {"megatron_core", "runtime_config"}
+
+
+def parse_config(raw: Mapping[str, Any], source: Path) -> LoraConfig:
+    """PEFT's JSON as a `LoraConfig`; a feature that is not supported is an error, never skipped."""
+    kind = raw.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise AdapterFileError(f"{source} describes a {kind} adapter; only LORA adapters are supported")
+    foreign = [k for k, v in raw.items() if k not in OURS_TOO | DESCRIPTIVE and v and v not in INERT.get(k, ())]
+    if foreign:
+        listed = ", ".join(f"{k}={raw[k]!r}" for k in sorted(foreign))
+        raise AdapterFileError(f"{source} uses what this version of Twofold does not support: {listed}")
+    values = {k: v for k, v in raw.items() if k in OURS_TOO and v is not None}
+    if values.get("init_lora_weights") not in (None, True, "gaussian"):
+        values["init_lora_weights"] = _harmless_start(values["init_lora_weights"], source)
+    return build(LoraConfig, values, source=str(source))
+
+
+def _harmless_start(start: Any, source: Path) -> bool:
+    """Starts that left the base alone are past and do not matter; the others changed the base that this fits."""
+    if start in (False, "orthogonal", "eva"):
+        return True
+    raise AdapterFileError(
+        f"{source}: init_lora_weights={start!r} changed the base when training began, so the adapter does not fit the "
+        "plain base; convert it with PEFT (save_pretrained(path_initial_model_for_weight_conversion=...)) first"
+    )
+
+
+def peft_config(model: nn.Module, name: str, base_name: str | None) -> dict[str, Any]:
+    """The adapter's config as PEFT reads it back, with nothing in it that could change meaning on the way."""
+    config = config_of(model, name)
+    shapes = module_shapes(model)
+    adapted = adapted_modules(config, shapes)
+    layers = dict(adapter_layers(model))
+    return {
+        "peft_type": "LORA",
+        "task_type": _task(model),
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": _as_int(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "target_modules": _shortest(adapted, shapes),
+        "bias": config.bias,
+        "use_rslora": config.use_rslora,
+        "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
+        "init_lora_weights": config.init_lora_weights,
+        "fan_in_fan_out": any(isinstance(layers[m], LoraConv1D) for m in adapted),
+        "rank_pattern": _stable(config.rank_pattern, adapted, lambda c, m: resolve(c, m).r, config, "rank_pattern"),
+        "alpha_pattern": {
+            k: _as_int(v)
+            for k, v in _stable(
+                config.alpha_pattern, adapted, lambda c, m: resolve(c, m).alpha, config, "alpha_pattern"
+            ).items()
+        },
+    }
+
+
+def _shortest(adapted: Mapping[str, ModuleShape], shapes: Mapping[str, ModuleShape]) -> list[str] | str:
+    """The last parts of the names where they match exactly the adapted modules, else the names in full."""
+    endings = sorted({name.rsplit(".", 1)[-1] for name in adapted})
+    return endings if _matched(endings, shapes) == set(adapted) else names_in_full(adapted, shapes)
+
+
+def names_in_full(adapted: Iterable[str], shapes: Mapping[str, ModuleShape]) -> list[str] | str:
+    """The names, or one expression of them where one name is the end of another's, which a list would match too."""
+    names = sorted(adapted)
+    return names if _matched(names, shapes) == set(names) else "|".join(re.escape(n) for n in names)
+
+
+def _matched(patterns: list[str], shapes: Mapping[str, ModuleShape]) -> set[str]:
+    return {n for n in shapes if matches(patterns, n)}
+
+
+def _stable(
+    patterns: Mapping[str, Any],
+    adapted: Iterable[str],
+    value: Callable[[LoraConfig, str], Any],
+    config: LoraConfig,
+    field_name: str,
+) -> dict[str, Any]:
+    """The patterns, sorted as PEFT will sort them, if every module still gets its value; else one name per module."""
+    in_order = dict(sorted(patterns.items()))
+    as_sorted = with_changes(config, **{field_name: in_order})
+    if all(value(as_sorted, m) == value(config, m) for m in adapted):
+        return in_order
+    default = config.r if field_name == "rank_pattern" else config.lora_alpha
+    return exceptions({m: value(config, m) for m in adapted}, default)
+
+
+def exceptions(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Anchored patterns for the modules whose value is not the default: each can match its own module only."""
+    return {f"^{re.escape(m)}": v for m, v in values.items() if v != default}
+
+
+def with_changes(config: LoraConfig, **changes: Any) -> LoraConfig:
+    return LoraConfig(**{**{f.name: getattr(config, f.name) for f in fields(config)}, **changes})
+
+
+def _as_int(value: float | int) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _task(model: nn.Module) -> str | None:
+    tasks = {
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+    }
+    return next((task for ending, task in tasks.items() if type(model).__name__.endswith(ending)), None)
