@@ -32,7 +32,7 @@ from twofold.recipes.settings import TrainConfig
 from twofold.recipes.train import train
 from twofold.training.optim import TrainingConfig
 
-ANSWER_TOKENS = 64
+ANSWER_TOKENS = 56
 SHOWN = 5
 HINTED = "base, with intents and 3 examples in its prompt"
 
@@ -49,8 +49,8 @@ class DemoConfig:
     """
 
     output: str = "runs/demo"
-    examples: int = 1280
-    held_out: int = 240
+    examples: int = 1024
+    held_out: int = 210
     seed: int = 0
 
 
