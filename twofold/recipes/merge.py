@@ -9,7 +9,7 @@ from typing import Any
 from twofold.base.batch import Example
 from twofold.base.load import Base, load_base
 from twofold.errors import RunError
-from twofold.events import Emit, Message, silent
+from twofold.events import Emit, silent, working
 from twofold.machine import peak_memory_bytes
 from twofold.merging.checkpoint import write_merged
 from twofold.recipes.proof import Verification, pad_token, proof_batch, verify_merge
@@ -30,8 +30,8 @@ def merge_checkpoint(
     if output.exists():
         raise RunError(f"{output} exists already; choose another output or remove it first")
     started = time.perf_counter()
-    emit(Message(text=f"merging into {output}"))
-    write_merged(base.model, base.tokenizer, output, chat_template=base.renderer.template)
+    with working(f"merging into {output}", emit):
+        write_merged(base.model, base.tokenizer, output, chat_template=base.renderer.template)
     seconds = time.perf_counter() - started
     verification = verify_folder(base, output, examples, emit)
     verification.require(str(output), emit)

@@ -19,7 +19,7 @@ from twofold.base.load import Base, Precision, load_base, renderer_for
 from twofold.data.batches import evaluation_batches, micro_batches, step_indices, steps_per_epoch
 from twofold.data.examples import Examples, load_examples
 from twofold.errors import ProofError, UserError
-from twofold.events import Emit, Event, Message, Warned, fan_out, silent
+from twofold.events import Emit, Event, Message, Warned, fan_out, silent, working
 from twofold.machine import checked_device, fastest_dtype, peak_memory_bytes
 from twofold.recipes.adapters import check_base
 from twofold.recipes.preflight import Preflight, preflight, total_steps
@@ -237,10 +237,10 @@ def _provenance(config: TrainConfig, loaded: _Loaded, progressed: Progressed) ->
 def _prove(config: TrainConfig, loaded: _Loaded, emit: Emit) -> tuple[dict[str, Any] | None, Verification | None]:
     if not config.verify:
         return None, None
-    emit(Message(text="proving that the merged model says what the adapter says"))
     base = loaded.base
     batch = proof_batch((loaded.evaluation or loaded.train).items, base.device)
-    verification = verify_merge(base.model, batch, pad_token(base))
+    with working("proving that the merged model says what the adapter says", emit):
+        verification = verify_merge(base.model, batch, pad_token(base))
     merge(base.model)
     try:
         return _evaluated("merged", loaded, emit), verification
