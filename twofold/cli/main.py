@@ -67,7 +67,7 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            "Every verb takes --json for one JSON document on stdout, and --debug for a traceback.",
+            "Every verb but chat takes --json for one JSON document on stdout; all take --debug for a traceback.",
         ]
     )
 
