@@ -32,6 +32,20 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
             **GROUPED, head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=5.0, sliding_window=4
         )
     ),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(
+            **GROUPED, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+        )
+    ),
+    "mistral-window": lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, sliding_window=4)),
+    "smollm3": lambda: hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**GROUPED, no_rope_layers=[1, 0])),
+    "phi3": lambda: hf.Phi3ForCausalLM(
+        hf.Phi3Config(
+            **GROUPED,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            sliding_window=None,
+        )
+    ),
     "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**DECODER)),
     "gpt2": lambda: hf.GPT2LMHeadModel(
         hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, **_no_dropout("pdrop"))
@@ -69,7 +83,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 FAMILIES = sorted(BUILDERS)
 CAUSAL = [f for f in FAMILIES if not f.startswith(("bert", "t5"))]
-DESCRIBED = ["llama", "llama-tied", "mistral", "qwen2", "qwen3"]
+DESCRIBED = [f for f in CAUSAL if f not in ("gpt2", "opt", "phi")]
 
 
 def _no_dropout(ending: str) -> dict[str, float]:

@@ -67,3 +67,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 def memory_bytes(device: torch.device) -> int:
     """The memory held now."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -24,7 +24,7 @@ from twofold.layers.linear import LinearShare
 from twofold.layers.saved import BiasShare, CopyShare
 
 EMBEDDINGS = {"gpt2": ["wte"], "bert": ["word_embeddings"], "bert-classifier": ["word_embeddings"]}
-LINEARS = {"gpt2": ["c_attn"], "bert": ["query"], "bert-classifier": ["query"], "t5": ["q"]}
+LINEARS = {"phi3": ["qkv_proj"], "gpt2": ["c_attn"], "bert": ["query"], "bert-classifier": ["query"], "t5": ["q"]}
 WHOLE = {"gpt2": ["ln_f"], "opt": ["final_layer_norm"], "phi": ["final_layernorm"]} | {
     "bert": ["LayerNorm"],
     "bert-classifier": ["classifier"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from twofold.adapter.attach import attach
 from twofold.adapter.config import LoraConfig
 from twofold.base.batch import Example, PackedBatch, pack
 from twofold.base.blocks import Decoder, NotDescribed, describe
-from twofold.functional import attention
+from twofold.functional import attention, segments
 from twofold.training.objective import (
     FastObjective,
     Objective,
@@ -38,6 +39,24 @@ def some_examples(*lengths: int, seed: int = 5) -> list[Example]:
 
 
 LENGTHS = (9, 4, 12, 2, 12, 7)
+
+
+def alike_examples() -> list[Example]:
+    """Some that begin alike, one that is nothing but that beginning, some that do not; the beginning is supervised in part."""
+    beginning = some_examples(11, seed=8)[0]
+    continued = [
+        Example(beginning.token_ids + e.token_ids, beginning.supervised + e.supervised) for e in some_examples(9, 4, 13)
+    ]
+    return [*some_examples(12, 2), *continued, beginning, *some_examples(7, seed=6)]
+
+
+def attend_by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make attention keep its probabilities, compute them again, or go through the queries in several chunks."""
+    if way != "kept":
+        monkeypatch.setattr(attention, "KEEP_UP_TO", 0)
+    if way == "in chunks":
+        monkeypatch.setattr(segments, "CHUNK_SCORES", 1)
+        monkeypatch.setattr(segments, "CHUNK_MULTIPLE", 4)
 
 
 def adapted(family: str, dropout: float = 0.0, target: str = "all-linear") -> Any:
@@ -121,12 +140,15 @@ def test_the_softcapped_logits_of_gemma2_are_what_is_learned_from() -> None:
 
 
 @pytest.mark.parametrize("family", DESCRIBED)
-@pytest.mark.parametrize("explicit", [0, 5, 512], ids=["fused", "both", "explicit"])
+@pytest.mark.parametrize("way", ["kept", "computed again", "in chunks"])
 @pytest.mark.parametrize("target", ["all-linear", "attention", "mlp"])
-def test_fast_and_plain_paths_agree(family: str, explicit: int, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "EXPLICIT_UP_TO", explicit)
-    model, batch = adapted(family, target=target), pack(some_examples(*LENGTHS))
-    quick, slow = fast(model)(batch), plain(model)(batch)
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
+def test_fast_and_plain_paths_agree(
+    family: str, way: str, target: str, share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend_by(way, monkeypatch)
+    model, batch = adapted(family, target=target), pack(alike_examples())
+    quick, slow = replace(fast(model), share_prefixes=share)(batch), plain(model)(batch)
     torch.testing.assert_close(quick.loss_sum, slow.loss_sum, rtol=1e-5, atol=0)
     assert quick.correct == slow.correct
     assert distance(gradients(model, quick.loss_sum), gradients(model, slow.loss_sum)) < 1e-5
@@ -230,7 +252,7 @@ def test_evaluation_weighs_by_tokens() -> None:
     expected, hits = by_hand(model, examples)
     count = sum(e.supervised_tokens for e in examples)
     objective = objective_for(model, 0, recompute=False)
-    found = evaluate_loss(objective, [pack(examples[:1]), pack(examples[1:])], torch.device("cpu"))
+    found = evaluate_loss(objective, [pack(examples[:1]), pack(examples[1:])])
     assert found.loss == pytest.approx(expected.item() / count, rel=1e-5)
     assert (found.token_accuracy, found.tokens) == (hits / count, count)
 
@@ -261,9 +283,10 @@ def test_other_families_take_the_plain_path(family: str) -> None:
     assert type(model).__name__ in reason_of(model) or "class" in reason_of(model)
 
 
-def test_a_sliding_window_is_not_described() -> None:
-    model = hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, sliding_window=3)).eval()
-    assert "sliding window" in reason_of(model)
+def test_a_rotary_embedding_that_grows_with_the_batch_is_not_described() -> None:
+    turning = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, rope_parameters=turning)).eval()
+    assert "length of the batch" in reason_of(model)
     examples = some_examples(10, 6)
     found = objective_for(model, 0, recompute=False)(pack(examples)).loss_sum
     torch.testing.assert_close(found, by_hand(model, examples)[0].float(), rtol=1e-5, atol=1e-5)

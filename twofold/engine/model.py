@@ -10,12 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from twofold.base.blocks import Block, Decoder, describe, normed
+from twofold.base.blocks import Block, Decoder, describe
 from twofold.engine.cache import SlotCache
 from twofold.functional.attention import cached_attention
-from twofold.functional.rope import rotate
-from twofold.functional.swiglu import swiglu
-from twofold.layers.linear import project
+from twofold.layers.block import Attend, BlockTensors, Rows, block_forward
 
 SHARED_FROM = 16
 """Tokens that all prompts must have in common for their prefix to be computed once."""
@@ -50,10 +48,12 @@ class BlockStreams:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.cache: SlotCache | None = None
+        self.tensors: list[BlockTensors] = []
 
     @torch.inference_mode()
     def start(self, prompts: Sequence[Sequence[int]], capacity: int) -> Float[Tensor, "streams vocabulary"]:
         shared = common_prefix(prompts)
+        self.tensors = [self.decoder.tensors(b)[0] for b in self.decoder.blocks]
         self.cache = self._new_cache(len(prompts), capacity)
         if shared:
             self._forward([prompts[0][:shared]], streams=1)
@@ -75,7 +75,7 @@ class BlockStreams:
     def _new_cache(self, streams: int, capacity: int) -> SlotCache:
         weight = cast(Tensor, self.decoder.norm.weight)
         blocks, d = self.decoder, self.decoder.head_dim
-        return SlotCache(len(blocks.blocks), streams, blocks.kv_heads, capacity, d, weight.dtype, weight.device)
+        return SlotCache(len(blocks.blocks), streams, blocks.heads.keys, capacity, d, weight.dtype, weight.device)
 
     def _forward(self, tokens: Sequence[Sequence[int]], streams: int) -> Float[Tensor, "streams vocabulary"]:
         """Run the first `streams` slots on; each may bring a different number of tokens, padded on the right."""
@@ -89,36 +89,27 @@ class BlockStreams:
         x = cast(Tensor, self.decoder.embedding(padded)).flatten(0, 1)
         angles = self.decoder.angles(x, positions.flatten())
         seen = max(before) + longest
-        for i, block in enumerate(self.decoder.blocks):
-            x = self._block(i, block, x, angles, positions, seen)
+        for i, (block, tensors) in enumerate(zip(self.decoder.blocks, self.tensors, strict=True)):
+            attend = self._attend(i, block, positions, seen)
+            x, *_ = block_forward(x, tensors, Rows(angles[block.turning]), attend)
         cache.filled[:streams] = [b + c for b, c in zip(before, counts, strict=True)]
         ends = torch.tensor(counts, device=device) - 1
         last = x.view(streams, longest, -1)[torch.arange(streams, device=device), ends]
-        return cast(Tensor, self.decoder.head(normed(self.decoder.norm, last)))
+        return self.decoder.logits(last)
 
-    def _block(
-        self,
-        layer: int,
-        block: Block,
-        x: Float[Tensor, "rows d"],
-        angles: tuple[Tensor, Tensor],
-        positions: Int[Tensor, "streams new"],
-        seen: int,
-    ) -> Float[Tensor, "rows d"]:
+    def _attend(self, layer: int, block: Block, positions: Int[Tensor, "streams new"], seen: int) -> Attend:
+        """Attention of one layer over the slots, which take in the newest keys and values first."""
         streams, new = positions.shape
         cache, decoder = self._slots(), self.decoder
-        q, k, v = project(normed(block.attention_norm, x), block.q, block.k, block.v)
-        q = rotate(decoder.heads(q, block.q_norm), *angles)
-        k = rotate(decoder.heads(k, block.k_norm), *angles)
-        shape = (streams, new, decoder.kv_heads, decoder.head_dim)
-        cache.write(layer, positions, k.view(shape), v.view(shape))
-        keys, values = cache.keys[layer, :streams, :, :seen], cache.values[layer, :streams, :, :seen]
-        attended = cached_attention(
-            q.view(streams, new, -1, decoder.head_dim), keys, values, positions, decoder.attention_scale
-        )
-        x = x + project(attended.reshape(x.shape[0], -1), block.o)[0]
-        gate, up = project(normed(block.mlp_norm, x), block.gate, block.up)
-        return x + project(swiglu(gate, up), block.down)[0]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+            by_stream = (streams, new, -1, decoder.head_dim)
+            cache.write(layer, positions, k.view(by_stream), v.view(by_stream))
+            keys, values = cache.keys[layer, :streams, :, :seen], cache.values[layer, :streams, :, :seen]
+            out = cached_attention(q.view(by_stream), keys, values, positions, decoder.scoring, block.window)
+            return out.reshape(q.shape), []
+
+        return attend
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:

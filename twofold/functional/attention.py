@@ -1,184 +1,150 @@
-"""Causal self-attention over packed segments: no example sees another, and no token is padding in the products around it.
+"""Causal attention over the segments of a packed batch, and over a cache: forward and backward as plain functions.
 
-Layout. A batch is one flat row of tokens, its examples lying end to end. The linear layers see exactly those rows. Only
-here are the segments brought side by side: segments of similar length form a *bucket*, padded on the right to the
-bucket's longest. With padding on the right the causal mask alone is enough: a real query never reaches a padded key,
-and padded queries are dropped on the way back.
+Trade-off. On CPUs the fused attention kernels' backward runs far below its operation count, and a mask over packed rows wastes
+most of it. Here everything is batched products: the segments of a bucket side by side, the query heads that share a key head
+stacked as extra rows (keys are never repeated), a chunk of queries at a time against the keys up to its end. A chunk sees all
+of its keys at once, so its softmax is an ordinary one. Where rows see few keys their probabilities are kept for the backward;
+where many, they are computed again, so that memory grows with the tokens and not with their square.
 
-Trade-off. On CPUs the fused attention kernels' backward runs far below its operation count, while short segments leave
-the score matrices small. So short buckets use explicit batched products, with the query heads that share a key head
-stacked as extra rows (keys are never repeated) and the probabilities kept for the backward; long buckets use PyTorch's
-fused kernel, whose memory is linear. The gradient formulas are the usual ones (arXiv 2205.14135, appendix B):
-dV = Pᵀ dO, dP = dO Vᵀ, dS = P ⊙ (dP - rowsum(dO ⊙ O)), dQ = s dS K, dK = s dSᵀ Q.
+The gradients are the usual ones (arXiv 2205.14135, appendix B): with P the probabilities, S the scaled scores,
+dV = Pᵀ dO, dP = dO Vᵀ, dS = P ⊙ (dP - rowsum(dP ⊙ P)), dQ = s dS K, dK = s dSᵀ Q.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-EXPLICIT_UP_TO = 512
-"""Bucket length to which explicit products are used."""
-BUCKET_WASTE = 0.8
-"""A segment joins a bucket when it is at least this share of the bucket's longest."""
-LENGTH_MULTIPLE = 16
-"""Buckets are padded to a multiple of this, so that kernels meet few lengths."""
+from twofold.functional.segments import AttentionPlan, Bucket, Chunk
+
+KEEP_UP_TO = 512
+"""Keys up to which a chunk's probabilities are kept for the backward."""
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Segments of similar length, padded to the longest.
+class Scoring(NamedTuple):
+    """How scores come from products: scaled, then, in Gemma 2, bent by cap · tanh(score / cap)."""
 
-    Attributes:
-        segments: how many.
-        gather: (segments * length,) the flat row of each place; a padded place repeats its segment's last row.
-        places: (tokens,) the places that are tokens.
-        tokens: (tokens,) the flat rows of those tokens.
-        mask: (length, length) True where a query may not see a key; empty where the fused kernel knows by itself.
-    """
-
-    segments: int
-    gather: Int[Tensor, " places"]
-    places: Int[Tensor, " tokens"]
-    tokens: Int[Tensor, " tokens"]
-    mask: Bool[Tensor, "side side"]
+    scale: float
+    softcap: float | None = None
 
 
-def buckets(lengths: Sequence[int], device: torch.device | str) -> list[Bucket]:
-    """Group the segments, whose rows lie end to end, by length."""
-    starts, at = [], 0
-    for length in lengths:
-        starts.append(at)
-        at += length
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and lengths[i] >= BUCKET_WASTE * lengths[groups[-1][0]]:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return [_bucket([starts[i] for i in g], [lengths[i] for i in g], device) for g in groups]
-
-
-def _bucket(starts: list[int], lengths: list[int], device: torch.device | str) -> Bucket:
-    longest = -(-max(lengths) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-    offsets = torch.arange(longest)
-    sizes = torch.tensor(lengths)[:, None]
-    gather = (torch.tensor(starts)[:, None] + torch.minimum(offsets, sizes - 1)).flatten()
-    places = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(lengths)])
-    side = longest if longest <= EXPLICIT_UP_TO else 0
-    mask = torch.ones(side, side, dtype=torch.bool).triu_(1)
-    return Bucket(len(lengths), gather.to(device), places.to(device), gather[places].to(device), mask.to(device))
-
-
-class _ToBucket(torch.autograd.Function):
-    """(rows, heads, d) -> (segments, heads, length, d). No gradient ever reaches a padded place."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bucket: Bucket) -> Tensor:
-        ctx.bucket, ctx.shape = bucket, x.shape
-        return x.index_select(0, bucket.gather).view(bucket.segments, -1, *x.shape[1:]).transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        flat = gradients[0].transpose(1, 2).reshape(-1, *ctx.shape[1:])
-        dx = flat.new_zeros(ctx.shape)
-        return dx.index_copy_(0, ctx.bucket.tokens, flat.index_select(0, ctx.bucket.places)), None
-
-
-class _FromBuckets(torch.autograd.Function):
-    """The (segments, heads, length, d) of every bucket -> (rows, heads, d); rows of no segment are zero."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: int, packed: Sequence[Bucket], *found: Tensor) -> Tensor:
-        ctx.packed, ctx.shapes = packed, [f.shape for f in found]
-        _, heads, _, d = found[0].shape
-        out = found[0].new_zeros(rows, heads, d)
-        for bucket, f in zip(packed, found, strict=True):
-            flat = f.transpose(1, 2).reshape(-1, heads, d)
-            out.index_copy_(0, bucket.tokens, flat.index_select(0, bucket.places))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        (dy,) = gradients
-        back = []
-        for bucket, (segments, heads, length, d) in zip(ctx.packed, ctx.shapes, strict=True):
-            flat = dy.new_zeros(segments * length, heads, d)
-            flat.index_copy_(0, bucket.places, dy.index_select(0, bucket.tokens))
-            back.append(flat.view(segments, length, heads, d).transpose(1, 2))
-        return None, None, *back
-
-
-def _explicit_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q (S, K, G, L, D), k and v (S, K, L, D) -> output like q and the probabilities (S, K, G, L, L)."""
-    s, kv, g, length, d = q.shape
-    scores = torch.matmul(q.reshape(s, kv, g * length, d), k.transpose(-1, -2)).view(s, kv, g, length, length)
-    wide = scores.to(torch.promote_types(q.dtype, torch.float32)).mul_(scale).masked_fill_(mask, float("-inf"))
-    p = torch.softmax(wide, -1).to(q.dtype)
-    return torch.matmul(p.view(s, kv, g * length, length), v).view_as(q), p
-
-
-def _explicit_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    s, kv, g, length, d = q.shape
-    flat_do, flat_p = do.reshape(s, kv, g * length, d), p.view(s, kv, g * length, length)
-    dv = torch.matmul(flat_p.transpose(-1, -2), flat_do)
-    dp = torch.matmul(flat_do, v.transpose(-1, -2))
-    ds = torch.ops.aten._softmax_backward_data(dp, flat_p, -1, p.dtype).mul_(scale)
-    dq = torch.matmul(ds, k).view_as(q)
-    dk = torch.matmul(ds.transpose(-1, -2), q.reshape(s, kv, g * length, d))
-    return dq, dk, dv
-
-
-class _ExplicitAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        out, p = _explicit_forward(q, k, v, mask, scale)
-        ctx.save_for_backward(q, k, v, p)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        q, k, v, p = ctx.saved_tensors
-        return *_explicit_backward(gradients[0], q, k, v, p, ctx.scale), None, None
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scale: float) -> Tensor:
-    """Attention inside one bucket: (segments, heads, length, d)."""
-    segments, heads, length, d = q.shape
-    kv_heads = k.shape[1]
-    if length <= EXPLICIT_UP_TO:
-        grouped = q.reshape(segments, kv_heads, heads // kv_heads, length, d)
-        out: Tensor = _ExplicitAttention.apply(grouped, k.contiguous(), v.contiguous(), bucket.mask, scale)
-        return out.view(q.shape)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=kv_heads != heads)
-
-
-def packed_attention(
-    q: Float[Tensor, "rows heads d"],
+def attention_forward(
+    q: Float[Tensor, "queries heads d"],
     k: Float[Tensor, "rows kv_heads d"],
     v: Float[Tensor, "rows kv_heads d"],
-    packed: Sequence[Bucket],
-    scale: float,
-) -> Float[Tensor, "rows heads d"]:
-    """Causal attention in which each query sees the keys of its own segment up to itself; rows of no segment give 0."""
-    found = [_attend(_side_by_side(q, b), _side_by_side(k, b), _side_by_side(v, b), b, scale) for b in packed]
-    out: Tensor = _FromBuckets.apply(q.shape[0], packed, *found)
-    return out
+    plan: AttentionPlan,
+    scoring: Scoring,
+) -> tuple[Float[Tensor, "queries heads d"], list[Tensor | None]]:
+    """Each query's output, filler's too, and the probabilities that are kept for the backward, chunk by chunk."""
+    found: list[Tensor] = []
+    kept: list[Tensor | None] = []
+    for bucket in plan.buckets:
+        qs, ks, vs = _gathered(q, k, v, bucket, plan, scoring)
+        outputs = []
+        for chunk in bucket.chunks:
+            p = torch.softmax(_scores(qs, ks, chunk, scoring), -1)
+            outputs.append(torch.bmm(p, vs[:, chunk.keys]))
+            kept.append(p if p.shape[-1] <= KEEP_UP_TO else None)
+        found.append(_joined(outputs, 1))
+    return _from_places(found, plan.outputs, q), kept
 
 
-def _side_by_side(x: Tensor, bucket: Bucket) -> Tensor:
-    found: Tensor = _ToBucket.apply(x, bucket)
-    return found
+def attention_backward(
+    do: Float[Tensor, "queries heads d"],
+    q: Float[Tensor, "queries heads d"],
+    k: Float[Tensor, "rows kv_heads d"],
+    v: Float[Tensor, "rows kv_heads d"],
+    kept: list[Tensor | None],
+    plan: AttentionPlan,
+    scoring: Scoring,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv from the gradient of the output; that of filler rows must be zero."""
+    dqs, dks, dvs = [], [], []
+    probabilities = iter(kept)
+    for bucket in plan.buckets:
+        dos = _to_places(do, bucket.queries, bucket, plan)
+        known = [next(probabilities) for _ in bucket.chunks]
+        dq, dk, dv = _bucket_backward(dos, *_gathered(q, k, v, bucket, plan, scoring), known, bucket, scoring)
+        dqs.append(dq)
+        dks.append(dk)
+        dvs.append(dv)
+    dq = _from_places(dqs, plan.outputs, q)
+    return dq.mul_(scoring.scale), _key_gradient(dks, k, plan), _key_gradient(dvs, v, plan)
+
+
+def _bucket_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, known: list[Tensor | None], bucket: Bucket, scoring: Scoring
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a bucket's scaled queries, keys and values (batch, places, d)."""
+    dqs, dks, dvs = [], [], []
+    for chunk, kept in zip(bucket.chunks, known, strict=True):
+        scores = _scores(q, k, chunk, scoring) if kept is None or scoring.softcap else None
+        p = torch.softmax(scores, -1) if kept is None and scores is not None else cast(Tensor, kept)
+        doc, kc = do[:, chunk.queries], k[:, chunk.keys]
+        dp = torch.bmm(doc, v[:, chunk.keys].transpose(1, 2))
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+        if scoring.softcap and scores is not None:
+            ds *= 1 - (scores.clamp_min(-scoring.softcap) / scoring.softcap).square()
+        dqs.append(torch.bmm(ds, kc))
+        dks.append(torch.bmm(ds.transpose(1, 2), q[:, chunk.queries]))
+        dvs.append(torch.bmm(p.transpose(1, 2), doc))
+    return _joined(dqs, 1), _summed(dks, bucket, k), _summed(dvs, bucket, v)
+
+
+def _scores(q: Tensor, k: Tensor, chunk: Chunk, scoring: Scoring) -> Tensor:
+    """(batch, places, keys) of a chunk, -inf where a query may not look."""
+    scores = torch.bmm(q[:, chunk.queries], k[:, chunk.keys].transpose(1, 2))
+    if scoring.softcap:
+        scores = torch.tanh(scores / scoring.softcap).mul_(scoring.softcap)
+    if masked := chunk.mask.shape[-1]:
+        scores[..., -masked:] += chunk.mask
+    return scores
+
+
+def _gathered(
+    q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, plan: AttentionPlan, scoring: Scoring
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A bucket's queries, scaled, its keys and values, side by side: (segments * key heads, places, d)."""
+    scaled = _to_places(q, bucket.queries, bucket, plan).mul_(scoring.scale)
+    return scaled, _to_places(k, bucket.keys, bucket, plan), _to_places(v, bucket.keys, bucket, plan)
+
+
+def _to_places(x: Tensor, places: Tensor, bucket: Bucket, plan: AttentionPlan) -> Tensor:
+    d = x.shape[-1]
+    return x.reshape(-1, d).index_select(0, places).view(bucket.segments * plan.heads.keys, -1, d)
+
+
+def _from_places(found: list[Tensor], places: Tensor, like: Tensor) -> Tensor:
+    """Back from the buckets' places to rows, shaped as `like`."""
+    flat = _joined([f.reshape(-1, f.shape[-1]) for f in found], 0)
+    return flat.index_select(0, places).view(like.shape)
+
+
+def _key_gradient(found: list[Tensor], k: Tensor, plan: AttentionPlan) -> Tensor:
+    """A row's gradient from its own segment, and that of a prefix from all segments that continue it."""
+    rows = _from_places(found, plan.own_keys, k)
+    for bucket, gradient in zip(plan.buckets, found, strict=True):
+        if shared := bucket.prefix_length:
+            seen = gradient.view(bucket.segments, plan.heads.keys, -1, k.shape[-1])[:, :, :shared]
+            rows[bucket.prefix] += seen.sum(0).transpose(0, 1)
+    return rows
+
+
+def _summed(parts: list[Tensor], bucket: Bucket, like: Tensor) -> Tensor:
+    """Each chunk's gradient of the keys that it saw, summed over the chunks in float32 or wider."""
+    if len(parts) == 1 and parts[0].shape == like.shape:
+        return parts[0]
+    total = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+    for chunk, part in zip(bucket.chunks, parts, strict=True):
+        total[:, chunk.keys] += part
+    return total.to(like.dtype)
+
+
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
 
 def cached_attention(
@@ -186,18 +152,21 @@ def cached_attention(
     keys: Float[Tensor, "streams kv_heads seen d"],
     values: Float[Tensor, "streams kv_heads seen d"],
     positions: Int[Tensor, "streams new"],
-    scale: float,
+    scoring: Scoring,
+    window: int | None = None,
 ) -> Float[Tensor, "streams new heads d"]:
-    """The newest queries of each stream over its own cache, each up to its own position."""
-    streams, new, heads, d = q.shape
-    may_see = torch.arange(keys.shape[2], device=q.device) <= positions[..., None]
-    if new > 1:
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, may_see[:, None], scale=scale, enable_gqa=heads != keys.shape[1]
-        )
-        return out.transpose(1, 2)
-    grouped = q.view(streams, keys.shape[1], heads // keys.shape[1], d)
-    scores = torch.matmul(grouped, keys.transpose(-1, -2))
-    wide = scores.to(torch.promote_types(q.dtype, torch.float32)).mul_(scale)
-    p = torch.softmax(wide.masked_fill_(~may_see[:, None], float("-inf")), -1).to(q.dtype)
-    return torch.matmul(p, values).view(streams, 1, heads, d)
+    """The newest queries of each stream over its own cache, each up to its own position and as far back as `window`."""
+    streams, new, _, d = q.shape
+    at = torch.arange(keys.shape[2], device=q.device)
+    may_see = at <= positions[..., None]
+    if window is not None:
+        may_see &= at > positions[..., None] - window
+    grouped = q.view(streams, new, keys.shape[1], -1, d).permute(0, 2, 3, 1, 4)
+    flat = grouped.reshape(streams, keys.shape[1], -1, d)
+    scores = torch.matmul(flat, keys.transpose(-1, -2))
+    wide = scores.to(torch.promote_types(q.dtype, torch.float32)).mul_(scoring.scale)
+    if scoring.softcap:
+        wide = torch.tanh(wide / scoring.softcap).mul_(scoring.softcap)
+    seen = wide.view(*grouped.shape[:-1], -1).masked_fill_(~may_see[:, None, None], float("-inf"))
+    p = torch.softmax(seen, -1).to(q.dtype).view_as(scores)
+    return torch.matmul(p, values).view(grouped.shape).permute(0, 3, 1, 2, 4).reshape(q.shape)

@@ -33,8 +33,11 @@ def chunk_rows(vocabulary: int) -> int:
     return max(1, rows - rows % ROW_MULTIPLE)
 
 
-def _chunk_loss(logits: Tensor, labels: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:
+def _chunk_loss(logits: Tensor, labels: Tensor, softcap: float | None, *, gradient: bool) -> tuple[Tensor, Tensor]:
     """Loss sum and correct count of one chunk; with `gradient`, logits (rows, V) are overwritten by theirs."""
+    bent = None if softcap is None else torch.tanh(logits.div_(softcap))
+    if bent is not None and softcap is not None:
+        torch.mul(bent, softcap, out=logits)
     top = logits.max(-1, keepdim=True)
     at = labels[:, None]
     picked = logits.gather(-1, at)
@@ -44,6 +47,8 @@ def _chunk_loss(logits: Tensor, labels: Tensor, *, gradient: bool) -> tuple[Tens
     loss = (total.log() + top.values - picked).sum()
     if gradient:
         exponentials.div_(total).scatter_add_(-1, at, torch.full_like(picked, -1.0))
+        if bent is not None:
+            exponentials.mul_(1 - bent.square())
     return loss, correct
 
 
@@ -54,7 +59,7 @@ def _filled(hidden: Tensor) -> Tensor:
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
@@ -64,7 +69,7 @@ class _HeadLoss(torch.autograd.Function):
             at = slice(start, min(start + rows, hidden.shape[0]))
             count = at.stop - start
             logits = F.linear(_filled(hidden[at]), head).to(wide)
-            loss, right = _chunk_loss(logits[:count], labels[at], gradient=gradient is not None)
+            loss, right = _chunk_loss(logits[:count], labels[at], softcap, gradient=gradient is not None)
             loss_sum += loss
             correct += right
             if gradient is not None:
@@ -76,14 +81,18 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0].to(gradient.dtype), None, None
+        return gradient * gradients[0].to(gradient.dtype), None, None, None
 
 
 def head_loss(
-    hidden: Float[Tensor, "rows d"], head: Float[Tensor, "vocabulary d"], labels: Int[Tensor, " rows"]
+    hidden: Float[Tensor, "rows d"],
+    head: Float[Tensor, "vocabulary d"],
+    labels: Int[Tensor, " rows"],
+    softcap: float | None = None,
 ) -> HeadLoss:
-    """Sum over rows of -log softmax(hidden @ headᵀ)[label], with its gradient for `hidden` formed on the way."""
-    return HeadLoss(*_HeadLoss.apply(hidden, head, labels))
+    """Sum over rows of -log softmax(logits)[label], with its gradient for `hidden` formed on the way; logits are hidden @ headᵀ,
+    or c · tanh(hidden @ headᵀ / c) with a softcap of c (Gemma 2)."""
+    return HeadLoss(*_HeadLoss.apply(hidden, head, labels, softcap))
 
 
 def logits_loss(logits: Float[Tensor, "rows vocabulary"], labels: Int[Tensor, " rows"]) -> HeadLoss:

@@ -1,38 +1,56 @@
-"""RMSNorm over a frozen weight, keeping only its input and one number a row."""
+"""RMSNorm over a frozen weight (arXiv 1910.07467): forward and backward as plain functions, and for autograd."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-def rms_norm_backward(
-    dy: Float[Tensor, "rows d"], x: Float[Tensor, "rows d"], weight: Float[Tensor, " d"], rstd: Float[Tensor, "rows 1"]
-) -> Float[Tensor, "rows d"]:
-    """dx = rstd (g - x̂ mean(g x̂)) with g = dy w and x̂ = x rstd, in the precision of rstd."""
-    g = dy.to(rstd.dtype) * weight.to(rstd.dtype)
-    x_hat = x.to(rstd.dtype) * rstd
-    inner = (g * x_hat).mean(-1, keepdim=True)
-    return torch.addcmul(g, x_hat, inner, value=-1).mul_(rstd).to(x.dtype)
+class Norm(NamedTuple):
+    """A frozen RMSNorm. The weight's type says where the result is rounded: rows of bfloat16 times a weight of bfloat16 are
+    rounded before the product, as Llama does; times one of float32, after it, as Gemma does."""
+
+    weight: Float[Tensor, " d"]
+    eps: float
+
+
+def rms_norm_forward(x: Float[Tensor, "rows d"], norm: Norm) -> Float[Tensor, "rows d"]:
+    """x / sqrt(mean(x²) + eps) · weight, the mean in at least float32."""
+    unit = x * _reciprocal_rms(x, norm)
+    return unit.to(norm.weight.dtype).mul_(norm.weight).to(x.dtype)
+
+
+def rms_norm_backward(dy: Float[Tensor, "rows d"], x: Float[Tensor, "rows d"], norm: Norm) -> Float[Tensor, "rows d"]:
+    """dx = ρ (g - x ρ² mean(g x)) with g = dy w and ρ = 1 / rms(x), which is cheaper to compute again than to keep."""
+    rho = _reciprocal_rms(x, norm)
+    g = (dy * norm.weight).to(rho.dtype)
+    shared = torch.linalg.vecdot(g, x.to(rho.dtype))[:, None].mul_(rho.pow(3)).div_(-x.shape[-1])
+    return g.mul_(rho).addcmul_(x, shared).to(x.dtype)
+
+
+def _reciprocal_rms(x: Tensor, norm: Norm) -> Float[Tensor, "rows 1"]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    return length.square_().div_(x.shape[-1]).add_(norm.eps).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, rstd)
-        return weight * (wide * rstd).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        ctx.norm = norm
+        ctx.save_for_backward(x)
+        return rms_norm_forward(x, norm)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return rms_norm_backward(gradients[0], *ctx.saved_tensors), None, None
+        (x,) = ctx.saved_tensors
+        return rms_norm_backward(gradients[0], x, ctx.norm), None
 
 
-def rms_norm(x: Float[Tensor, "rows d"], weight: Float[Tensor, " d"], eps: float) -> Float[Tensor, "rows d"]:
-    """x / sqrt(mean(x²) + eps) · weight, the mean in at least float32 (arXiv 1910.07467); the weight gets no gradient."""
-    y: Tensor = _RMSNorm.apply(x, weight, eps)
+def rms_norm(x: Float[Tensor, "rows d"], norm: Norm) -> Float[Tensor, "rows d"]:
+    """`rms_norm_forward` with its gradient; the weight gets none."""
+    y: Tensor = _RMSNorm.apply(x, norm)
     return y

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-def rotate(
-    x: Float[Tensor, "rows heads d"], cos: Float[Tensor, "rows half"], sin: Float[Tensor, "rows half"]
-) -> Float[Tensor, "rows heads d"]:
-    """Turn each pair (x_i, x_{i + d/2}) by its row's angles; turning by -sin undoes it."""
-    first, second = x.chunk(2, dim=-1)
-    c, s = cos[:, None], sin[:, None]
-    return torch.cat((torch.addcmul(first * c, second, s, value=-1), torch.addcmul(second * c, first, s)), dim=-1)
+class Angles(NamedTuple):
+    """Cosines and sines of each row's angles, both halves written out, the first half of the sines negated."""
+
+    cos: Float[Tensor, "rows 1 turned"]
+    sin: Float[Tensor, "rows 1 turned"]
+
+    @classmethod
+    def of(cls, cos: Float[Tensor, "rows turned"], sin: Float[Tensor, "rows turned"]) -> Angles:
+        """From the tables that transformers' rotary modules give."""
+        half = sin.shape[-1] // 2
+        return cls(cos[:, None], torch.cat((-sin[:, :half], sin[:, half:]), -1)[:, None])
+
+    def back(self) -> Angles:
+        """The turn that undoes this one; the gradient of a turn."""
+        return Angles(self.cos, -self.sin)
 
 
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        cos, sin = ctx.saved_tensors
-        return rotate(gradients[0], cos, -sin), None, None
-
-
-def rope(
-    x: Float[Tensor, "rows heads d"], cos: Float[Tensor, "rows half"], sin: Float[Tensor, "rows half"]
-) -> Float[Tensor, "rows heads d"]:
-    """`rotate` with its gradient, which is the turn back; only the angles are kept."""
-    y: Tensor = _Rope.apply(x, cos, sin)
-    return y
+def rotate(x: Float[Tensor, "rows heads d"], angles: Angles) -> Float[Tensor, "rows heads d"]:
+    """Turn each pair (x_i, x_{i + turned/2}) by its row's angles; values behind the turned ones stay as they are."""
+    turned = angles.cos.shape[-1]
+    if turned < x.shape[-1]:
+        return torch.cat((rotate(x[..., :turned], angles), x[..., turned:]), -1)
+    return (x * angles.cos).addcmul_(x.roll(turned // 2, -1), angles.sin)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -19,8 +20,11 @@ from twofold.lowrank.linear import Projection, group_product
 class LinearShare(Share):
     """One adapter's factors over one linear map: A (r, in), B (out, r), in float32 or wider; and its own bias, if any.
 
-    `bias_change` (out,) is what the adapter adds to the base's bias, zero at the start.
+    `bias_change` (out,) is what the adapter adds to the base's bias, zero at the start; `cast` is A and B in the type of the
+    products, within `cast_once`.
     """
+
+    cast: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self, factors: Factors, scale: float, dropout: float = 0.0, bias_change: Float[Tensor, " out"] | None = None
@@ -84,7 +88,8 @@ class LoraLinear(AdapterLayer):
         shares = self.linear_shares()
         if self.merged is not None:
             return Projection(self.merged, self._effective_bias(shares), None)
-        return Projection(self.matrix(), self._effective_bias(shares), _combined(shares))
+        cast_before = shares[0].cast if len(shares) == 1 else None
+        return Projection(self.matrix(), self._effective_bias(shares), _combined(shares), cast_before)
 
     def dropout_now(self) -> float:
         """The probability with which the input of A is dropped at this moment."""
@@ -135,17 +140,30 @@ def _combined(shares: list[LinearShare]) -> LowRank | None:
 
 def project(x: Float[Tensor, "*batch in_"], *modules: nn.Module) -> tuple[Float[Tensor, "*batch _"], ...]:
     """Several linear modules that read the same x, adapted or not, in one fused pass over it."""
-    projections, biases, dropout = [], [], 0.0
-    for module in modules:
-        projection = module.projection() if isinstance(module, LoraLinear) else _plain(module)
-        learns_bias = projection.bias is not None and projection.bias.requires_grad
-        projections.append(projection._replace(bias=None) if learns_bias else projection)
-        biases.append(projection.bias if learns_bias else None)
-        dropout = max(dropout, module.dropout_now() if isinstance(module, LoraLinear) else 0.0)
-    outputs = group_product(x, projections, dropout)
-    return tuple(y if b is None else y + b for y, b in zip(outputs, biases, strict=True))
+    return group_product(x, [projection_of(m) for m in modules], dropout_of(modules))
 
 
-def _plain(module: nn.Module) -> Projection:
+def projection_of(module: nn.Module) -> Projection:
+    """Weight, bias and update of a linear module as they stand now, adapted or not."""
+    if isinstance(module, LoraLinear):
+        return module.projection()
     linear = cast(nn.Linear, module)
     return Projection(linear.weight, linear.bias, None)
+
+
+def dropout_of(modules: Iterable[nn.Module]) -> float:
+    """The probability with which the input that these modules share is dropped at this moment."""
+    return max(m.dropout_now() if isinstance(m, LoraLinear) else 0.0 for m in modules)
+
+
+@contextmanager
+def cast_once(model: nn.Module) -> Iterator[None]:
+    """Within the block, factors are multiplied as they are cast now: once for several passes, between which no factor changes."""
+    found = [(layer, s) for layer in model.modules() if isinstance(layer, LoraLinear) for s in layer.linear_shares()]
+    try:
+        for layer, share in found:
+            share.cast = (share.A.detach().to(layer.weight.dtype), share.B.detach().to(layer.weight.dtype))
+        yield
+    finally:
+        for _, share in found:
+            share.cast = None

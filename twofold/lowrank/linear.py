@@ -10,16 +10,18 @@ projection. The idea (arXiv 2312.03415, and the kernels of Unsloth) is to write 
 
 so that only x (once for the group), h = x̃ Aᵀ (rows, Σr) and references to the weights are kept; W gets no gradient
 because it is frozen. The A_i are stacked, so the group costs one skinny product each for h and for dA. The low-rank part
-is added into the base product in place.
+is added into the base product in place, and skinny products are written so that the long side is the one streamed through.
 
-Factors live in float32 and are cast to x's dtype here, once per call; their gradients return in their own dtype.
-The forward and backward formulas are plain functions, so that they run where the autograd engine cannot.
+Factors live in float32 and are multiplied in x's type: cast here, or once for several passes by whoever makes the
+projections. Their gradients return in their own type.
+The forward and backward formulas are plain functions, so that they run where the autograd engine cannot, and so that a
+whole decoder block can be made of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +33,22 @@ from twofold.lowrank.factors import LowRank
 
 
 class Projection(NamedTuple):
-    """A frozen weight (out, in) with its bias (out,) and, where it is adapted, its low-rank update."""
+    """A frozen weight (out, in) with its bias (out,) and, where it is adapted, its low-rank update.
+
+    Attributes:
+        bias: frozen, or learned where it requires a gradient.
+        cast: A and B of the update in the type of the products, where that was made before.
+    """
 
     weight: Tensor
     bias: Tensor | None
     update: LowRank | None
+    cast: tuple[Tensor, Tensor] | None = None
+
+    def learned(self) -> list[Tensor]:
+        """What gets a gradient: A, B, the bias, as far as there are any."""
+        factors = [] if self.update is None else [self.update.A, self.update.B]
+        return [*factors, self.bias] if self.bias is not None and self.bias.requires_grad else factors
 
 
 class Kept(NamedTuple):
@@ -49,23 +62,63 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Factors of the adapted members in the dtype of the product, A stacked: (Σr, in)."""
+class Member:
+    """One projection of a group: its rank columns in h, None where it is not adapted."""
 
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
-    A: Tensor | None
-    Bs: tuple[Tensor | None, ...]
-    scales: tuple[float, ...]
+    weight: Float[Tensor, "out in_"]
+    bias: Float[Tensor, " out"] | None
+    B: Float[Tensor, "out r"] | None
+    scale: float
+    columns: slice | None
+    learns_bias: bool
 
-    def slices(self) -> list[slice | None]:
-        """Where each member's rank columns lie in h; None for a member without an update."""
-        found: list[slice | None] = []
-        start = 0
-        for B in self.Bs:
-            found.append(None if B is None else slice(start, start + B.shape[1]))
-            start += 0 if B is None else B.shape[1]
-        return found
+
+@dataclass(frozen=True)
+class Group:
+    """Projections that read the same input, in the type of the products.
+
+    Attributes:
+        A: the members' A, stacked: (Σr, in); None where no member is adapted.
+        dropout: probability that a value of the input is dropped on its way into A.
+    """
+
+    members: tuple[Member, ...]
+    A: Float[Tensor, "ranks in_"] | None
+    dropout: float = 0.0
+
+    @classmethod
+    def of(cls, projections: Sequence[Projection], dtype: torch.dtype, dropout: float = 0.0) -> Group:
+        """Stack projections, casting what was not cast before."""
+        members, As = [], []
+        rank = 0
+        for p in projections:
+            A, B = p.cast or ((None, None) if p.update is None else (p.update.A.to(dtype), p.update.B.to(dtype)))
+            columns = None if A is None else slice(rank, rank + len(A))
+            scale = 0.0 if p.update is None else p.update.scale
+            learns_bias = p.bias is not None and p.bias.requires_grad
+            members.append(Member(p.weight, p.bias, B, scale, columns, learns_bias))
+            if A is not None:
+                As.append(A)
+                rank += len(A)
+        stacked = None if not As else As[0] if len(As) == 1 else torch.cat(As)
+        return cls(tuple(members), stacked, dropout if As else 0.0)
+
+    @property
+    def learns(self) -> bool:
+        return self.A is not None or any(m.learns_bias for m in self.members)
+
+    def part(self, at: slice) -> Group:
+        """The group of some neighbouring members alone."""
+        members = self.members[at]
+        columns = [m.columns for m in members if m.columns is not None]
+        if self.A is None or not columns:
+            return Group(members, None)
+        start = columns[0].start
+        moved = tuple(
+            m if m.columns is None else replace(m, columns=slice(m.columns.start - start, m.columns.stop - start))
+            for m in members
+        )
+        return Group(moved, self.A[start : columns[-1].stop], self.dropout)
 
 
 def drop(x: Float[Tensor, "rows in_"], p: float) -> Kept | None:
@@ -74,16 +127,16 @@ def drop(x: Float[Tensor, "rows in_"], p: float) -> Kept | None:
 
 
 def group_forward(
-    x: Float[Tensor, "rows in_"], kept: Kept | None, group: _Group
+    x: Float[Tensor, "rows in_"], kept: Kept | None, group: Group
 ) -> tuple[list[Tensor], Float[Tensor, "rows ranks"] | None]:
     """The outputs (rows, out_i) of each member, and h = x̃ Aᵀ to keep for the backward."""
-    outputs = [F.linear(x, w, b) for w, b in zip(group.weights, group.biases, strict=True)]
+    outputs = [F.linear(x, m.weight, m.bias) for m in group.members]
     if group.A is None:
         return outputs, None
     h = F.linear(kept.apply(x) if kept else x, group.A)
-    for y, B, scale, at in zip(outputs, group.Bs, group.scales, group.slices(), strict=True):
-        if B is not None:
-            y.addmm_(h[:, at], B.T, alpha=scale)
+    for y, m in zip(outputs, group.members, strict=True):
+        if m.B is not None:
+            y.addmm_(h[:, m.columns], m.B.T, alpha=m.scale)
     return outputs, h
 
 
@@ -92,72 +145,54 @@ def group_backward(
     x: Float[Tensor, "rows in_"],
     kept: Kept | None,
     h: Float[Tensor, "rows ranks"] | None,
-    group: _Group,
+    group: Group,
     *,
     input_gradient: bool,
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """dx (rows, in), dA stacked (Σr, in) and each dB (out_i, r_i), from the gradients of the outputs."""
-    dx = _input_gradient(gradients, group.weights) if input_gradient else None
-    if group.A is None or h is None:
-        return dx, None, [None] * len(group.Bs)
-    g = torch.empty_like(h)
-    dBs: list[Tensor | None] = []
-    for dy, B, scale, at in zip(gradients, group.Bs, group.scales, group.slices(), strict=True):
-        if B is None:
-            dBs.append(None)
-            continue
-        torch.mul(dy @ B, scale, out=g[:, at])
-        dBs.append((dy.T @ h[:, at]).mul_(scale))
-    dA = g.T @ (kept.apply(x) if kept else x)
-    if dx is not None:
-        dx = dx.addmm_(g, group.A) if kept is None else dx.add_(kept.apply(g @ group.A))
-    return dx, dA, dBs
+) -> tuple[Tensor | None, list[Tensor]]:
+    """dx (rows, in) and, member by member in the order of `Projection.learned`, dA (r, in), dB (out, r) and dbias (out,)."""
+    dx = _input_gradient(gradients, group.members) if input_gradient else None
+    dA = None
+    if group.A is not None and h is not None:
+        g = torch.empty_like(h)
+        for dy, m in zip(gradients, group.members, strict=True):
+            if m.B is not None:
+                torch.mul(dy @ m.B, m.scale, out=g[:, m.columns])
+        dA = g.T @ (kept.apply(x) if kept else x)
+        if dx is not None:
+            dx = dx.addmm_(g, group.A) if kept is None else dx.add_(kept.apply(g @ group.A))
+    learned: list[Tensor] = []
+    for dy, m in zip(gradients, group.members, strict=True):
+        if dA is not None and h is not None and m.columns is not None:
+            learned += [dA[m.columns], (h[:, m.columns].T @ dy).mul_(m.scale).T]
+        if m.learns_bias:
+            learned.append(dy.sum(0))
+    return dx, learned
 
 
-def _input_gradient(gradients: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    dx = gradients[0] @ weights[0]
-    for dy, weight in zip(gradients[1:], weights[1:], strict=True):
-        dx.addmm_(dy, weight)
+def _input_gradient(gradients: Sequence[Tensor], members: Sequence[Member]) -> Tensor:
+    dx = gradients[0] @ members[0].weight
+    for dy, member in zip(gradients[1:], members[1:], strict=True):
+        dx.addmm_(dy, member.weight)
     return dx
 
 
 class _GroupProduct(torch.autograd.Function):
-    """Autograd's door to `group_forward` and `group_backward`; the factors are passed flat so that it sees them."""
+    """Autograd's door to `group_forward` and `group_backward`; what is learned is passed flat so that it sees it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, kept: Kept | None, projections: Sequence[Projection], *factors: Tensor
-    ) -> tuple[Tensor, ...]:
-        group = _cast(projections, x.dtype)
+    def forward(ctx: Any, x: Tensor, kept: Kept | None, group: Group, *learned: Tensor) -> tuple[Tensor, ...]:
         outputs, h = group_forward(x, kept, group)
-        ctx.kept, ctx.group = kept, group
-        ctx.dtypes = [f.dtype for f in factors]
-        ctx.save_for_backward(x, *([] if h is None else [h]))
+        ctx.group, ctx.probability = group, None if kept is None else kept.probability
+        ctx.dtypes = [t.dtype for t in learned]
+        ctx.save_for_backward(x, h, None if kept is None else kept.mask)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        x, *rest = ctx.saved_tensors
-        dx, dA, dBs = group_backward(
-            gradients, x, ctx.kept, rest[0] if rest else None, ctx.group, input_gradient=ctx.needs_input_grad[0]
-        )
-        flat: list[Tensor] = []
-        for dB, at in zip(dBs, ctx.group.slices(), strict=True):
-            if dB is not None and dA is not None:
-                flat += [dA[at], dB]
-        return dx, None, None, *(f.to(d) for f, d in zip(flat, ctx.dtypes, strict=True))
-
-
-def _cast(projections: Sequence[Projection], dtype: torch.dtype) -> _Group:
-    updates = [p.update for p in projections]
-    As = [u.A.to(dtype) for u in updates if u is not None]
-    return _Group(
-        weights=tuple(p.weight for p in projections),
-        biases=tuple(p.bias for p in projections),
-        A=None if not As else As[0] if len(As) == 1 else torch.cat(As),
-        Bs=tuple(None if u is None else u.B.to(dtype) for u in updates),
-        scales=tuple(0.0 if u is None else u.scale for u in updates),
-    )
+        x, h, mask = ctx.saved_tensors
+        kept = None if mask is None else Kept(mask, ctx.probability)
+        dx, found = group_backward(gradients, x, kept, h, ctx.group, input_gradient=ctx.needs_input_grad[0])
+        return dx, None, None, *(f.to(d) for f, d in zip(found, ctx.dtypes, strict=True))
 
 
 def group_product(
@@ -174,8 +209,7 @@ def group_product(
         one (..., out_i) per member, in x's dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
-    updates = [p.update for p in projections if p.update is not None]
-    kept = drop(rows, dropout) if updates else None
-    factors = [f for u in updates for f in (u.A, u.B)]
-    outputs = _GroupProduct.apply(rows, kept, tuple(projections), *factors)
+    group = Group.of(projections, x.dtype, dropout)
+    kept = drop(rows, group.dropout)
+    outputs = _GroupProduct.apply(rows, kept, group, *(t for p in projections for t in p.learned()))
     return tuple(y.view(*x.shape[:-1], -1) for y in outputs)

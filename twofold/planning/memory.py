@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from twofold.functional.attention import EXPLICIT_UP_TO
+from twofold.functional.attention import KEEP_UP_TO
 from twofold.functional.loss import CHUNK_ELEMENTS
 from twofold.planning.parameters import ParameterPlan
 
@@ -104,7 +104,7 @@ def plan_memory(parameters: ParameterPlan, shape: Architecture, step: StepShape,
 
 def _activations(shape: Architecture, step: StepShape, ranks: int) -> int:
     values = 4 * shape.hidden + 2 * shape.q_width + 2 * shape.kv_width + 3 * shape.intermediate
-    if step.length <= EXPLICIT_UP_TO:
+    if step.length <= KEEP_UP_TO:
         values += shape.heads * step.length
     layer = step.tokens * (values * (1 if shape.fast_path else PLAIN_PATH) + ranks / shape.layers) * step.element_bytes
     if step.recompute:

@@ -26,7 +26,7 @@ from twofold.errors import ProofError
 from twofold.events import Emit, Warned, silent
 from twofold.layers.embedding import LoraEmbedding
 from twofold.layers.linear import LoraLinear
-from twofold.training.block import hidden_states
+from twofold.training.block import all_states
 
 EXAMPLES, TOKENS = 8, 512
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
@@ -98,7 +98,7 @@ def all_logits(model: Any, batch: PackedBatch, pad_id: int) -> Tensor:
     """Logits (rows, vocabulary) of every token of a packed batch, in float32 or wider."""
     described = describe(model)
     if isinstance(described, Decoder):
-        logits: Tensor = described.head(hidden_states(described, batch))
+        logits = described.logits(all_states(described, batch.to(torch.device("cpu"))))
     else:
         padded = pad(batch, pad_id)
         found = model(input_ids=padded.token_ids, attention_mask=padded.attention_mask, use_cache=False).logits

@@ -162,8 +162,12 @@ def _attach(config: TrainConfig, loaded: _Loaded) -> None:
 
 def _job(config: TrainConfig, run: RunFolder, loaded: _Loaded) -> Job:
     base, items, training = loaded.base, loaded.train.items, config.training
-    objective = objective_for(base.model, pad_token(base), recompute=training.gradient_checkpointing)
-
+    objective = objective_for(
+        base.model,
+        pad_token(base),
+        recompute=training.gradient_checkpointing,
+        share_prefixes=training.share_prefixes,
+    )
     held_out = evaluation_batches(loaded.evaluation.items, EVALUATION_TOKENS) if loaded.evaluation else []
 
     def batches(step: int) -> Any:
@@ -171,7 +175,7 @@ def _job(config: TrainConfig, run: RunFolder, loaded: _Loaded) -> Job:
         return micro_batches(chosen, training.micro_batch_size)
 
     def evaluate() -> tuple[float, float]:
-        found = evaluate_loss(objective, held_out, base.device)
+        found = evaluate_loss(objective, held_out)
         return found.loss, found.token_accuracy
 
     return Job(
@@ -191,7 +195,7 @@ def _job(config: TrainConfig, run: RunFolder, loaded: _Loaded) -> Job:
 def held_out_loss(base: Base, examples: Examples, emit: Emit = silent, task: str = "evaluating") -> HeldOut:
     """Loss and accuracy of the model as it stands."""
     objective = objective_for(base.model, pad_token(base), recompute=False)
-    return evaluate_loss(objective, evaluation_batches(examples.items, EVALUATION_TOKENS), base.device, emit, task)
+    return evaluate_loss(objective, evaluation_batches(examples.items, EVALUATION_TOKENS), emit, task)
 
 
 def _evaluated(name: str, loaded: _Loaded, emit: Emit) -> dict[str, Any] | None:

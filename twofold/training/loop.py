@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from twofold.base.batch import PackedBatch
 from twofold.errors import NonFiniteLossError
 from twofold.events import Checkpointed, Emit, Evaluated, Step
+from twofold.layers.linear import cast_once
 from twofold.machine import memory_bytes
 from twofold.training import checkpoint
 from twofold.training.checkpoint import Progressed
@@ -86,7 +87,8 @@ def _step(job: Job, optimise: torch.optim.Optimizer, progressed: Progressed) -> 
         group["lr"] = rate
     batches = job.batches(progressed.step)
     supervised = sum(b.supervised_tokens for b in batches)
-    loss = sum(_backward(job, batch, supervised) for batch in batches)
+    with cast_once(job.model):
+        loss = sum(_backward(job, batch, supervised) for batch in batches)
     norm = _clip(job)
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise NonFiniteLossError(_not_finite(job, progressed.step, loss, norm))
@@ -119,7 +121,7 @@ def _with_time_left(event: Step, job: Job, progressed: Progressed) -> Step:
 
 def _backward(job: Job, batch: PackedBatch, supervised: int) -> float:
     """Add a micro-batch's share of the step's gradient; its share of the mean loss."""
-    loss = job.objective(batch.to(job.device)).loss_sum / supervised
+    loss = job.objective(batch).loss_sum / supervised
     loss.backward()
     return float(loss.detach())
 

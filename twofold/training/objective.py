@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from twofold.base.batch import PackedBatch, pad
-from twofold.base.blocks import Decoder, NotDescribed, describe
+from twofold.base.blocks import Decoder, NotDescribed, describe, norm_of
 from twofold.events import Emit, Progress, silent
 from twofold.functional.loss import HeadLoss, head_loss, logits_loss
+from twofold.functional.norm import rms_norm
 from twofold.layers.protocol import AdapterLayer
-from twofold.training.block import hidden_states
+from twofold.training.block import asked_states
+from twofold.training.layout import lay_out
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """From a batch on the model's device to the sum of its supervised tokens' losses."""
+    """From a batch on the CPU to the sum of its supervised tokens' losses."""
 
     @property
     def path(self) -> str:
@@ -30,18 +32,25 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class FastObjective:
-    """Packed rows through the described blocks; logits in chunks, at supervised rows only."""
+    """Packed rows, shared prefixes once, through fused blocks; logits in chunks, at supervised rows only."""
 
     decoder: Decoder
     recompute: bool
+    share_prefixes: bool = True
     path: str = "fast path: packed rows through fused blocks"
 
     def __call__(self, batch: PackedBatch) -> HeadLoss:
-        hidden = hidden_states(self.decoder, batch, recompute=self.recompute)[batch.predicting]
+        if not batch.supervised_tokens:
+            return HeadLoss(torch.zeros((), requires_grad=True), torch.zeros((), dtype=torch.int64))
+        layout = lay_out(batch, share=self.share_prefixes)
+        hidden = asked_states(self.decoder, layout, recompute=self.recompute)
+        labels = layout.labels.to(hidden.device)
+        rows = hidden.index_select(0, layout.predicting.to(hidden.device))
         head = self.decoder.head
         if isinstance(head, AdapterLayer):
-            return logits_loss(cast(Tensor, head(hidden)), batch.labels)
-        return head_loss(hidden, cast(Tensor, head.weight), batch.labels)
+            return logits_loss(self.decoder.logits(rows), labels)
+        normed = rms_norm(rows, norm_of(self.decoder.norm))
+        return head_loss(normed, cast(Tensor, head.weight), labels, self.decoder.logit_softcap)
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class PlainObjective:
     path: str
 
     def __call__(self, batch: PackedBatch) -> HeadLoss:
-        padded = pad(batch, self.pad_id)
+        padded = pad(batch.to(self.model.device), self.pad_id)
         inputs = {"input_ids": padded.token_ids, "attention_mask": padded.attention_mask}
         head = self.model.get_output_embeddings()
 
@@ -69,11 +78,11 @@ class PlainObjective:
         return logits_loss(logits[0], padded.labels)
 
 
-def objective_for(model: Any, pad_id: int, *, recompute: bool) -> Objective:
+def objective_for(model: Any, pad_id: int, *, recompute: bool, share_prefixes: bool = True) -> Objective:
     """The fastest objective that is right for this model."""
     described = describe(model)
     if isinstance(described, Decoder):
-        return FastObjective(described, recompute)
+        return FastObjective(described, recompute, share_prefixes)
     return plain_objective(model, pad_id, described, recompute=recompute)
 
 
@@ -97,14 +106,13 @@ class HeldOut:
 def evaluate_loss(
     objective: Objective,
     batches: list[PackedBatch],
-    device: torch.device,
     emit: Emit = silent,
     task: str = "evaluating",
 ) -> HeldOut:
     """Run held-out batches through an objective."""
     loss, correct, count = 0.0, 0, 0
     for done, batch in enumerate(batches, start=1):
-        found = objective(batch.to(device))
+        found = objective(batch)
         loss, correct = loss + float(found.loss_sum), correct + int(found.correct)
         count += batch.supervised_tokens
         emit(Progress(task=task, done=done, total=len(batches)))

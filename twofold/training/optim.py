@@ -30,6 +30,7 @@ class TrainingConfig:
         beta1: of AdamW.
         beta2: of AdamW.
         gradient_clip: largest norm of the whole gradient; 0 for none.
+        share_prefixes: compute once what several examples of a batch begin with; exact, and only on the fast path.
         gradient_checkpointing: keep only each layer's input and compute the rest again: less memory, a third slower.
         evaluate_every: steps between evaluations; only at the end when not given.
         early_stopping: stop after so many evaluations without a better loss.
@@ -49,6 +50,7 @@ class TrainingConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     gradient_clip: float = 1.0
+    share_prefixes: bool = True
     gradient_checkpointing: bool = False
     evaluate_every: int | None = None
     early_stopping: int | None = None

@@ -1,0 +1,120 @@
+"""The floor under a training step: its matrix products, and nothing else.
+
+Every product of the step as it must be executed, at its own shapes and with the real layers' weights, one after the other: the
+frozen projections and their input gradients, the low-rank products, attention's, the logits and their gradient. What a
+step takes beyond that is overhead; the share that the floor has in a step says how near the machine's limit a training runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twofold.base.batch import PackedBatch
+from twofold.base.blocks import Block, Decoder
+from twofold.functional.attention import KEEP_UP_TO
+from twofold.functional.loss import chunk_rows
+from twofold.functional.segments import AttentionPlan
+from twofold.layers.block import BlockTensors
+from twofold.lowrank.linear import Group
+from twofold.machine import synchronise
+from twofold.training.block import plans_of
+from twofold.training.layout import Layout, lay_out
+
+ROUNDS = 3
+
+
+def floor_seconds(decoder: Decoder, batches: Sequence[PackedBatch], *, share: bool) -> float:
+    """Seconds of a step's matrix products, forward and backward: the least of a few rounds."""
+    layouts = [lay_out(b, share=share) for b in batches]
+    device = cast(Tensor, decoder.norm.weight).device
+    rounds = []
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            synchronise(device)
+            started = time.perf_counter()
+            for layout in layouts:
+                _products(decoder, layout)
+            synchronise(device)
+            rounds.append(time.perf_counter() - started)
+    return min(rounds)
+
+
+def _products(decoder: Decoder, layout: Layout) -> None:
+    some = _Operands(cast(Tensor, decoder.norm.weight))
+    plans = plans_of(decoder, layout, some.like)
+    first = True
+    for block, plan in zip(decoder.blocks, plans, strict=True):
+        asked = layout.rows if block is not decoder.blocks[-1] else len(layout.asked)
+        _block_products(decoder, block, plan, layout.rows, asked, some, input_gradient=not first)
+        first = False
+    head = cast(Tensor, decoder.head.weight)
+    for start in range(0, layout.labels.numel(), chunk_rows(len(head))):
+        hidden = some(min(chunk_rows(len(head)), layout.labels.numel() - start), head.shape[1])
+        torch.mm(F.linear(hidden, head), head)
+
+
+class _Operands:
+    """Random matrices, one of each shape."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.made: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, *shape: int) -> Tensor:
+        if shape not in self.made:
+            self.made[shape] = torch.randn(shape, device=self.like.device, dtype=self.like.dtype)
+        return self.made[shape]
+
+
+def _block_products(
+    decoder: Decoder, block: Block, plan: AttentionPlan, rows: int, asked: int, some: _Operands, *, input_gradient: bool
+) -> None:
+    t: BlockTensors = decoder.tensors(block)[0]
+    apart = asked != rows and len(t.qkv.members) == 3
+    for group, count in (
+        [(t.qkv.part(slice(0, 1)), asked), (t.qkv.part(slice(1, 3)), rows)] if apart else [(t.qkv, rows)]
+    ):
+        _group_products(group, count, some, input_gradient=input_gradient)
+    _attention_products(plan, decoder.head_dim, some)
+    for group in (t.o, t.gate_up, t.down):
+        _group_products(group, asked, some, input_gradient=True)
+
+
+def _group_products(group: Group, rows: int, some: _Operands, *, input_gradient: bool) -> None:
+    x = some(rows, group.members[0].weight.shape[1])
+    for m in group.members:
+        dy = some(rows, len(m.weight))
+        F.linear(x, m.weight)
+        if input_gradient:
+            torch.mm(dy, m.weight)
+        if m.B is not None:
+            h = some(rows, m.B.shape[1])
+            torch.mm(h, m.B.T)
+            torch.mm(dy, m.B)
+            torch.mm(h.T, dy)
+    if group.A is not None:
+        h = F.linear(x, group.A)
+        torch.mm(h.T, x)
+        if input_gradient:
+            torch.mm(h, group.A)
+
+
+def _attention_products(plan: AttentionPlan, d: int, some: _Operands) -> None:
+    for bucket in plan.buckets:
+        batch = bucket.segments * plan.heads.keys
+        for chunk in bucket.chunks:
+            q = some(batch, chunk.queries.stop - chunk.queries.start, d)
+            k = some(batch, chunk.keys.stop - chunk.keys.start, d)
+            scores = torch.bmm(q, k.transpose(1, 2))
+            for _ in range(1 if k.shape[1] <= KEEP_UP_TO else 2):  # dP, and the scores again where they were not kept
+                torch.bmm(q, k.transpose(1, 2))
+            for _ in range(2):  # the output, dQ
+                torch.bmm(scores, k)
+            for _ in range(2):  # dK, dV
+                torch.bmm(scores.transpose(1, 2), q)
