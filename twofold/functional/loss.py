@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 23
-"""Logits alive at once: 32 MiB in float32."""
+CHUNK_ELEMENTS = 1 << 24
+"""Logits alive at once, in the type of the products."""
+SLICE_ELEMENTS = 1 << 21
+"""Logits widened at once on a CPU, where they then stay in its caches from one pass over them to the next."""
 ROW_MULTIPLE = 32
+"""Rows are filled up to a multiple of this, so that kernels meet few numbers of rows."""
 
 
 class HeadLoss(NamedTuple):
@@ -27,14 +30,14 @@ class HeadLoss(NamedTuple):
     correct: Int[Tensor, ""]
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Rows per chunk, so that a chunk's logits stay small."""
-    rows = CHUNK_ELEMENTS // vocabulary
-    return max(1, rows - rows % ROW_MULTIPLE)
+def chunk_rows(rows: int, vocabulary: int) -> int:
+    """Rows per chunk: all chunks alike, and none with more logits than may be alive."""
+    chunks = -(-rows * vocabulary // CHUNK_ELEMENTS)
+    return -(-rows // (max(1, chunks) * ROW_MULTIPLE)) * ROW_MULTIPLE
 
 
-def _chunk_loss(logits: Tensor, labels: Tensor, softcap: float | None, *, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Loss sum and correct count of one chunk; with `gradient`, logits (rows, V) are overwritten by theirs."""
+def _slice_loss(logits: Tensor, labels: Tensor, softcap: float | None, *, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Loss sum and correct count of some rows of wide logits; with `gradient` they are overwritten by theirs."""
     bent = None if softcap is None else torch.tanh(logits.div_(softcap))
     if bent is not None and softcap is not None:
         torch.mul(bent, softcap, out=logits)
@@ -52,31 +55,39 @@ def _chunk_loss(logits: Tensor, labels: Tensor, softcap: float | None, *, gradie
     return loss, correct
 
 
-def _filled(hidden: Tensor) -> Tensor:
-    """Rows filled up to a multiple with zeros, so that kernels meet few numbers of rows."""
-    return F.pad(hidden, (0, 0, 0, -hidden.shape[0] % ROW_MULTIPLE))
+def _chunk_loss(logits: Tensor, labels: Tensor, softcap: float | None, *, gradient: bool) -> tuple[Tensor, Tensor]:
+    """The same of a chunk in the type of the products, widened slice by slice."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    rows = max(1, SLICE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    found = []
+    for part, of_part in zip(logits.split(rows), labels.split(rows), strict=True):
+        widened = part.to(wide)
+        found.append(_slice_loss(widened, of_part, softcap, gradient=gradient))
+        if gradient and widened is not part:
+            part.copy_(widened)
+    losses, correct = zip(*found, strict=True)
+    return torch.stack(losses).sum(), torch.stack(correct).sum()
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        rows = chunk_rows(head.shape[0])
-        for start in range(0, hidden.shape[0], rows):
-            at = slice(start, min(start + rows, hidden.shape[0]))
-            count = at.stop - start
-            logits = F.linear(_filled(hidden[at]), head).to(wide)
-            loss, right = _chunk_loss(logits[:count], labels[at], softcap, gradient=gradient is not None)
-            loss_sum += loss
-            correct += right
+        losses, correct = [], []
+        rows = chunk_rows(len(hidden), len(head))
+        for part, of_part, d in zip(
+            hidden.split(rows), labels.split(rows), (hidden if gradient is None else gradient).split(rows), strict=True
+        ):
+            logits = F.linear(F.pad(part, (0, 0, 0, -len(part) % ROW_MULTIPLE)), head)
+            loss, right = _chunk_loss(logits[: len(part)], of_part, softcap, gradient=gradient is not None)
+            losses.append(loss)
+            correct.append(right)
             if gradient is not None:
-                gradient[at] = torch.mm(logits.to(head.dtype), head)[:count]
+                d.copy_(torch.mm(logits, head)[: len(part)])
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
-        ctx.mark_non_differentiable(correct)
-        return loss_sum, correct
+        total = torch.stack(correct).sum()
+        ctx.mark_non_differentiable(total)
+        return torch.stack(losses).sum(), total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:

@@ -24,8 +24,12 @@ from torch import Tensor
 
 BUCKET_WASTE = 0.8
 """A segment joins a bucket when it is at least this share of the bucket's longest."""
+SHORT = 96
+"""Segments up to this length are not worth a bucket of their own, however unequal."""
 LENGTH_MULTIPLE = 16
 """Buckets are padded to a multiple of this, so that kernels meet few lengths."""
+MASKED_WHOLE = 512
+"""Keys up to which a chunk's mask covers all of them, since adding to a part of a row is slower than to a whole one."""
 CHUNK_SCORES = 1 << 22
 """Scores of one chunk, all heads and segments together."""
 CHUNK_MULTIPLE = 64
@@ -157,7 +161,7 @@ def _grouped(members: Sequence[_Member]) -> list[list[_Member]]:
         if (
             longest is not None
             and longest[2:] == member.segment[2:]
-            and member.segment.length >= BUCKET_WASTE * longest.length
+            and (longest.length <= SHORT or member.segment.length >= BUCKET_WASTE * longest.length)
         ):
             groups[-1].append(member)
         else:
@@ -176,7 +180,8 @@ def _lay_out(
     """The bucket of a group; its index tensors still on the CPU."""
     count, first = len(group), group[0].segment
     query_places = rounded_up(1 + max(len(m.numbers) for m in group), LENGTH_MULTIPLE)
-    key_places = rounded_up(1 + max(m.segment.length for m in group), LENGTH_MULTIPLE)
+    seen = first.prefix_length + 1 + max(m.segment.length for m in group)
+    key_places = rounded_up(seen, LENGTH_MULTIPLE) - first.prefix_length
     asking = torch.full((count, query_places), query_rows - 1)
     limits = torch.zeros(count, query_places, dtype=torch.long)
     keys = torch.full((count, key_places), rows - 1)
@@ -227,7 +232,7 @@ def _chunk(limits: Tensor, start: int, keys: int, heads: Heads, like: Tensor, wi
     nearest, furthest = int(limits.min()), int(limits.max())
     begin = 0 if window is None else max(0, nearest - window + 1)
     end = min(keys, rounded_up(furthest + 1, LENGTH_MULTIPLE))
-    masked_from = begin if window is not None else nearest + 1
+    masked_from = begin if window is not None or end - begin <= MASKED_WHOLE else nearest + 1
     at = torch.arange(min(masked_from, end), end)
     hidden = at > limits[..., None]
     if window is not None:

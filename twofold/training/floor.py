@@ -54,8 +54,7 @@ def _products(decoder: Decoder, layout: Layout) -> None:
         _block_products(decoder, block, plan, layout.rows, asked, some, input_gradient=not first)
         first = False
     head = cast(Tensor, decoder.head.weight)
-    for start in range(0, layout.labels.numel(), chunk_rows(len(head))):
-        hidden = some(min(chunk_rows(len(head)), layout.labels.numel() - start), head.shape[1])
+    for hidden in some(layout.labels.numel(), head.shape[1]).split(chunk_rows(layout.labels.numel(), len(head))):
         torch.mm(F.linear(hidden, head), head)
 
 
