@@ -45,7 +45,7 @@ class Warned(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step(Event):
-    """One optimiser step. `loss` is the mean over the step's supervised tokens; speeds are since the previous step."""
+    """One optimiser step. `loss` is the mean over the step's supervised tokens; `seconds` and speed are the step's own."""
 
     step: int
     steps: int
@@ -55,6 +55,7 @@ class Step(Event):
     gradient_norm: float
     tokens: int
     supervised_tokens: int
+    seconds: float
     tokens_per_second: float
     memory_bytes: int
     seconds_left: float

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from twofold.cli.flags import parse, take
 from twofold.cli.main import print_json
-from twofold.cli.terminal import Terminal, duration, gigabytes, stdout
+from twofold.cli.terminal import Terminal, gigabytes, speed_of, stdout
 from twofold.recipes.demo import DemoConfig, attribution, demo
 
 
@@ -23,9 +23,7 @@ def run(arguments: list[str]) -> int:
 
 def show(report: dict[str, Any]) -> None:
     """What the demonstration found, in the order of a reader's questions."""
-    seconds, speed = duration(report["seconds"]), f"{report['tokens_per_second']:,.0f} tokens/s"
-    stdout.print(f"\n[bold]Training[/bold]  {report['steps']} steps in {seconds}, {speed}, "
-                 f"peak {gigabytes(report['peak_memory_bytes'])}")  # fmt: skip
+    stdout.print(f"\n[bold]Training[/bold]  {speed_of(report)}")
     _show_scores(report)
     _show_samples(report["task"]["samples"])
     _show_proof(report)

@@ -86,6 +86,14 @@ def figures(event: events.Step) -> str:
     )
 
 
+def speed_of(report: dict[str, Any]) -> str:
+    """Steps, time, tokens a second and peak memory of a run; and how near the machine's limit it ran, where that was measured."""
+    told = f"{report['steps']} steps in {duration(report['seconds'])}, {report['tokens_per_second']:,.0f} tokens/s, "
+    told += f"peak {gigabytes(report['peak_memory_bytes'])}"
+    floor = report["floor"]
+    return told if floor is None else f"{told}; matrix products alone take {floor['fraction']:.0%} of the median step"
+
+
 def gigabytes(count: float) -> str:
     """Bytes in GB, or MB below a tenth of one."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

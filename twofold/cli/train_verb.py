@@ -6,7 +6,7 @@ from pathlib import Path
 
 from twofold.cli.flags import parse, take
 from twofold.cli.main import print_json
-from twofold.cli.terminal import Terminal, duration, gigabytes, show_preflight, stdout
+from twofold.cli.terminal import Terminal, show_preflight, speed_of, stdout
 from twofold.recipes.settings import TrainConfig, read_config
 from twofold.recipes.train import dry_run, train
 
@@ -38,8 +38,7 @@ def _config(arguments: list[str]) -> TrainConfig:
 
 
 def _show(report: dict) -> None:  # type: ignore[type-arg]
-    speed = f"{report['tokens_per_second']:,.0f} tokens/s, peak {gigabytes(report['peak_memory_bytes'])}"
-    stdout.print(f"{report['steps']} steps in {duration(report['seconds'])}, {speed}")
+    stdout.print(speed_of(report))
     for name, found in report["evaluation"].items():
         if found:
             stdout.print(

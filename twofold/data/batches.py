@@ -29,10 +29,22 @@ def step_indices(examples: int, batch_size: int, seed: int, step: int) -> list[i
     return epoch_order(examples, seed, epoch)[at * batch_size : (at + 1) * batch_size]
 
 
-def micro_batches(examples: Sequence[Example], size: int | None) -> list[PackedBatch]:
-    """A step's examples in packed batches of at most `size` examples."""
-    size = size or len(examples)
-    return [pack(examples[i : i + size]) for i in range(0, len(examples), size)]
+def micro_batches(examples: Sequence[Example], size: int | None, tokens: int | None = None) -> list[PackedBatch]:
+    """A step's examples in packed batches of at most `size` examples and about `tokens` tokens; a longer example is alone."""
+    groups: list[list[Example]] = []
+    for example in examples if tokens is None else sorted(examples, key=lambda e: -len(e.token_ids)):
+        room = (
+            g for g in groups if len(g) != size and (tokens is None or _tokens(g) + len(example.token_ids) <= tokens)
+        )
+        group = next(room, None)
+        if group is None:
+            groups.append(group := [])
+        group.append(example)
+    return [pack(g) for g in groups]
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(len(e.token_ids) for e in examples)
 
 
 def evaluation_batches(examples: Sequence[Example], tokens: int) -> list[PackedBatch]:

@@ -198,6 +198,8 @@ def _speed(report: Json, steps: Sequence[Json]) -> Card:
     tokens, supervised = report.get("tokens"), report.get("supervised_tokens")
     if tokens:
         details.append(f"{tokens:,} tokens, {shown(supervised, ',')} supervised")
+    if floor := dig(report, "floor", "fraction"):
+        details.append(f"its matrix products alone take {floor:.0%} of the median step")
     return Card("Tokens per second", shown(report.get("tokens_per_second"), ",.0f"), details)
 
 

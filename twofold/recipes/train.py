@@ -28,6 +28,7 @@ from twofold.recipes.report import write_page
 from twofold.recipes.runs import EventLog, RunFolder, as_begun, open_new, open_resumed, trackers
 from twofold.recipes.settings import TrainConfig, check_continues
 from twofold.training.checkpoint import Progressed
+from twofold.training.floor import StepTimes, measured_floor
 from twofold.training.loop import Job
 from twofold.training.loop import train as run_job
 from twofold.training.objective import HeldOut, evaluate_loss, objective_for
@@ -122,14 +123,17 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit)
     _attach(config, loaded)
     job = _job(config, run, loaded)
     emit(Message(text=job.objective.path))
-    progressed = run_job(job, emit, newest)
+    times = StepTimes()
+    progressed = run_job(job, fan_out(times, emit), newest)
     peak = peak_memory_bytes(base.device)
+    floor = measured_floor(job.objective, times, job.batches)
     _save(config, run, loaded, job, progressed)
     evaluation["adapter"] = _evaluated("adapter", loaded, emit)
     evaluation["merged"], verification = _prove(config, loaded, emit)
     report = {
         **_figures(config, run, progressed),
         "peak_memory_bytes": peak,
+        "floor": floor and floor.as_json(),
         "parameters": foreseen.as_json()["parameters"],
         "predicted": {"seconds": foreseen.seconds, "memory": foreseen.memory.as_json()},
         "evaluation": evaluation,
@@ -172,7 +176,7 @@ def _job(config: TrainConfig, run: RunFolder, loaded: _Loaded) -> Job:
 
     def batches(step: int) -> Any:
         chosen = [items[i] for i in step_indices(len(items), training.batch_size, training.seed, step)]
-        return micro_batches(chosen, training.micro_batch_size)
+        return micro_batches(chosen, training.micro_batch_size, training.micro_batch_tokens)
 
     def evaluate() -> tuple[float, float]:
         found = evaluate_loss(objective, held_out)

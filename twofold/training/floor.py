@@ -8,7 +8,8 @@ step takes beyond that is overhead; the share that the floor has in a step says 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from twofold.base.batch import PackedBatch
 from twofold.base.blocks import Block, Decoder
+from twofold.events import Event, Step
 from twofold.functional.attention import KEEP_UP_TO
 from twofold.functional.loss import chunk_rows
 from twofold.functional.segments import AttentionPlan
@@ -25,8 +27,54 @@ from twofold.lowrank.linear import Group
 from twofold.machine import synchronise
 from twofold.training.block import plans_of
 from twofold.training.layout import Layout, lay_out
+from twofold.training.objective import FastObjective, Objective
 
 ROUNDS = 3
+
+
+class StepTimes:
+    """A subscriber that remembers how long each optimiser step took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, float] = {}
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Step):
+            self.seconds[event.step - 1] = event.seconds
+
+    def median(self) -> tuple[int, float] | None:
+        """The step, counted from 0, of median duration, and that duration; None before any."""
+        by_duration = sorted(self.seconds.items(), key=lambda item: item[1])
+        return by_duration[len(by_duration) // 2] if by_duration else None
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A step of median duration beside its matrix products alone.
+
+    Attributes:
+        step_seconds: of the step.
+        floor_seconds: of its products.
+    """
+
+    step_seconds: float
+    floor_seconds: float
+
+    @property
+    def fraction(self) -> float:
+        return self.floor_seconds / self.step_seconds
+
+    def as_json(self) -> dict[str, float]:
+        return {**asdict(self), "fraction": self.fraction}
+
+
+def measured_floor(objective: Objective, times: StepTimes, batches: Callable[[int], list[PackedBatch]]) -> Floor | None:
+    """The floor under the step of median duration; None on the plain path, whose products are its own affair."""
+    median = times.median()
+    if median is None or not isinstance(objective, FastObjective):
+        return None
+    step, seconds = median
+    return Floor(seconds, floor_seconds(objective.decoder, batches(step), share=objective.share_prefixes))
 
 
 def floor_seconds(decoder: Decoder, batches: Sequence[PackedBatch], *, share: bool) -> float:

@@ -98,6 +98,7 @@ def _step(job: Job, optimise: torch.optim.Optimizer, progressed: Progressed) -> 
     progressed.step += 1
     progressed.tokens += tokens
     progressed.supervised_tokens += supervised
+    seconds = time.perf_counter() - started
     return Step(
         step=progressed.step,
         steps=job.steps,
@@ -107,7 +108,8 @@ def _step(job: Job, optimise: torch.optim.Optimizer, progressed: Progressed) -> 
         gradient_norm=norm,
         tokens=progressed.tokens,
         supervised_tokens=progressed.supervised_tokens,
-        tokens_per_second=tokens / (time.perf_counter() - started),
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
         memory_bytes=memory_bytes(job.device),
         seconds_left=0.0,
     )

@@ -21,6 +21,8 @@ class TrainingConfig:
         batch_size: examples in one optimiser step.
         micro_batch_size: examples in one forward pass; smaller ones are accumulated to a step, weighted by
             supervised tokens. The whole batch at once when not given.
+        micro_batch_tokens: tokens in one forward pass, about; a step's examples are then packed into as few passes as
+            hold them, longest first.
         epochs: passes over the data.
         max_steps: stop after so many steps.
         learning_rate: at its highest, after warm-up.
@@ -41,6 +43,7 @@ class TrainingConfig:
 
     batch_size: int = 16
     micro_batch_size: int | None = None
+    micro_batch_tokens: int | None = None
     epochs: int = 1
     max_steps: int | None = None
     learning_rate: float = 2e-4
@@ -59,11 +62,8 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size", "epochs", "max_steps", "evaluate_every", "early_stopping"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value} but must be at least 1")
-        for name in ("checkpoint_every", "keep_checkpoints"):
+        counts = ("batch_size", "micro_batch_size", "micro_batch_tokens", "epochs", "max_steps", "evaluate_every")
+        for name in (*counts, "early_stopping", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value} but must be at least 1")
