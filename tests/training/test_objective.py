@@ -202,6 +202,36 @@ def test_dropout_is_live_in_training_and_off_in_evaluation() -> None:
     assert not torch.equal(objective(batch).loss_sum, objective(batch).loss_sum)
 
 
+# ---------------------------------------------------------------------------------------- frozen lower layers
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "apart"])
+def test_remembered_lower_layers_give_the_same_loss_and_gradients(share: bool) -> None:
+    model = build_model("llama")
+    attach(model, LoraConfig(r=4, layers_to_transform=(1,)))
+    randomise(list(learned(model).items()), scale=0.1)
+    batch = pack(alike_examples())
+    expected = fast(model)(batch)
+    objective = objective_for(model, 0, recompute=False, share_prefixes=share, cache_frozen=True)
+    assert isinstance(objective, FastObjective)
+    assert objective.trunk is not None
+    assert objective.trunk.depth == 1
+    for _ in range(2):
+        found = objective(batch)
+        torch.testing.assert_close(found.loss_sum, expected.loss_sum, rtol=1e-5, atol=0)
+        assert distance(gradients(model, found.loss_sum), gradients(model, fast(model)(batch).loss_sum)) < 1e-5
+    with torch.no_grad():  # what is remembered is not computed again
+        model.model.layers[0].mlp.down_proj.weight.fill_(float("nan"))
+    assert torch.equal(objective(batch).loss_sum, found.loss_sum)
+
+
+def test_nothing_is_remembered_where_the_lowest_layer_learns() -> None:
+    objective = objective_for(adapted("llama"), 0, recompute=False, cache_frozen=True)
+    assert isinstance(objective, FastObjective)
+    assert objective.trunk is not None
+    assert objective.trunk.depth == 0
+
+
 # ---------------------------------------------------------------------------------------- packing
 
 

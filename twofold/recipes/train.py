@@ -171,6 +171,7 @@ def _job(config: TrainConfig, run: RunFolder, loaded: _Loaded) -> Job:
         pad_token(base),
         recompute=training.gradient_checkpointing,
         share_prefixes=training.share_prefixes,
+        cache_frozen=training.cache_frozen,
     )
     held_out = evaluation_batches(loaded.evaluation.items, EVALUATION_TOKENS) if loaded.evaluation else []
 

@@ -9,7 +9,7 @@ predicted, and which no later row looks back to, has no influence on the loss: t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -31,7 +31,9 @@ class Layout:
 
     Attributes:
         token_ids, positions: (rows,), filled up with zeros.
-        segments: what attends to what.
+        texts: each example's tokens, as far as they are needed.
+        own: the segment of each example that continues its prefix, if it has one.
+        segments: what attends to what; of no length are left out, prefixes are in.
         asked: the distinct rows from which something is predicted, ascending, filled up with the last row.
         predicting: for each label the number of its row among `asked`.
         labels: (supervised,) the tokens to predict.
@@ -39,6 +41,8 @@ class Layout:
 
     token_ids: Int[Tensor, " rows"]
     positions: Int[Tensor, " rows"]
+    texts: tuple[Tensor, ...]
+    own: tuple[Segment, ...]
     segments: tuple[Segment, ...]
     asked: Int[Tensor, " asked"]
     predicting: Int[Tensor, " supervised"]
@@ -48,18 +52,25 @@ class Layout:
     def rows(self) -> int:
         return self.token_ids.numel()
 
+    @property
+    def computed(self) -> int:
+        """Rows without the filler."""
+        return sum(s.length for s in self.segments)
 
-def lay_out(batch: PackedBatch, *, share: bool) -> Layout:
-    """The rows of a packed batch, prefixes shared or not."""
+
+def lay_out(batch: PackedBatch, *, share: bool, whole: bool = False) -> Layout:
+    """The rows of a packed batch, prefixes shared or not; with `whole`, every token's row is asked for."""
+    if whole:
+        batch = replace(batch, predicting=torch.arange(batch.tokens), labels=batch.token_ids)
     starts = torch.tensor([0, *batch.lengths]).cumsum(0)
     example = torch.searchsorted(starts, batch.predicting, right=True) - 1
     offsets = batch.predicting - starts[example]
     needed = torch.zeros(len(batch.lengths), dtype=torch.long)
     needed.scatter_reduce_(0, example, offsets + 1, "amax")
-    texts = [
+    texts = tuple(
         batch.token_ids[start : start + count]
         for start, count in zip(starts[:-1].tolist(), needed.tolist(), strict=True)
-    ]
+    )
     segments, own = _segments(texts, share=share)
     place = torch.where(
         offsets < torch.tensor([s.prefix_length for s in own])[example],
@@ -69,18 +80,21 @@ def lay_out(batch: PackedBatch, *, share: bool) -> Layout:
     rows = rounded_up(1 + max((s.start + s.length for s in segments), default=0), ROW_MULTIPLE)
     token_ids, positions = torch.zeros(2, rows, dtype=torch.long)
     for text, segment in zip(texts, own, strict=True):
-        for start, at, count in (
-            (segment.prefix_start, 0, segment.prefix_length),
-            (segment.start, segment.prefix_length, segment.length),
-        ):
-            token_ids[start : start + count] = text[at : at + count]
-            positions[start : start + count] = torch.arange(at, at + count)
+        put(token_ids, text, segment)
+        put(positions, torch.arange(len(text)), segment)
     distinct, predicting = place.unique(return_inverse=True)
     filler = torch.full((rounded_up(len(distinct) + 1, ROW_MULTIPLE) - len(distinct),), rows - 1)
-    return Layout(token_ids, positions, segments, torch.cat([distinct, filler]), predicting, batch.labels)
+    return Layout(token_ids, positions, texts, own, segments, torch.cat([distinct, filler]), predicting, batch.labels)
 
 
-def _segments(texts: Sequence[Tensor], *, share: bool) -> tuple[tuple[Segment, ...], list[Segment]]:
+def put(rows: Tensor, values: Tensor, segment: Segment) -> None:
+    """Write an example's values, one a token, to the rows of its prefix and of its own segment."""
+    shared = segment.prefix_length
+    rows[segment.prefix_start : segment.prefix_start + shared] = values[:shared]
+    rows[segment.start : segment.start + segment.length] = values[shared:]
+
+
+def _segments(texts: Sequence[Tensor], *, share: bool) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
     """All segments, and the one of each text that continues its prefix, if it has one."""
     segments: list[Segment] = []
     own: dict[int, Segment] = {}
@@ -95,7 +109,7 @@ def _segments(texts: Sequence[Tensor], *, share: bool) -> tuple[tuple[Segment, .
             own[i] = Segment(row, len(texts[i]) - shared, start, shared) if shared else Segment(row, len(texts[i]))
             row += own[i].length
         segments += [own[i] for i in members if own[i].length]
-    return tuple(segments), [own[i] for i in range(len(texts))]
+    return tuple(segments), tuple(own[i] for i in range(len(texts)))
 
 
 def _alike(texts: Sequence[Tensor]) -> list[list[int]]:

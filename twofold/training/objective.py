@@ -14,7 +14,7 @@ from twofold.events import Emit, Progress, silent
 from twofold.functional.loss import HeadLoss, head_loss, logits_loss
 from twofold.functional.norm import rms_norm
 from twofold.layers.protocol import AdapterLayer
-from twofold.training.block import asked_states
+from twofold.training.block import Trunk, asked_states
 from twofold.training.layout import lay_out
 
 
@@ -37,13 +37,14 @@ class FastObjective:
     decoder: Decoder
     recompute: bool
     share_prefixes: bool = True
+    trunk: Trunk | None = None
     path: str = "fast path: packed rows through fused blocks"
 
     def __call__(self, batch: PackedBatch) -> HeadLoss:
         if not batch.supervised_tokens:
             return HeadLoss(torch.zeros((), requires_grad=True), torch.zeros((), dtype=torch.int64))
         layout = lay_out(batch, share=self.share_prefixes)
-        hidden = asked_states(self.decoder, layout, recompute=self.recompute)
+        hidden = asked_states(self.decoder, layout, recompute=self.recompute, trunk=self.trunk)
         labels = layout.labels.to(hidden.device)
         rows = hidden.index_select(0, layout.predicting.to(hidden.device))
         head = self.decoder.head
@@ -78,11 +79,14 @@ class PlainObjective:
         return logits_loss(logits[0], padded.labels)
 
 
-def objective_for(model: Any, pad_id: int, *, recompute: bool, share_prefixes: bool = True) -> Objective:
+def objective_for(
+    model: Any, pad_id: int, *, recompute: bool, share_prefixes: bool = True, cache_frozen: bool = False
+) -> Objective:
     """The fastest objective that is right for this model."""
     described = describe(model)
     if isinstance(described, Decoder):
-        return FastObjective(described, recompute, share_prefixes)
+        trunk = Trunk(described) if cache_frozen else None
+        return FastObjective(described, recompute, share_prefixes, trunk)
     return plain_objective(model, pad_id, described, recompute=recompute)
 
 

@@ -33,6 +33,8 @@ class TrainingConfig:
         beta2: of AdamW.
         gradient_clip: largest norm of the whole gradient; 0 for none.
         share_prefixes: compute once what several examples of a batch begin with; exact, and only on the fast path.
+        cache_frozen: remember each example's states below the lowest layer that learns, so that they are computed once in all
+            epochs; worth its memory (two bytes a value in bfloat16, for every token of the data) where only upper layers learn.
         gradient_checkpointing: keep only each layer's input and compute the rest again: less memory, a third slower.
         evaluate_every: steps between evaluations; only at the end when not given.
         early_stopping: stop after so many evaluations without a better loss.
@@ -54,6 +56,7 @@ class TrainingConfig:
     beta2: float = 0.999
     gradient_clip: float = 1.0
     share_prefixes: bool = True
+    cache_frozen: bool = False
     gradient_checkpointing: bool = False
     evaluate_every: int | None = None
     early_stopping: int | None = None
