@@ -242,8 +242,8 @@ def test_prompts_and_a_decode_step(dtype: torch.dtype, family: str, monkeypatch:
             found = real(data)
         return like_it(found, device or torch.device("cpu"))
 
-    monkeypatch.setattr(torch, "tensor", shaped)
     streams = BlockStreams(described(family, dtype))
+    monkeypatch.setattr(torch, "tensor", shaped)
     shared = list(range(4, 24))
     logits = [streams.start([[*shared, 30, 31], [*shared, 32]], 40), streams.step([5, 6])]
     streams.keep([1])
