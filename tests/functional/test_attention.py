@@ -32,12 +32,13 @@ WAYS = ["kept", "computed again", "in chunks", "in chunks, computed again"]
 
 
 def attend_by(way: str, patch: pytest.MonkeyPatch) -> None:
-    """Keep the probabilities or compute them again; all queries at once or four at a time."""
+    """Keep the probabilities or compute them again; all queries at once, or four at a time and in more buckets."""
     if "again" in way:
         patch.setattr(attention, "KEEP_UP_TO", 0)
     if "chunks" in way:
         patch.setattr(segments_module, "CHUNK_SCORES", 1)
         patch.setattr(segments_module, "CHUNK_MULTIPLE", 4)
+        patch.setattr(segments_module, "SHORT", 0)
 
 
 class _Attention(torch.autograd.Function):

@@ -19,7 +19,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply
 
 from twofold.functional import loss as loss_module
 from twofold.functional.gated import ACTIVATIONS, gated_backward
-from twofold.functional.loss import head_loss, logits_loss
+from twofold.functional.loss import chunk_rows, head_loss, logits_loss
 from twofold.functional.norm import Norm, rms_norm, rms_norm_backward, rms_norm_forward
 from twofold.functional.rope import Angles, rotate
 
@@ -202,8 +202,16 @@ def test_head_loss_gradcheck_and_cross_entropy(softcap: float | None) -> None:
     assert int(found.correct) == int((logits.argmax(-1) == labels).sum())
 
 
-@given(rows=st.integers(1, 70), chunk=st.integers(1, 80), seed=st.integers(0, 99), softcap=st.sampled_from([None, 1.3]))
-def test_loss_and_gradient_do_not_depend_on_the_chunk(rows: int, chunk: int, seed: int, softcap: float | None) -> None:
+@given(
+    rows=st.integers(1, 70),
+    chunk=st.integers(1, 80),
+    slices=st.integers(1, 80),
+    seed=st.integers(0, 99),
+    softcap=st.sampled_from([None, 1.3]),
+)
+def test_loss_and_gradient_do_not_depend_on_chunks_and_slices(
+    rows: int, chunk: int, slices: int, seed: int, softcap: float | None
+) -> None:
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, 5, generator=g, dtype=torch.float64, requires_grad=True)
     head = torch.randn(11, 5, generator=g, dtype=torch.float64)
@@ -211,6 +219,7 @@ def test_loss_and_gradient_do_not_depend_on_the_chunk(rows: int, chunk: int, see
     expected = F.cross_entropy(capped(hidden @ head.T, softcap), labels, reduction="sum")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "CHUNK_ELEMENTS", 11 * chunk)
+        patch.setattr(loss_module, "SLICE_ELEMENTS", 11 * slices)
         found = head_loss(hidden, head, labels, softcap)
     same_gradients(found.loss_sum, expected, [hidden])
 
@@ -230,6 +239,15 @@ def test_huge_logits_do_not_overflow() -> None:
     wrong.loss_sum.backward()
     assert hidden.grad is not None
     assert hidden.grad.tolist() == [[2.0, 0.0]]
+
+
+@given(rows=st.integers(1, 10**6), vocabulary=st.integers(1, 300_000))
+def test_chunks_are_alike_and_none_is_too_large(rows: int, vocabulary: int) -> None:
+    size, least = chunk_rows(rows, vocabulary), loss_module.ROW_MULTIPLE
+    assert size % least == 0
+    chunks = -(-rows // size)
+    assert (size - least) * vocabulary < loss_module.CHUNK_ELEMENTS, "larger only by the rounding"
+    assert chunks * (size - least) < rows, "as many rows in the last one, but for the rounding"
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -15,6 +15,7 @@ from twofold.functional import segments as module
 from twofold.functional.segments import (
     BUCKET_WASTE,
     LENGTH_MULTIPLE,
+    SHORT,
     AttentionPlan,
     Bucket,
     Heads,
@@ -25,6 +26,13 @@ from twofold.functional.segments import (
 
 HEADS = Heads(6, 2)
 LIKE = torch.zeros((), dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True, params=[0, SHORT], ids=["by length", "short ones together"])
+def short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Up to which length segments share a bucket, however unequal."""
+    monkeypatch.setattr(module, "SHORT", request.param)
+    return int(request.param)
 
 
 @st.composite
@@ -144,24 +152,27 @@ def test_the_masks_show_each_query_what_it_may_see_and_nothing_else(
 
 @given(batch=batches())
 def test_buckets_waste_little(batch: tuple[list[Segment], int, Tensor | None]) -> None:
-    """At most the share that bucketing allows, one filler and the rounding; and no bucket holds what another could."""
+    """At most the share that bucketing allows, one filler and the rounding, but for short ones; and every segment has a place."""
     segments, rows, queries = batch
     plan = plan_attention(segments, rows, HEADS, LIKE, queries)
     for bucket in plan.buckets:
         places = bucket.keys.numel() // (bucket.segments * HEADS.keys) - bucket.prefix_length
-        real = (own_keys(AttentionPlan(HEADS, (bucket,), plan.outputs, plan.own_keys)) // HEADS.keys).tolist()
-        filled = sum(0 <= row < rows - 1 for row in real) / HEADS.keys
-        assert filled >= BUCKET_WASTE * bucket.segments * (places - LENGTH_MULTIPLE)
-        assert places % LENGTH_MULTIPLE == 0
+        assert (bucket.prefix_length + places) % LENGTH_MULTIPLE == 0
+        own = bucket.keys.view(bucket.segments, HEADS.keys, -1)[:, 0, bucket.prefix_length :] // HEADS.keys
+        lengths = (own < rows - 1).sum(1)
+        longest = int(lengths.max())
+        assert longest < places <= longest + LENGTH_MULTIPLE
+        assert longest <= module.SHORT or int(lengths.min()) >= BUCKET_WASTE * longest
     if queries is None:
         assert sum(b.segments for b in plan.buckets) == len(segments)
 
 
-def test_segments_of_like_length_and_prefix_share_a_bucket() -> None:
+def test_segments_of_like_length_and_prefix_share_a_bucket(short: int) -> None:
     alike: Trees = [(0, [20, 18, 19, 5]), (8, [20, 20])]
     segments = segments_of(alike)
     plan = plan_attention(segments, rows_of(segments), HEADS, LIKE)
-    assert sorted((b.segments, b.prefix_length) for b in plan.buckets) == [(1, 0), (1, 0), (2, 8), (3, 0)]
+    found = sorted((b.segments, b.prefix_length) for b in plan.buckets)
+    assert found == ([(2, 8), (5, 0)] if short else [(1, 0), (1, 0), (2, 8), (3, 0)])
 
 
 def test_uniform_buckets_share_one_mask_and_chunks_see_no_key_behind_their_last_query() -> None:
