@@ -7,29 +7,35 @@ is proved, that no tensor is left behind on the CPU, is the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from families import build_model
+from families import DESCRIBED, build_model
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from twofold.adapter.attach import attach, merge
 from twofold.adapter.config import LoraConfig
-from twofold.base.batch import PackedBatch
+from twofold.base.batch import Example, PackedBatch, pack
 from twofold.base.blocks import Decoder, describe
+from twofold.engine.model import BlockStreams
 from twofold.functional import attention
-from twofold.functional.attention import buckets, cached_attention, packed_attention
+from twofold.functional.attention import Scoring, attention_backward, attention_forward, cached_attention
+from twofold.functional.gated import ACTIVATIONS, gated_backward
 from twofold.functional.loss import head_loss, logits_loss
-from twofold.functional.norm import rms_norm, rms_norm_backward
-from twofold.functional.rope import rope
-from twofold.functional.swiglu import swiglu, swiglu_backward
+from twofold.functional.norm import Norm, rms_norm, rms_norm_backward
+from twofold.functional.rope import Angles, rotate
+from twofold.functional.segments import AttentionPlan, Bucket, Heads, Segment, plan_attention
+from twofold.layers.block import Rows, block_backward, block_forward
 from twofold.layers.embedding import LoraEmbedding
 from twofold.layers.linear import LoraLinear, project
 from twofold.lowrank.factors import LowRank, merged_weight
-from twofold.lowrank.linear import Projection, _cast, drop, group_backward, group_forward, group_product
-from twofold.training.block import hidden_states
+from twofold.lowrank.linear import Group, Projection, drop, group_backward, group_forward, group_product
+from twofold.training import block as training_block
+from twofold.training.block import asked_states, plans_of
+from twofold.training.layout import Layout, lay_out
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 GPU = torch.device("cuda:0" if torch.backends.cuda.is_built() else "lazy:0")
@@ -73,9 +79,38 @@ def decoder_on_gpu(dtype: torch.dtype, family: str = "llama", **settings: Any) -
     return model
 
 
-def a_batch(*lengths: int) -> PackedBatch:
-    rows = sum(lengths)
-    return PackedBatch(ids(rows), ids(rows), lengths, ids(5), ids(5))
+def like_it(tensor: Tensor, device: torch.device = GPU) -> Tensor:
+    """A fake of the same shape and type."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+
+def faked(plan: AttentionPlan) -> AttentionPlan:
+    """A plan as it looks on the GPU. Planning itself looks at numbers, which fakes have none of."""
+    buckets = [
+        Bucket(
+            b.segments,
+            like_it(b.queries),
+            like_it(b.keys),
+            b.prefix,
+            tuple(replace(c, mask=like_it(c.mask)) for c in b.chunks),
+        )
+        for b in plan.buckets
+    ]
+    return AttentionPlan(plan.heads, tuple(buckets), like_it(plan.outputs), like_it(plan.own_keys))
+
+
+def a_layout() -> Layout:
+    """Of three examples, two of which begin alike; real, as planning needs it."""
+    with unset_fake_temporarily():
+        beginning = list(range(4, 14))
+        examples = [Example([*beginning, *more], [i > 8 for i in range(10 + len(more))]) for more in ([20, 21], [22])]
+        return lay_out(pack([*examples, Example([5, 6, 7], [False, True, True])]), share=True)
+
+
+def plans(decoder: Decoder, layout: Layout, like: Tensor) -> list[AttentionPlan]:
+    with unset_fake_temporarily():
+        found = plans_of(decoder, layout, torch.empty(0, dtype=like.dtype))
+    return [faked(p) for p in found]
 
 
 @DTYPES
@@ -87,10 +122,11 @@ def test_group_forward_and_backward(dtype: torch.dtype, dropout: float) -> None:
         Projection(gpu(6, 8, dtype=dtype), gpu(6, dtype=dtype), update),
         Projection(gpu(4, 8, dtype=dtype), None, None),
     ]
-    inside, kept = _cast(group, dtype), drop(x, dropout)
+    inside, kept = Group.of(group, dtype, dropout), drop(x, dropout)
     outputs, h = group_forward(x, kept, inside)
-    dx, dA, dBs = group_backward(outputs, x, kept, h, inside, input_gradient=True)
-    on_gpu(*outputs, h, dx, dA, dBs[0])
+    dx, found = group_backward(outputs, x, kept, h, inside, input_gradient=True)
+    assert [f.shape for f in found] == [(2, 8), (6, 2)]
+    on_gpu(*outputs, h, dx, *found)
     assert dx is not None
     assert dx.dtype is dtype
     on_gpu(*group_product(x[None], group, dropout))
@@ -98,28 +134,35 @@ def test_group_forward_and_backward(dtype: torch.dtype, dropout: float) -> None:
 
 
 @DTYPES
-def test_norm_rotation_gate_and_losses(dtype: torch.dtype) -> None:
-    x, weight = gpu(9, 8, dtype=dtype), gpu(8, dtype=dtype)
-    on_gpu(rms_norm(x, weight, 1e-5), rms_norm_backward(x, x, weight, gpu(9, 1)))
-    on_gpu(swiglu(x, x), *swiglu_backward(x, x, x))
-    on_gpu(rope(gpu(9, 2, 4, dtype=dtype), gpu(9, 2, dtype=dtype), gpu(9, 2, dtype=dtype)))
-    on_gpu(
-        *head_loss(x.requires_grad_(), gpu(20, 8, dtype=dtype), ids(9)), *logits_loss(gpu(9, 20, dtype=dtype), ids(9))
-    )
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_norm_rotation_gate_and_losses(dtype: torch.dtype, softcap: float | None) -> None:
+    x = gpu(9, 8, dtype=dtype)
+    for weight in (gpu(8, dtype=dtype), gpu(8)):
+        on_gpu(rms_norm(x, Norm(weight, 1e-5)), rms_norm_backward(x, x, Norm(weight, 1e-5)))
+    for f in ACTIVATIONS.values():
+        on_gpu(*gated_backward(x, x, x, f.forward(x), f))
+    for turned in (4, 2, 0):
+        angles = Angles.of(gpu(9, turned, dtype=dtype), gpu(9, turned, dtype=dtype))
+        on_gpu(rotate(gpu(9, 2, 4, dtype=dtype), angles), rotate(gpu(9, 2, 4, dtype=dtype), angles.back()))
+    head = gpu(20, 8, dtype=dtype)
+    on_gpu(*head_loss(x.requires_grad_(), head, ids(9), softcap), *logits_loss(gpu(9, 20, dtype=dtype), ids(9)))
 
 
 @DTYPES
-@pytest.mark.parametrize("explicit", [0, 512], ids=["fused", "explicit"])
-def test_attention(dtype: torch.dtype, explicit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "EXPLICIT_UP_TO", explicit)
-    lengths = (5, 3, 1)
-    q, k = gpu(9, 4, 8, dtype=dtype), gpu(9, 2, 8, dtype=dtype)
-    for bucket in (packed := buckets(lengths, GPU)):
-        on_gpu(bucket.gather, bucket.places, bucket.tokens, bucket.mask)
-    on_gpu(packed_attention(q, k, k, packed, 0.3))
+@pytest.mark.parametrize("keep", [0, 512], ids=["computed again", "kept"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention(dtype: torch.dtype, keep: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "KEEP_UP_TO", keep)
+    with unset_fake_temporarily():
+        segments = [Segment(0, 3), Segment(3, 4, 0, 3), Segment(7, 2), Segment(9, 20)]
+        plan = plan_attention(segments, 30, Heads(4, 2), torch.empty(0, dtype=dtype), window=3)
+    plan, scoring = faked(plan), Scoring(0.3, softcap)
+    q, k = gpu(30, 4, 8, dtype=dtype), gpu(30, 2, 8, dtype=dtype)
+    out, kept = attention_forward(q, k, k, plan, scoring)
+    on_gpu(out, *(p for p in kept if p is not None), *attention_backward(out, q, k, k, kept, plan, scoring))
     cache = gpu(3, 2, 12, 8, dtype=dtype)
     for new in (1, 3):
-        on_gpu(cached_attention(gpu(3, new, 4, 8, dtype=dtype), cache, cache, ids(3, new), 0.3))
+        on_gpu(cached_attention(gpu(3, new, 4, 8, dtype=dtype), cache, cache, ids(3, new), scoring, 4))
 
 
 @DTYPES
@@ -139,16 +182,74 @@ def test_adapted_layers(dtype: torch.dtype) -> None:
     on_gpu(linear(gpu(2, 3, 32, dtype=dtype)))
 
 
-@DTYPES
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-def test_a_described_model_from_tokens_to_loss(dtype: torch.dtype, family: str) -> None:
-    model = decoder_on_gpu(dtype, family).train()
-    decoder, batch = describe(model), a_batch(6, 2, 5)
+FAMILIES = pytest.mark.parametrize("family", DESCRIBED)
+
+
+def described(family: str, dtype: torch.dtype, **settings: Any) -> Decoder:
+    decoder = describe(decoder_on_gpu(dtype, family, **settings).train())
     assert isinstance(decoder, Decoder)
-    hidden = hidden_states(decoder, batch)
+    return decoder
+
+
+@DTYPES
+@FAMILIES
+def test_a_described_model_from_tokens_to_loss(
+    dtype: torch.dtype, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, layout, cpu = described(family, dtype), a_layout(), torch.device("cpu")
+    indices = ("token_ids", "positions", "asked", "predicting", "labels")
+    layout_here = replace(layout, **{n: like_it(getattr(layout, n), cpu) for n in indices})
+    monkeypatch.setattr(training_block, "plans_of", lambda d, _, like: plans(d, layout, like))
+    hidden = asked_states(decoder, layout_here)
     on_gpu(hidden)
+    assert hidden.dtype is dtype
     head: Any = decoder.head
-    on_gpu(*head_loss(hidden[batch.predicting], head.weight, batch.labels))
+    rows = hidden[like_it(layout.predicting)]
+    on_gpu(*head_loss(rows, head.weight, like_it(layout.labels), decoder.logit_softcap), decoder.logits(rows))
+
+
+@DTYPES
+@FAMILIES
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_gradient_of_every_layer(dtype: torch.dtype, family: str, dropout: float) -> None:
+    """The formulas alone: autograd's engine cannot run on a device that is not there."""
+    decoder, layout = described(family, dtype, lora_dropout=dropout), a_layout()
+    x = gpu(layout.rows, 32, dtype=dtype)
+    angles = decoder.angles(x, ids(layout.rows))
+    for block, plan in zip(decoder.blocks, plans(decoder, layout, x), strict=True):
+        asked = None if block is not decoder.blocks[-1] else like_it(layout.asked)
+        t, learned = decoder.tensors(block)
+        rows = Rows(angles[block.turning], asked)
+        with torch.no_grad():
+            y, saved, kept = block_forward(
+                x, t, rows, lambda q, k, v, plan=plan, t=t: attention_forward(q, k, v, plan, t.scoring)
+            )
+            dx, found = block_backward(torch.empty_like(y), t, rows, plan, saved, kept, input_gradient=True)
+        on_gpu(y, dx, *found, *(s for s in saved if s is not None), *(p for p in kept if p is not None))
+        assert dx is not None
+        assert (y.dtype, dx.dtype, dx.shape) == (dtype, dtype, x.shape)
+        assert [f.shape for f in found] == [p.shape for p in learned]
+
+
+@DTYPES
+@FAMILIES
+def test_prompts_and_a_decode_step(dtype: torch.dtype, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of lists cannot be put on a device that is not there; tensors of their shape and place stand for them."""
+    real = torch.tensor
+
+    def shaped(data: Any, device: torch.device | None = None) -> Tensor:
+        with unset_fake_temporarily():
+            found = real(data)
+        return like_it(found, device or torch.device("cpu"))
+
+    streams = BlockStreams(described(family, dtype))
+    monkeypatch.setattr(torch, "tensor", shaped)
+    shared = list(range(4, 24))
+    logits = [streams.start([[*shared, 30, 31], [*shared, 32]], 40), streams.step([5, 6])]
+    streams.keep([1])
+    logits.append(streams.step([7]))
+    on_gpu(*logits)
+    assert [tuple(found.shape) for found in logits] == [(2, 64), (2, 64), (1, 64)]
 
 
 @DTYPES

@@ -20,6 +20,7 @@ from twofold.errors import ConfigError, TargetError
 ATTENTION = {
     "gpt2": {"c_attn", "attn.c_proj"},
     "phi": {"q_proj", "k_proj", "v_proj", "self_attn.dense"},
+    "phi3": {"qkv_proj", "o_proj"},
     "opt": {"q_proj", "k_proj", "v_proj", "out_proj"},
     "bert": {"query", "key", "value", "attention.output.dense"},
     "bert-classifier": {"query", "key", "value", "attention.output.dense"},
@@ -28,6 +29,7 @@ ATTENTION = {
 MLP = {
     "gpt2": {"c_fc", "mlp.c_proj"},
     "phi": {"fc1", "fc2"},
+    "phi3": {"gate_up_proj", "down_proj"},
     "opt": {"fc1", "fc2"},
     "bert": {"intermediate.dense", "layer.0.output.dense", "layer.1.output.dense"},
     "bert-classifier": {"intermediate.dense", "layer.0.output.dense", "layer.1.output.dense"},

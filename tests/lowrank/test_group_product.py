@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from twofold.lowrank import linear
 from twofold.lowrank.factors import LowRank, merged_weight, scale_of
-from twofold.lowrank.linear import Kept, Projection, drop, group_backward, group_forward, group_product
+from twofold.lowrank.linear import Group, Kept, Projection, drop, group_backward, group_forward, group_product
 
 IN = 5
 
@@ -34,22 +33,27 @@ GROUPS = {
     "some not adapted": [(6, None, True), (4, 2, False), (3, None, False), (2, 4, True)],
     "none adapted": [(6, None, True), (4, None, False)],
     "rank above both sides": [(2, 9, False)],
+    "learned biases": [(4, 2, True), (3, None, True), (2, 1, False)],
 }
 
 
 def group_of(name: str) -> list[Projection]:
-    return [member(out, r, bias=bias, scale=0.5 + i) for i, (out, r, bias) in enumerate(GROUPS[name])]
+    group = [member(out, r, bias=bias, scale=0.5 + i) for i, (out, r, bias) in enumerate(GROUPS[name])]
+    if "learned" in name:
+        for bias in (p.bias for p in group if p.bias is not None):
+            bias.requires_grad_()
+    return group
 
 
-def factors_of(group: Sequence[Projection]) -> list[Tensor]:
-    return [f for p in group if p.update is not None for f in (p.update.A, p.update.B)]
+def learned_of(group: Sequence[Projection]) -> list[Tensor]:
+    return [t for p in group for t in p.learned()]
 
 
 def naive(x: Tensor, group: Sequence[Projection], mask: Tensor | None = None, keep: float = 1.0) -> list[Tensor]:
     """The formula, with the full low-rank outputs that the real one avoids."""
     dropped = x if mask is None else x * mask / keep
     outputs = []
-    for weight, bias, update in group:
+    for weight, bias, update, _ in group:
         y = x @ weight.T
         if bias is not None:
             y = y + bias
@@ -68,10 +72,11 @@ def test_gradcheck(name: str) -> None:
         given, fresh = iter(factors), []
         for p in group:
             update = p.update and LowRank(next(given), next(given), p.update.scale)
-            fresh.append(p._replace(update=update))
+            learns_bias = p.bias is not None and p.bias.requires_grad
+            fresh.append(p._replace(update=update, bias=next(given) if learns_bias else p.bias))
         return group_product(x, fresh)
 
-    assert torch.autograd.gradcheck(run, (x, *factors_of(group)))
+    assert torch.autograd.gradcheck(run, (x, *learned_of(group)))
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -86,36 +91,73 @@ def test_outputs_and_gradients_are_those_of_the_formula(name: str, dropout: floa
     mask = None if kept is None else kept.mask.view(x.shape)
     expected = naive(x, group, mask, 1 - dropout)
     weights = [torch.randn_like(y) for y in expected]
-    inputs = [x, *factors_of(group)]
+    inputs = [x, *learned_of(group)]
     back = torch.autograd.grad(sum((y * w).sum() for y, w in zip(found, weights, strict=True)), inputs)
     right = torch.autograd.grad(sum((y * w).sum() for y, w in zip(expected, weights, strict=True)), inputs)
     for a, b in zip([*found, *back], [*expected, *right], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_plain_functions_agree_with_autograd_under_a_given_mask() -> None:
+@pytest.mark.parametrize("name", GROUPS)
+def test_plain_functions_agree_with_autograd_under_a_given_mask(name: str) -> None:
     """`group_forward` and `group_backward` as those call them who cannot use the autograd engine."""
-    group, x = group_of("some not adapted"), torch.randn(7, IN, dtype=torch.float64, requires_grad=True)
+    group, x = group_of(name), torch.randn(7, IN, dtype=torch.float64, requires_grad=True)
     kept = Kept(torch.rand(7, IN) < 0.6, 0.6)
     expected = naive(x, group, kept.mask, 0.6)
     weights = [torch.randn_like(y) for y in expected]
-    inputs = [x, *factors_of(group)]
+    inputs = [x, *learned_of(group)]
     right = torch.autograd.grad(sum((y * w).sum() for y, w in zip(expected, weights, strict=True)), inputs)
     with torch.no_grad():
-        inside = linear._cast(group, torch.float64)
+        inside = Group.of(group, torch.float64)
         outputs, h = group_forward(x, kept, inside)
-        dx, dA, dBs = group_backward(weights, x, kept, h, inside, input_gradient=True)
-    assert dx is not None
-    assert dA is not None
-    assert [dB is None for dB in dBs] == [True, False, True, False]
-    found = [dx, dA[:2], dBs[1], dA[2:], dBs[3]]
-    for a, b in zip([*outputs, *found], [*expected, *right], strict=True):
+        dx, found = group_backward(weights, x, kept, h, inside, input_gradient=True)
+    assert inside.learns == bool(found)
+    for a, b in zip([*outputs, dx, *found], [*expected, *right], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_parts_of_a_group_together_are_the_group(name: str) -> None:
+    """With rows of its own for the first member, as the last layer's q has them."""
+    group, x = group_of(name), torch.randn(7, IN, dtype=torch.float64)
+    kept = Kept(torch.rand(7, IN) < 0.6, 0.6)
+    with torch.no_grad():
+        whole = Group.of(group, torch.float64, dropout=0.4)
+        outputs, h = group_forward(x, kept, whole)
+        weights = [torch.randn_like(y) for y in outputs]
+        dx, learned = group_backward(weights, x, kept, h, whole, input_gradient=True)
+        assert dx is not None
+        sum_dx, in_parts = torch.zeros_like(dx), []
+        for at in (slice(0, 1), slice(1, len(group))):
+            if not group[at]:
+                continue
+            part = whole.part(at)
+            some, h_part = group_forward(x, kept, part)
+            for a, b in zip(some, outputs[at], strict=True):
+                torch.testing.assert_close(a, b)
+            part_dx, of_part = group_backward(weights[at], x, kept, h_part, part, input_gradient=True)
+            assert part_dx is not None
+            assert part.dropout == (whole.dropout if part.A is not None else 0.0)
+            sum_dx += part_dx
+            in_parts += of_part
+    for a, b in zip([sum_dx, *in_parts], [dx, *learned], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_factors_cast_before_are_the_ones_multiplied() -> None:
+    plain = group_of("q k v")
+    cast = [
+        p._replace(cast=(p.update.A.detach() * 2, p.update.B.detach())) if p.update is not None else p for p in plain
+    ]
+    doubled = [p._replace(update=p.update and LowRank(p.update.A * 2, p.update.B, p.update.scale)) for p in plain]
+    x = torch.randn(3, IN, dtype=torch.float64)
+    for a, b in zip(group_product(x, cast), naive(x, doubled), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_no_input_gradient_is_formed_where_none_is_asked_for() -> None:
     group, x = group_of("one"), torch.randn(3, IN, dtype=torch.float64)
-    inside = linear._cast(group, torch.float64)
+    inside = Group.of(group, torch.float64)
     with torch.no_grad():
         outputs, h = group_forward(x, None, inside)
         assert group_backward(outputs, x, None, h, inside, input_gradient=False)[0] is None

@@ -191,7 +191,8 @@ def _lay_out(
         limits[i, : len(at)] = segment.prefix_length + at
         keys[i, : segment.length] = torch.arange(segment.start, segment.start + segment.length)
     if uniform:
-        limits = first.prefix_length + torch.arange(query_places)[None]
+        limits = torch.arange(first.prefix_length, first.prefix_length + query_places)[None]
+        limits = limits.clamp_max(first.prefix_length + key_places - 1)  # no filler's window lies behind the last key
     prefix = torch.arange(first.prefix_start, first.prefix_start + first.prefix_length).expand(count, -1)
     by_head = torch.arange(heads.queries).view(heads.keys, 1, heads.group)
     return Bucket(

@@ -117,7 +117,7 @@ def block_forward(
     q_raw, k_raw, v_raw, h_q, h_qkv = _qkv_forward(n, dropped, t, rows)
     q = rotate(_by_head(q_raw, t.q_norm, t), rows.asked_angles())
     k = rotate(_by_head(k_raw, t.k_norm, t), rows.angles)
-    v = v_raw.reshape(k.shape)
+    v = v_raw.reshape(k.shape).contiguous()  # of one fused projection it is a view, which would keep q and k as well
     out, kept = attend(q, k, v)
     attended = out.flatten(1)
     dropped_o = drop(attended, t.o.dropout)
@@ -270,8 +270,7 @@ class _BlockFunction(torch.autograd.Function):
         saved, kept = Saved(*tensors[:fields]), list(tensors[fields:])
         t, rows, plan = ctx.batch
         dx, found = block_backward(gradients[0], t, rows, plan, saved, kept, input_gradient=ctx.needs_input_grad[0])
-        whole = torch.contiguous_format
-        return dx, None, None, None, *(f.to(d, memory_format=whole) for f, d in zip(found, ctx.dtypes, strict=True))
+        return dx, None, None, None, *(f.to(d).contiguous() for f, d in zip(found, ctx.dtypes, strict=True))
 
 
 def run_block(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twofold.base.batch import PackedBatch
-from twofold.base.blocks import Block, Decoder
+from twofold.base.blocks import Decoder
 from twofold.events import Event, Step
 from twofold.functional.attention import KEEP_UP_TO
 from twofold.functional.loss import chunk_rows
@@ -96,11 +96,12 @@ def floor_seconds(decoder: Decoder, batches: Sequence[PackedBatch], *, share: bo
 def _products(decoder: Decoder, layout: Layout) -> None:
     some = _Operands(cast(Tensor, decoder.norm.weight))
     plans = plans_of(decoder, layout, some.like)
-    first = True
+    learns_below = any(p.requires_grad for p in decoder.embedding.parameters())
     for block, plan in zip(decoder.blocks, plans, strict=True):
         asked = layout.rows if block is not decoder.blocks[-1] else len(layout.asked)
-        _block_products(decoder, block, plan, layout.rows, asked, some, input_gradient=not first)
-        first = False
+        t, learned = decoder.tensors(block)
+        _block_products(t, plan, layout.rows, asked, some, input_gradient=learns_below)
+        learns_below |= bool(learned)
     head = cast(Tensor, decoder.head.weight)
     for hidden in some(layout.labels.numel(), head.shape[1]).split(chunk_rows(layout.labels.numel(), len(head))):
         torch.mm(F.linear(hidden, head), head)
@@ -120,17 +121,20 @@ class _Operands:
 
 
 def _block_products(
-    decoder: Decoder, block: Block, plan: AttentionPlan, rows: int, asked: int, some: _Operands, *, input_gradient: bool
+    t: BlockTensors, plan: AttentionPlan, rows: int, asked: int, some: _Operands, *, input_gradient: bool
 ) -> None:
-    t: BlockTensors = decoder.tensors(block)[0]
+    """As `block_backward`, no gradient is formed below the lowest projection that learns."""
     apart = asked != rows and len(t.qkv.members) == 3
     for group, count in (
         [(t.qkv.part(slice(0, 1)), asked), (t.qkv.part(slice(1, 3)), rows)] if apart else [(t.qkv, rows)]
     ):
         _group_products(group, count, some, input_gradient=input_gradient)
-    _attention_products(plan, decoder.head_dim, some)
+    into_attention = input_gradient or t.qkv.learns
+    _attention_products(plan, t, some, backward=into_attention)
+    below = into_attention
     for group in (t.o, t.gate_up, t.down):
-        _group_products(group, asked, some, input_gradient=True)
+        _group_products(group, asked, some, input_gradient=below)
+        below |= group.learns
 
 
 def _group_products(group: Group, rows: int, some: _Operands, *, input_gradient: bool) -> None:
@@ -152,16 +156,19 @@ def _group_products(group: Group, rows: int, some: _Operands, *, input_gradient:
             torch.mm(h, group.A)
 
 
-def _attention_products(plan: AttentionPlan, d: int, some: _Operands) -> None:
+def _attention_products(plan: AttentionPlan, t: BlockTensors, some: _Operands, *, backward: bool) -> None:
     for bucket in plan.buckets:
         batch = bucket.segments * plan.heads.keys
         for chunk in bucket.chunks:
-            q = some(batch, chunk.queries.stop - chunk.queries.start, d)
-            k = some(batch, chunk.keys.stop - chunk.keys.start, d)
+            q = some(batch, chunk.queries.stop - chunk.queries.start, t.head_dim)
+            k = some(batch, chunk.keys.stop - chunk.keys.start, t.head_dim)
             scores = torch.bmm(q, k.transpose(1, 2))
-            for _ in range(1 if k.shape[1] <= KEEP_UP_TO else 2):  # dP, and the scores again where they were not kept
+            torch.bmm(scores, k)
+            if not backward:
+                continue
+            again = k.shape[1] > KEEP_UP_TO or t.scoring.softcap
+            for _ in range(2 if again else 1):  # dP, and the scores again where they were not kept, or not unbent
                 torch.bmm(q, k.transpose(1, 2))
-            for _ in range(2):  # the output, dQ
-                torch.bmm(scores, k)
+            torch.bmm(scores, k)  # dQ
             for _ in range(2):  # dK, dV
                 torch.bmm(scores.transpose(1, 2), q)

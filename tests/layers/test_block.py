@@ -1,0 +1,385 @@
+"""A decoder layer as one node: against the layer written out with autograd in float64, and what it keeps and leaves undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from segment_layouts import Trees, asking, attention_by_loops, contexts, rows_of, segments_of
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from twofold.functional import attention
+from twofold.functional.attention import Scoring
+from twofold.functional.gated import ACTIVATIONS
+from twofold.functional.norm import Norm
+from twofold.functional.rope import Angles
+from twofold.functional.segments import AttentionPlan, Heads, plan_attention
+from twofold.layers.block import BlockTensors, Rows, run_block
+from twofold.lowrank.factors import LowRank
+from twofold.lowrank.linear import Group, Projection, drop
+
+D, FF, HEAD, TURNED, RANK = 6, 10, 4, 2, 2
+HEADS = Heads(4, 2)
+WIDE, NARROW = HEADS.queries * HEAD, HEADS.keys * HEAD
+SCORING = Scoring(0.5)
+FILLERS = 2
+SEPARATE = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+FUSED = (("qkv",), ("o",), ("gate_up",), ("down",))
+SHAPES = {"q": (WIDE, D), "k": (NARROW, D), "v": (NARROW, D), "qkv": (WIDE + 2 * NARROW, D), "o": (D, WIDE)} | {
+    "gate": (FF, D),
+    "up": (FF, D),
+    "gate_up": (2 * FF, D),
+    "down": (D, FF),
+}
+GELU = {
+    "silu": torch.nn.functional.silu,
+    "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer's features, and who asks it."""
+
+    adapted: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    groups: tuple[tuple[str, ...], ...] = SEPARATE
+    head_norms: bool = False
+    post_norms: bool = False
+    dropout: float = 0.0
+    biased: tuple[str, ...] = ()
+    bias_learned: bool = False
+    activation: str = "silu"
+    scoring: Scoring = SCORING
+    window: int | None = None
+    tree: Trees = ((0, (5, 4, 1)),)
+    real: tuple[int, ...] | None = None
+
+
+ALL_FUSED = ("qkv", "o", "gate_up", "down")
+PREFIXED: Trees = ((4, (3, 2)), (0, (4,)))
+SOME = (2, 3, 5, 8, 11)
+CASES = {
+    "plain": Case(),
+    "head norms": Case(head_norms=True),
+    "post norms": Case(post_norms=True),
+    "fused": Case(ALL_FUSED, FUSED),
+    "dropout": Case(dropout=0.4),
+    "frozen biases": Case(biased=("q", "k", "v", "o", "gate", "up", "down")),
+    "learned biases": Case(biased=("q", "v", "o", "up", "down"), bias_learned=True),
+    "learned biases alone": Case((), biased=("k", "gate"), bias_learned=True),
+    "gelu": Case(activation="gelu_pytorch_tanh"),
+    "softcap and window": Case(scoring=Scoring(0.5, 1.2), window=3),
+    "prefix": Case(tree=PREFIXED),
+    "some asked": Case(real=(1, 4, 7, 9)),
+    "prefix, some asked": Case(tree=PREFIXED, real=SOME),
+    "fused, some asked": Case(ALL_FUSED, FUSED, tree=PREFIXED, real=SOME),
+    "queries and values": Case(("q", "v")),
+    "keys, some asked": Case(("k",), tree=PREFIXED, real=SOME),
+    "mlp": Case(("up", "down")),
+    "last": Case(("down",)),
+    "nothing adapted": Case(()),
+    "all at once": Case(
+        head_norms=True,
+        post_norms=True,
+        dropout=0.3,
+        biased=("q", "down"),
+        bias_learned=True,
+        activation="gelu_pytorch_tanh",
+        scoring=Scoring(0.5, 1.2),
+        window=4,
+        tree=PREFIXED,
+        real=SOME,
+    ),
+    "all at once, fused": Case(
+        ALL_FUSED, FUSED, post_norms=True, dropout=0.3, biased=("qkv",), window=4, tree=PREFIXED, real=SOME
+    ),
+}
+EVERY = pytest.mark.parametrize("name", CASES)
+
+
+def doubles(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+class Layer:
+    """Random tensors for a case, the function under test and the same written out."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.segments = segments_of(case.tree)
+        self.rows = rows_of(self.segments, FILLERS)
+        self.asked = None if case.real is None else asking(self.rows, case.real, FILLERS)
+        self.answers = (self.rows if self.asked is None else len(self.asked)) - FILLERS
+        self.projections = {n: self._projection(n) for names in case.groups for n in names}
+        self.norms = {n: Norm(doubles(D), 1e-5) for n in ("attention", "attention_post", "mlp", "mlp_post")}
+        self.norms |= {n: Norm(doubles(HEAD), 1e-5) for n in ("q", "k")}
+        half = doubles(self.rows, TURNED // 2)
+        both = torch.cat([half, half], 1)
+        self.cos, self.sin = both.cos(), both.sin()
+
+    def _projection(self, name: str) -> Projection:
+        out, width = SHAPES[name]
+        bias = doubles(out).requires_grad_(self.case.bias_learned) if name in self.case.biased else None
+        update = None
+        if name in self.case.adapted:
+            update = LowRank(doubles(RANK, width).requires_grad_(), doubles(out, RANK).requires_grad_(), 0.7)
+        return Projection(doubles(out, width) / width**0.5, bias, update)
+
+    def learned(self) -> list[Tensor]:
+        return [t for p in self.projections.values() for t in p.learned()]
+
+    def with_learned(self, learned: Sequence[Tensor]) -> dict[str, Projection]:
+        """The projections, with other tensors in place of the learned ones."""
+        given, found = iter(learned), {}
+        for name, p in self.projections.items():
+            update = p.update and LowRank(next(given), next(given), p.update.scale)
+            learns_bias = p.bias is not None and p.bias.requires_grad
+            found[name] = p._replace(update=update, bias=next(given) if learns_bias else p.bias)
+        return found
+
+    def tensors(self, projections: dict[str, Projection]) -> BlockTensors:
+        qkv, o, gate_up, down = (
+            Group.of([projections[n] for n in names], torch.float64, self.case.dropout) for names in self.case.groups
+        )
+        post, heads = self.case.post_norms, self.case.head_norms
+        return BlockTensors(
+            attention_norm=self.norms["attention"],
+            qkv=qkv,
+            q_norm=self.norms["q"] if heads else None,
+            k_norm=self.norms["k"] if heads else None,
+            o=o,
+            attention_post=self.norms["attention_post"] if post else None,
+            mlp_norm=self.norms["mlp"],
+            gate_up=gate_up,
+            down=down,
+            mlp_post=self.norms["mlp_post"] if post else None,
+            activation=ACTIVATIONS[self.case.activation],
+            scoring=self.case.scoring,
+            head_dim=HEAD,
+            widths=(WIDE, NARROW, NARROW),
+        )
+
+    def plan(self) -> AttentionPlan:
+        return plan_attention(self.segments, self.rows, HEADS, self.cos, self.asked, self.case.window)
+
+    def run(self, x: Tensor, *learned: Tensor) -> Tensor:
+        """The filler's answers dropped; dropout drawn from the same seed every time."""
+        torch.manual_seed(4)
+        t, rows = self.tensors(self.with_learned(learned)), Rows(Angles.of(self.cos, self.sin), self.asked)
+        return run_block(x, t, rows, self.plan(), learned)[: self.answers]
+
+    def written_out(self, x: Tensor) -> Tensor:
+        """The formula, one module after the other."""
+        torch.manual_seed(4)
+        everyone = torch.arange(self.rows)
+        asked = everyone if self.asked is None else self.asked
+        q, k, v = self._qkv(self._norm(x, "attention"))
+        q, k = (self._turned(self._by_head(t, n), at) for t, n, at in ((q[asked], "q", asked), (k, "k", everyone)))
+        v = v.view(self.rows, HEADS.keys, HEAD)
+        out = attention_by_loops(
+            q, k, v, asked[: self.answers].tolist(), contexts(self.segments, self.case.window), self.case.scoring
+        )
+        attended = torch.cat([out.flatten(1), torch.zeros(FILLERS, WIDE, dtype=x.dtype)])
+        (o,) = self._linear(attended, ("o",))
+        a = x[asked] + (self._norm(o, "attention_post") if self.case.post_norms else o)
+        both = self._linear(self._norm(a, "mlp"), self.case.groups[2])
+        gate, up = both if len(both) == 2 else both[0].chunk(2, -1)
+        (down,) = self._linear(GELU[self.case.activation](gate) * up, ("down",))
+        return (a + (self._norm(down, "mlp_post") if self.case.post_norms else down))[: self.answers]
+
+    def _qkv(self, n: Tensor) -> Sequence[Tensor]:
+        found = self._linear(n, self.case.groups[0])
+        return found if len(found) == 3 else found[0].split((WIDE, NARROW, NARROW), -1)
+
+    def _linear(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
+        members, found = [self.projections[n] for n in names], []
+        kept = drop(x, self.case.dropout) if any(m.update for m in members) else None
+        for weight, bias, update, _ in members:
+            y = x @ weight.T
+            if bias is not None:
+                y = y + bias
+            if update is not None:
+                into = x if kept is None else torch.where(kept.mask, x, 0.0) / kept.probability
+                y = y + update.scale * (into @ update.A.T @ update.B.T)
+            found.append(y)
+        return found
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        weight, eps = self.norms[name]
+        return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+    def _by_head(self, x: Tensor, name: str) -> Tensor:
+        heads = x.reshape(len(x), -1, HEAD)
+        return self._norm(heads, name) if self.case.head_norms else heads
+
+    def _turned(self, x: Tensor, rows: Tensor) -> Tensor:
+        turned, rest = x[..., :TURNED], x[..., TURNED:]
+        swapped = torch.cat([-turned[..., TURNED // 2 :], turned[..., : TURNED // 2]], -1)
+        return torch.cat([turned * self.cos[rows, None] + swapped * self.sin[rows, None], rest], -1)
+
+
+@EVERY
+def test_outputs_and_gradients_are_those_of_the_layer_written_out(name: str) -> None:
+    layer = Layer(CASES[name])
+    x, learned = doubles(layer.rows, D).requires_grad_(), layer.learned()
+    found, expected = layer.run(x, *learned), layer.written_out(x)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    weights = torch.randn_like(expected)
+    ours = torch.autograd.grad((found * weights).sum(), [x, *learned])
+    theirs = torch.autograd.grad((expected * weights).sum(), [x, *learned])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        assert a.is_contiguous()
+    assert not ours[0][-FILLERS:].any()
+
+
+@EVERY
+@pytest.mark.parametrize("below", [True, False], ids=["input", "learned only"])
+def test_gradcheck(name: str, below: bool) -> None:
+    layer = Layer(CASES[name])
+    if below or layer.learned():
+        x = doubles(layer.rows, D).requires_grad_(below)
+        assert torch.autograd.gradcheck(layer.run, (x, *layer.learned()), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["plain", "prefix, some asked", "softcap and window"])
+def test_gradients_do_not_depend_on_what_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(CASES[name])
+    x, learned = doubles(layer.rows, D).requires_grad_(), layer.learned()
+    found = []
+    for keys in (512, 0):
+        monkeypatch.setattr(attention, "KEEP_UP_TO", keys)
+        found.append(torch.autograd.grad(layer.run(x, *learned).square().sum(), [x, *learned]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def bytes_kept(run: Callable[[], Tensor]) -> int:
+    """Bytes of the storages that are alive for the backward, each counted once and whole, however little of it is looked at."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sum(seen.values())
+
+
+def expected_bytes(layer: Layer) -> int:
+    """As the docstring of the module lists it: numbers of 8 bytes, and dropout's masks of one."""
+    case, every = layer.case, layer.rows
+    asked = every if layer.asked is None else len(layer.asked)
+    numbers = every * D + asked * WIDE + 2 * every * NARROW  # x, q, k and v
+    numbers += asked * (WIDE + D + 2 * FF)  # the output of attention, a, gate and up
+    for group in case.groups:
+        for name in group:
+            rows = every if name in ("k", "v", "qkv") else asked
+            numbers += rows * RANK * (name in case.adapted)
+    if case.head_norms:  # their inputs
+        numbers += asked * WIDE + every * NARROW
+    if case.post_norms:
+        numbers += 2 * asked * D
+    masks = every * D + asked * (WIDE + D + FF) if case.dropout else 0
+    return 8 * numbers + masks
+
+
+@EVERY
+def test_nothing_is_kept_for_the_backward_but_what_is_listed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "KEEP_UP_TO", 0)
+    layer = Layer(CASES[name])
+    x = doubles(layer.rows, D).requires_grad_()
+    assert bytes_kept(lambda: layer.run(x, *layer.learned())) == expected_bytes(layer)
+
+
+@pytest.mark.parametrize("name", ["plain", "prefix, some asked"])
+def test_probabilities_are_kept_besides_where_few_keys_are_seen(name: str) -> None:
+    layer = Layer(CASES[name])
+    x = doubles(layer.rows, D).requires_grad_()
+    scores = sum(
+        b.segments * HEADS.keys * (c.queries.stop - c.queries.start) * (c.keys.stop - c.keys.start)
+        for b in layer.plan().buckets
+        for c in b.chunks
+    )
+    assert bytes_kept(lambda: layer.run(x, *layer.learned())) == expected_bytes(layer) + 8 * scores
+
+
+# ---------------------------------------------------------------------------------------- work not done
+
+VIEWS = {
+    "t",
+    "detach",
+    "view",
+    "transpose",
+    "alias",
+    "slice",
+    "select",
+    "_unsafe_view",
+    "expand",
+    "as_strided",
+    "lift_fresh",
+}
+
+
+class Used(TorchDispatchMode):
+    """Which of some tensors are computed with, and how many batched products run."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.names = {t.untyped_storage().data_ptr(): n for n, t in tensors.items()}
+        self.found: set[str] = set()
+        self.batched = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operation = func.overloadpacket.__name__
+        self.batched += operation == "bmm"
+        if operation not in VIEWS:
+            tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+            self.found |= {self.names.get(t.untyped_storage().data_ptr(), "") for t in tensors} - {""}
+        return func(*args, **(kwargs or {}))
+
+
+def used_backward(case: Case, *, below: bool) -> Used:
+    layer = Layer(case)
+    y = layer.run(doubles(layer.rows, D).requires_grad_(below), *layer.learned())
+    with Used({n: p.weight for n, p in layer.projections.items()}) as used:
+        y.backward(torch.ones_like(y))
+    return used
+
+
+@pytest.mark.parametrize(
+    ("case", "weights", "attends"),
+    [
+        (Case(("down",)), set(), False),
+        (Case((), biased=("down",), bias_learned=True), set(), False),
+        (Case(("up", "down")), {"down"}, False),
+        (Case((), biased=("gate",), bias_learned=True), {"down"}, False),
+        (Case(("o", "down")), {"down", "gate", "up"}, False),
+        (Case(("v",)), {"down", "gate", "up", "o"}, True),
+        (Case((), biased=("k",), bias_learned=True), {"down", "gate", "up", "o"}, True),
+        (Case(("q", "k", "v", "o", "gate", "up", "down")), {"down", "gate", "up", "o"}, True),
+        (Case(("q",), tree=PREFIXED, real=SOME), {"down", "gate", "up", "o"}, True),
+        (Case(("gate_up",), FUSED), {"down"}, False),
+        (Case(("qkv",), FUSED), {"down", "gate_up", "o"}, True),
+    ],
+    ids=lambda v: "+".join(v.adapted) or f"bias of {v.biased[0]}" if isinstance(v, Case) else "",
+)
+def test_the_backward_stops_below_the_lowest_learned_projection(case: Case, weights: set[str], attends: bool) -> None:
+    """A frozen weight is computed with in the backward only on the way down to something that learns."""
+    used = used_backward(case, below=False)
+    assert used.found == weights
+    assert (used.batched > 0) == attends
+
+
+@pytest.mark.parametrize("case", [Case(("down",)), Case(()), Case(ALL_FUSED, FUSED)])
+def test_the_backward_goes_through_every_weight_where_the_input_wants_its_gradient(case: Case) -> None:
+    assert used_backward(case, below=True).found == {n for names in case.groups for n in names}
