@@ -15,7 +15,6 @@ from twofold.data.home_intents import (
     Command,
     Grammar,
     HomeIntents,
-    Row,
     Template,
     build,
     draw,
@@ -23,6 +22,7 @@ from twofold.data.home_intents import (
     split_templates,
     write,
 )
+from twofold.data.splits import Row
 from twofold.errors import DataError
 from twofold.events import Event, Warned, silent
 

@@ -26,13 +26,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from hassil.expression import Alternative, ListReference, Permutation, RuleReference, Sequence, TextChunk
 from hassil.intents import Intents, RangeSlotList, TextSlotList
 from hassil.parse_expression import parse_sentence
 
-from twofold.atomic import write_text
+from twofold.data.splits import Row, Splits, chat_row, check_counts, write_splits
 from twofold.downloads import wheel_file
 from twofold.errors import DataError
 from twofold.events import Emit, Warned, silent
@@ -44,8 +44,6 @@ HELD_OUT = 0.15
 """The share of each intent's templates that only the evaluation sees."""
 ATTEMPTS = 300
 """Walks through one template in search of a new and natural sentence, before it counts as exhausted."""
-
-Row: TypeAlias = dict[str, list[dict[str, str]]]
 
 
 def _lists(text: str) -> dict[str, tuple[str, ...]]:
@@ -169,11 +167,9 @@ _AWKWARD_QUESTION = re.compile(rf"^(?:all|every|each|some)\b|\b(?:{_STATE}) (?:(
 
 
 @dataclass(frozen=True)
-class HomeIntents:
+class HomeIntents(Splits):
     """The two splits as chat rows, and the names of all the intents, sorted."""
 
-    train: list[Row]
-    evaluation: list[Row]
     intents: list[str]
 
 
@@ -209,8 +205,7 @@ class Command:
         """The chat that teaches it: system, user, and the compact JSON answer with its slots sorted by name."""
         meaning = {"intent": self.intent, "slots": dict(sorted(self.slots.items()))}
         answer = json.dumps(meaning, separators=(",", ":"), ensure_ascii=False)
-        contents = {"system": SYSTEM, "user": self.text, "assistant": answer}
-        return {"messages": [{"role": role, "content": content} for role, content in contents.items()]}
+        return chat_row(SYSTEM, self.text, answer)
 
 
 def build(train_examples: int, evaluation_examples: int, seed: int = 0, emit: Emit = silent) -> HomeIntents:
@@ -223,8 +218,7 @@ def build(train_examples: int, evaluation_examples: int, seed: int = 0, emit: Em
         DataError: an example count is not positive.
         DownloadError: the grammar cannot be fetched.
     """
-    if min(train_examples, evaluation_examples) < 1:
-        raise DataError(f"{train_examples} training and {evaluation_examples} evaluation examples: ask for 1 or more")
+    check_counts(train_examples, evaluation_examples)
     grammar = load_grammar(emit)
     training, held_out = split_templates(grammar.templates, seed)
     taken: set[str] = set()
@@ -246,8 +240,7 @@ def write(
         RunError: the folder cannot be written.
     """
     data = build(train_examples, evaluation_examples, seed, emit)
-    for name, rows in (("train", data.train), ("evaluation", data.evaluation)):
-        write_text(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_splits(folder, data)
     return data
 
 
