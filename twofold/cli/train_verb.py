@@ -1,21 +1,24 @@
-"""twofold train CONFIG.yaml [--adapter.r 32 ...] [--resume] [--dry-run]"""
+"""twofold train CONFIG.yaml [--adapter.r 32 ...] [--resume] [--dry-run] [--find-lr]"""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from twofold.cli.flags import parse, take
+from twofold.cli import find_lr
+from twofold.cli.flags import take
 from twofold.cli.main import print_json
+from twofold.cli.run_flags import config_from
 from twofold.cli.terminal import Terminal, show_preflight, speed_of, stdout
-from twofold.recipes.settings import TrainConfig, read_config
+from twofold.recipes.settings import TrainConfig
 from twofold.recipes.train import dry_run, train
 
 
 def run(arguments: list[str]) -> int:
+    arguments, only_search = take(arguments, "--find-lr")
+    if only_search:
+        return find_lr.run(arguments)
     arguments, as_json = take(arguments, "--json")
     arguments, resume = take(arguments, "--resume")
     arguments, only_look = take(arguments, "--dry-run")
-    config = _config(arguments)
+    config = config_from(arguments, TrainConfig)
     with Terminal() as terminal:
         if only_look:
             found = dry_run(config, terminal)
@@ -24,17 +27,6 @@ def run(arguments: list[str]) -> int:
         report = train(config, terminal, resume=resume)
     print_json(report) if as_json else _show(report)
     return 0
-
-
-def _config(arguments: list[str]) -> TrainConfig:
-    """The file, if one is named first, with the flags over it."""
-    description = (
-        "Train an adapter: twofold train CONFIG.yaml, any key of which may be overridden by its flag. "
-        "--resume goes on from the newest checkpoint, --dry-run stops before the first step, --json prints the report."
-    )
-    file = read_config(Path(arguments[0])) if arguments and not arguments[0].startswith("-") else None
-    flags = arguments[1:] if file else arguments
-    return parse(TrainConfig, flags, verb="train", description=description, default=file)
 
 
 def _show(report: dict) -> None:  # type: ignore[type-arg]

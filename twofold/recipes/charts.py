@@ -56,23 +56,6 @@ class Marker:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Chart:
-    """What one plot shows.
-
-    Attributes:
-        label: what a screen reader is told.
-        tip: the words shown over a point of the first line.
-    """
-
-    label: str
-    lines: Sequence[Line]
-    tip: Callable[[Point], str]
-    markers: Sequence[Marker] = field(default_factory=list)
-    x_ticks: int = 6
-    y_ticks: int = 5
-
-
 def downsample(points: Sequence[Point], limit: int = POINTS) -> list[Point]:
     """At most `limit` points: the first, the last, and the lowest and highest of each stretch between."""
     if len(points) <= limit:
@@ -155,6 +138,25 @@ def significant(value: Number) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+@dataclass(frozen=True)
+class Chart:
+    """What one plot shows.
+
+    Attributes:
+        label: what a screen reader is told.
+        tip: the words shown over a point of the first line.
+        x_text: what a tick below the plot says, from its value and the step between ticks.
+    """
+
+    label: str
+    lines: Sequence[Line]
+    tip: Callable[[Point], str]
+    markers: Sequence[Marker] = field(default_factory=list)
+    x_ticks: int = 6
+    y_ticks: int = 5
+    x_text: Callable[[Number, Number], str] = tick_text
+
+
 def draw(chart: Chart) -> Markup:
     """The plot: grid, curves, markers, and a strip over each point that tells its figures."""
     x_range, y_range = _ranges(chart)
@@ -187,7 +189,7 @@ def _grid(chart: Chart, x_range: Interval, y_range: Interval) -> Markup:
     up = ticks(y_range, chart.y_ticks)
     height = round_step(y_range[1] - y_range[0], chart.y_ticks)
     parts = [_y_tick(place((x_range[0], t))[1], tick_text(t, height)) for t in up]
-    parts += [_x_tick(place((t, y_range[0]))[0], tick_text(t, step)) for t in across]
+    parts += [_x_tick(place((t, y_range[0]))[0], chart.x_text(t, step)) for t in across]
     return Markup("").join(parts)
 
 

@@ -15,13 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from markupsafe import Markup
 
 from twofold import atomic
 from twofold.recipes import charts
 from twofold.recipes.charts import Json, Number, significant
+from twofold.recipes.pages import template
 from twofold.recipes.runs import RunFolder
 
 NONE = "–"
@@ -77,7 +77,13 @@ def write_page(path: Path, report: dict[str, Any], preflight: dict[str, Any], ev
 def render(report: Json, preflight: Json, events: Sequence[Json], settings: Json) -> str:
     """The page as HTML."""
     steps = [e for e in events if e.get("event") == "step"]
-    return _template().render(
+    filters: dict[str, Callable[..., Any]] = {
+        "figure": shown,
+        "score": score,
+        "memory": lambda v: shown(v, memory),
+        "significant": lambda v: shown(v, significant),
+    }
+    return template("report.html.j2", filters).render(
         run=Path(str(report.get("run") or "run")).name,
         base=str(report.get("base") or "unknown base"),
         finished=_finished(events),
@@ -98,15 +104,6 @@ def render(report: Json, preflight: Json, events: Sequence[Json], settings: Json
         warnings=_warnings(preflight, events),
         settings=sorted({**dict(_flat(settings)), **facts(report, preflight)}.items()),
     )
-
-
-def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page.filters.update(
-        figure=shown, score=score, memory=lambda v: shown(v, memory), significant=lambda v: shown(v, significant)
-    )
-    return page.get_template("report.html.j2")
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
 
 from twofold import atomic
 from twofold.adapter.attach import attach, merge, unmerge
@@ -29,7 +27,7 @@ from twofold.recipes.runs import EventLog, RunFolder, as_begun, open_new, open_r
 from twofold.recipes.settings import TrainConfig, check_continues
 from twofold.training.checkpoint import Progressed
 from twofold.training.floor import StepTimes, measured_floor
-from twofold.training.loop import Job
+from twofold.training.loop import Job, restore
 from twofold.training.loop import train as run_job
 from twofold.training.objective import HeldOut, evaluate_loss, objective_for
 
@@ -80,6 +78,18 @@ def dry_run(config: TrainConfig, emit: Emit = silent) -> Preflight:
     """Everything up to the first step, and nothing written."""
     loaded = _load(_resolved(config), emit)
     return preflight(loaded.base, loaded.lora, config.training, loaded.train, loaded.evaluation)
+
+
+def prepare(config: TrainConfig, emit: Emit = silent) -> tuple[Base, Examples | None, Job]:
+    """The base with a fresh adapter, the held-out data, and the job to run; nothing is written.
+
+    Raises:
+        UserError: as `train`.
+    """
+    config = _resolved(config)
+    loaded = _load(config, emit)
+    _attach(config, loaded)
+    return loaded.base, loaded.evaluation, _job(config, RunFolder(Path(config.output)), loaded)
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:
@@ -216,14 +226,8 @@ def _save(config: TrainConfig, run: RunFolder, loaded: _Loaded, job: Job, progre
     model, name = loaded.base.model, loaded.base.public_name
     if progressed.best and progressed.best_step != progressed.step:
         save_adapter(model, run.last_adapter, provenance=provenance, base_name=name)
-        _put(job.parameters, progressed.best)
+        restore(job.parameters, progressed.best)
     save_adapter(model, run.adapter, provenance=provenance, base_name=name)
-
-
-@torch.no_grad()
-def _put(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
 
 
 def _provenance(config: TrainConfig, loaded: _Loaded, progressed: Progressed) -> Provenance:

@@ -157,3 +157,10 @@ def _evaluate(job: Job, evaluate: Callable[[], tuple[float, float]], progressed:
 def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Copies of the trained tensors."""
     return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+@torch.no_grad()
+def restore(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Put a snapshot back."""
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])

@@ -1,0 +1,36 @@
+"""The flags of a run, as `train` and its search for a learning rate share them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from twofold.cli.flags import parse
+from twofold.recipes.settings import TrainConfig, read_config
+from twofold.training.rate import RateSearch
+
+DESCRIPTION = (
+    "Train an adapter: twofold train CONFIG.yaml, any key of which may be overridden by its flag. "
+    "--resume goes on from the newest checkpoint, --dry-run stops before the first step, --json prints the report. "
+    "--find-lr trains for a few steps at each of several learning rates instead, and suggests one (--find-lr --help)."
+)
+C = TypeVar("C", bound=TrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchFlags(TrainConfig):
+    """A training run whose learning rate is sought.
+
+    Attributes:
+        find_lr: the short runs.
+    """
+
+    find_lr: RateSearch = field(default_factory=RateSearch)
+
+
+def config_from(arguments: list[str], cls: type[C]) -> C:
+    """The file, if one is named first, with the flags over it."""
+    file = read_config(Path(arguments[0])) if arguments and not arguments[0].startswith("-") else None
+    flags = arguments[1:] if file else arguments
+    return parse(cls, flags, verb="train", description=DESCRIPTION, default=cls(**vars(file)) if file else None)
