@@ -1,7 +1,4 @@
-"""What the tests of training runs share: a configuration of a second's training, and what is read back of a run.
-
-A test file says `pytest_plugins = ("tiny_fixtures", "tiny_runs")` and asks for `config` by name.
-"""
+"""What the tests of training runs share: a subscriber, changes of a configuration, and what is read back of a run."""
 
 from __future__ import annotations
 
@@ -10,16 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
-from twofold.data.examples import DataConfig
 from twofold.events import Event
-from twofold.recipes.settings import AdapterSettings, TrainConfig
-from twofold.training.optim import TrainingConfig
-
-TRAINING = TrainingConfig(batch_size=6, epochs=4, learning_rate=0.02)
+from twofold.recipes.settings import TrainConfig
 
 
 class Heard(list[Event]):
@@ -30,19 +22,6 @@ class Heard(list[Event]):
 
     def of(self, kind: type[Any]) -> list[Any]:
         return [e for e in self if isinstance(e, kind)]
-
-
-@pytest.fixture
-def config(llama_base: Path, train_file: Path, held_out_file: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        base=str(llama_base),
-        data=DataConfig(train=str(train_file), evaluation=str(held_out_file)),
-        adapter=AdapterSettings(r=4),
-        training=TRAINING,
-        output=str(tmp_path / "run"),
-        dtype="float32",
-        device="cpu",
-    )
 
 
 def changed(config: TrainConfig, **training: Any) -> TrainConfig:

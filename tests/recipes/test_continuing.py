@@ -18,7 +18,7 @@ from twofold.events import Evaluated, Step
 from twofold.recipes.settings import AdapterSettings, TrainConfig
 from twofold.recipes.train import train
 
-pytest_plugins = ("tiny_fixtures", "tiny_runs")
+pytest_plugins = ("tiny_fixtures",)
 
 
 def test_early_stopping_keeps_the_best_adapter_and_the_last_apart(config: TrainConfig, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from twofold.recipes.settings import AdapterSettings, TrainConfig
 from twofold.recipes.train import train
 from twofold.tensorfile import TensorFile
 
-pytest_plugins = ("tiny_fixtures", "tiny_runs")
+pytest_plugins = ("tiny_fixtures",)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_adapter_is_spoiled(config: TrainConfig, llama_base: Path) -> None:

@@ -17,7 +17,7 @@ from twofold.errors import ProofError
 from twofold.events import Event
 from twofold.recipes.proof import base_digest, proof_batch, verify_merge
 
-pytest_plugins = ("tiny_fixtures", "tiny_runs")
+pytest_plugins = ("tiny_fixtures",)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from twofold.events import Message, Step, Warned
 from twofold.recipes.settings import TrainConfig
 from twofold.recipes.train import dry_run, train
 
-pytest_plugins = ("tiny_fixtures", "tiny_runs")
+pytest_plugins = ("tiny_fixtures",)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -43,7 +43,7 @@ class TrainConfig:
         device: `auto` takes a GPU where there is one.
         verify: prove at the end that the base is untouched and that the merged model says what the adapter says.
         allow_foreign_base: go on from an adapter that was trained on another base.
-        trackers: also report to these.
+        trackers: also report to these, in the run folder; `wandb` stays offline unless WANDB_MODE says otherwise.
     """
 
     data: DataConfig

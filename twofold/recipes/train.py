@@ -67,7 +67,8 @@ def train(config: TrainConfig, emit: Emit = silent, *, resume: bool = False) -> 
     with run.locked():
         log = EventLog(run)
         try:
-            return _train(config, run, newest, fan_out(log, emit, *trackers(config, run)))
+            with trackers(config, run) as told:
+                return _train(config, run, newest, fan_out(log, emit, *told))
         except UserError:
             run.withdraw()
             raise
