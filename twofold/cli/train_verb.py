@@ -34,7 +34,8 @@ def _config(arguments: list[str]) -> TrainConfig:
     )
     file = read_config(Path(arguments[0])) if arguments and not arguments[0].startswith("-") else None
     flags = arguments[1:] if file else arguments
-    return parse(TrainConfig, flags, verb="train", description=description, default=file)
+    bare = ("--json", "--resume", "--dry-run")
+    return parse(TrainConfig, flags, verb="train", description=description, default=file, bare=bare)
 
 
 def _show(report: dict) -> None:  # type: ignore[type-arg]
