@@ -214,7 +214,7 @@ def test_a_configuration_that_is_not_there_or_not_yaml(cli: WarmCli, tmp_path: P
     [
         (None, "no data at"),
         ("", "the file is empty"),
-        ('{"messages": [{"role": "user", "content": "a"}\n', "cannot be read"),
+        ('{"messages": [{"role": "user", "content": "a"}\n', "data.jsonl, line 1: not valid JSON"),
         ('{"question": "a", "answer": "b"}\n', "has the columns 'question', 'answer', which fit no known format"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', "nothing in data.jsonl is supervised"),
     ],
