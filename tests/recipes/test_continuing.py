@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_base import pairs, write_jsonl
 from tiny_runs import Heard, adapter_tensors, changed
+from warm_cli import WarmCli
 
 from twofold.adapter.files import open_adapter
 from twofold.base.load import load_base
+from twofold.config import as_dict
 from twofold.data.examples import DataConfig
 from twofold.errors import ConfigError, ForeignBaseError
 from twofold.events import Evaluated, Step
-from twofold.recipes.settings import AdapterSettings, TrainConfig
+from twofold.recipes.settings import AdapterSettings, TrainConfig, read_config
 from twofold.recipes.train import train
 
 pytest_plugins = ("tiny_fixtures",)
@@ -69,6 +72,36 @@ def test_settings_that_contradict_the_adapter_are_refused(config: TrainConfig, t
     settings = AdapterSettings(init_from=first["adapter"], r=32, lora_dropout=0.5)
     with pytest.raises(ConfigError, match=r"r is 32 here but 4 there; lora_dropout is 0.5 here but 0.0 there"):
         train(replace(config, adapter=settings, output=str(tmp_path / "more")))
+
+
+def test_a_run_that_goes_on_writes_down_the_settings_that_hold(config: TrainConfig, tmp_path: Path) -> None:
+    first = train(changed(config, max_steps=1))
+    settings = AdapterSettings(init_from=first["adapter"])
+    more = train(changed(replace(config, adapter=settings, output=str(tmp_path / "more")), max_steps=1))
+    written = read_config(Path(more["run"]) / "config.yaml")
+    assert written.adapter.r == 4
+    assert train(replace(written, output=str(tmp_path / "again")))["steps"] == 1
+
+
+@pytest.mark.parametrize("place", ["file", "flag", "file, adapter by flag", "flag, adapter in the file"])
+@pytest.mark.parametrize("r", [16, 4])
+def test_a_setting_given_by_hand_must_be_the_adapters_even_if_it_is_the_default(
+    config: TrainConfig, cli: WarmCli, tmp_path: Path, place: str, r: int
+) -> None:
+    """16 is the default of r, 4 the adapter's."""
+    adapter = train(changed(config, max_steps=1))["adapter"]
+    in_file = {"init_from": adapter} if place in ("file", "flag, adapter in the file") else {}
+    in_file |= {"r": r} if place.startswith("file") else {}
+    by_flag = ("--adapter.r", r) if place.startswith("flag") else ()
+    by_flag += ("--adapter.init-from", adapter) if "init_from" not in in_file else ()
+    again = replace(config, output=str(tmp_path / "more"))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(as_dict(again) | {"adapter": in_file}))
+    found = cli("train", path, *by_flag, "--dry-run", "--json")
+    if r == 4:
+        assert found.json()["parameters"]["modules"] == 14
+    else:
+        assert "r is 16 here but 4 there; leave these out" in found.refusal()
 
 
 def test_an_adapter_of_another_base_is_refused_unless_meant(

@@ -13,7 +13,7 @@ from tiny_runs import Heard, changed
 from warm_cli import WarmCli
 
 from twofold.data.examples import DataConfig
-from twofold.errors import AdapterFileError, NonFiniteLossError, RunError
+from twofold.errors import AdapterFileError, ConfigError, NonFiniteLossError, RunError
 from twofold.events import Checkpointed
 from twofold.recipes.settings import AdapterSettings, TrainConfig
 from twofold.recipes.train import train
@@ -94,3 +94,11 @@ def test_a_mistake_found_before_the_run_leaves_no_folder_that_blocks_the_next(co
     with pytest.raises(Exception, match="no data at"):
         train(replace(config, data=DataConfig(train="nowhere.jsonl")))
     assert train(changed(config, max_steps=1))["steps"] == 1
+
+
+def test_float16_is_refused_for_training_and_served(config: TrainConfig, cli: WarmCli, held_out_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"float16 cannot train: .*use bfloat16 or float32"):
+        replace(config, dtype="float16")
+    flags = ("--base", config.base, "--dtype", "float16")
+    assert "float16 cannot train" in cli("train", *flags, "--data.train", config.data.train).refusal()
+    assert cli("eval", *flags, "--data", held_out_file, "--json").json()["loss"] > 0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from twofold.cli.flags import parse, take
+from twofold.cli.flags import given_flags, parse, take
 from twofold.cli.main import print_json
 from twofold.cli.terminal import Terminal, duration, gigabytes, show_preflight, stdout
-from twofold.recipes.settings import TrainConfig, read_config
+from twofold.config import read_yaml
+from twofold.recipes.settings import TrainConfig, check_continues, read_config
 from twofold.recipes.train import dry_run, train
 
 
@@ -35,7 +36,10 @@ def _config(arguments: list[str]) -> TrainConfig:
     file = read_config(Path(arguments[0])) if arguments and not arguments[0].startswith("-") else None
     flags = arguments[1:] if file else arguments
     bare = ("--json", "--resume", "--dry-run")
-    return parse(TrainConfig, flags, verb="train", description=description, default=file, bare=bare)
+    config = parse(TrainConfig, flags, verb="train", description=description, default=file, bare=bare)
+    given = [f.removeprefix("--adapter.").replace("-", "_") for f in given_flags(flags) if f.startswith("--adapter.")]
+    check_continues(config.adapter, [*given, *(read_yaml(Path(arguments[0])).get("adapter", {}) if file else ())])
+    return config
 
 
 def _show(report: dict) -> None:  # type: ignore[type-arg]
