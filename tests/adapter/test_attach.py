@@ -1,4 +1,4 @@
-"""Attach, activate, merge, detach on live models of every family: the base stays what it was, to the bit."""
+"""Attach and detach on live models of every family: the base stays what it was, to the bit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, build_model, inputs, logits, randomise
-from torch import Tensor, nn
+from tiny_adapters import EMBEDDING, adapted, everything, learned
+from torch import nn
 
 from twofold.adapter.attach import (
     activate,
@@ -19,18 +20,12 @@ from twofold.adapter.attach import (
     config_of,
     detach,
     disabled,
-    is_merged,
     merge,
     shares,
-    trainable_summary,
     unmerge,
 )
 from twofold.adapter.config import LoraConfig
 from twofold.errors import ConfigError, TargetError
-from twofold.layers.embedding import LoraEmbedding
-from twofold.layers.linear import LoraLinear
-
-EMBEDDING = {"gpt2": "wte", "bert": "word_embeddings", "bert-classifier": "word_embeddings"}
 
 
 def hashes(model: nn.Module) -> dict[str, str]:
@@ -41,28 +36,6 @@ def hashes(model: nn.Module) -> dict[str, str]:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         if id(tensor) not in inner and not name.endswith(".merged")
     }
-
-
-def deltas_of(model: nn.Module) -> dict[str, Tensor]:
-    return {n: layer.delta() for n, layer in adapter_layers(model) if isinstance(layer, LoraLinear | LoraEmbedding)}
-
-
-def learned(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-
-
-def adapted(family: str, config: LoraConfig | None = None, seed: int = 11) -> Any:
-    model = build_model(family)
-    attach(model, config or LoraConfig(r=4, lora_alpha=8))
-    randomise(learned(model), seed=seed, scale=0.1)
-    return model
-
-
-def everything(family: str) -> LoraConfig:
-    """Linear maps and embeddings, with all biases where there are any."""
-    targets = rf".*(proj|query|key|value|dense|c_attn|c_fc|fc\d|\.q|\.k|\.v|\.o|wi|wo|{EMBEDDING.get(family, 'embed_tokens')})"
-    pooler = r".*pooler.*" if family == "bert-classifier" else None
-    return LoraConfig(r=4, target_modules=targets, exclude_modules=pooler, bias="all")
 
 
 # ---------------------------------------------------------------------------------------- the base
@@ -136,151 +109,6 @@ def test_only_the_adapter_learns(family: str) -> None:
     assert {id(p) for p in model.parameters() if p.requires_grad} == own
 
 
-# ---------------------------------------------------------------------------------------- merging
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_merged_equals_unmerged_and_unmerging_restores_the_bits(family: str) -> None:
-    model = adapted(family, everything(family))
-    with disabled(model):
-        bare = logits(model)
-    before = logits(model)
-    merge(model)
-    assert is_merged(model)
-    merged = logits(model)
-    torch.testing.assert_close(merged, before, rtol=1e-5, atol=1e-5)
-    with disabled(model):
-        assert torch.equal(logits(model), bare)
-    merge(model)
-    assert torch.equal(logits(model), merged), "merging again changes nothing"
-    unmerge(model)
-    assert not is_merged(model)
-    assert torch.equal(logits(model), before)
-
-
-def test_a_merged_weight_is_the_base_plus_the_delta_rounded_once() -> None:
-    model = adapted("llama").to(torch.bfloat16)
-    merge(model)
-    for _, layer in adapter_layers(model):
-        assert isinstance(layer, LoraLinear)
-        exact = layer.weight.double() + layer.delta().double()
-        assert layer.merged is not None
-        assert layer.merged.dtype is torch.bfloat16
-        gap = (layer.merged.double() - exact).abs()
-        assert bool((gap <= exact.abs() * 2**-8).all())
-
-
-def test_what_is_merged_must_be_unmerged_before_choosing_others() -> None:
-    model = adapted("llama")
-    before = logits(model)
-    merge(model)
-    merged = logits(model)
-    for change in (
-        lambda: activate(model, None),
-        lambda: activate(model, "default"),
-        lambda: attach(model, LoraConfig(r=2), "other"),
-    ):
-        with pytest.raises(ConfigError, match="unmerge"):
-            change()
-    assert attached(model) == ["default"]
-    assert torch.equal(logits(model), merged)
-    unmerge(model)
-    assert torch.equal(logits(model), before)
-
-
-def test_detaching_one_of_two_merged_adapters_leaves_no_trace_of_it() -> None:
-    model = adapted("llama")
-    alone = logits(model)
-    attach(model, LoraConfig(r=2), "second")
-    randomise([(n, p) for n, p in learned(model) if ".second." in n], seed=5)
-    activate(model, {"default": 1.0, "second": 1.0})
-    merge(model)
-    with pytest.raises(ConfigError, match="unmerge"):
-        detach(model, "second")
-    unmerge(model)
-    detach(model, "second")
-    assert torch.equal(logits(model), alone)
-
-
-def test_all_adapters_can_be_detached_while_merged() -> None:
-    model = build_model("llama").requires_grad_(False)
-    bare = logits(model)
-    attach(model, LoraConfig())
-    randomise(learned(model))
-    merge(model)
-    detach(model)
-    assert torch.equal(logits(model), bare)
-
-
-def test_a_tied_head_keeps_its_weight_when_the_embedding_is_merged() -> None:
-    model = build_model("llama-tied")
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    attach(model, LoraConfig(r=4, target_modules=("embed_tokens",)))
-    randomise(learned(model))
-    before = logits(model)
-    merge(model)
-    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    detach(model)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-# ---------------------------------------------------------------------------------------- several
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_several_active_adapters_add_up_by_their_weights(family: str) -> None:
-    model = adapted(family, everything(family))
-    second = LoraConfig(**{**vars(everything(family)), "r": 2, "use_rslora": True, "bias": "none"})
-    attach(model, second, "b")
-    randomise([(n, p) for n, p in learned(model) if ".b." in n], seed=23, scale=0.1)
-    deltas: dict[str, dict[str, Tensor]] = {}
-    for name in ("default", "b"):
-        activate(model, name)
-        deltas[name] = deltas_of(model)
-    activate(model, weights := {"default": 0.3, "b": -1.5})
-    assert active(model) == weights
-    found = deltas_of(model)
-    for name, delta in found.items():
-        expected = sum(w * deltas[a][name] for a, w in weights.items())
-        torch.testing.assert_close(delta, expected, rtol=1e-5, atol=1e-6)
-    together = logits(model)
-    merge(model)
-    torch.testing.assert_close(logits(model), together, rtol=2e-5, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "clash"),
-    [
-        ({"modules_to_save": ("lm_head",)}, {"target_modules": ("lm_head",)}, "'lm_head'"),
-        ({}, {"modules_to_save": ("up_proj",), "target_modules": ("q_proj",)}, "'model.layers.0.mlp.up_proj'"),
-        ({}, {"target_modules": ("o_proj",), "bias": "all"}, "'model.layers.0.self_attn.q_proj'"),
-    ],
-)
-def test_adapters_that_change_a_module_in_different_ways_are_refused(first: Any, second: Any, clash: str) -> None:
-    model = build_model("qwen2")
-    attach(model, LoraConfig(**first))
-    before, structure = logits(model), repr(model)
-    with pytest.raises(ConfigError, match=f"another adapter changes .*{clash}"):
-        attach(model, LoraConfig(**second), "b")
-    assert repr(model) == structure
-    assert torch.equal(logits(model), before)
-    assert active(model) == {"default": 1.0}
-
-
-def test_only_active_adapters_learn_and_count() -> None:
-    model = adapted("llama")
-    first = trainable_summary(model).trainable
-    second = attach(model, LoraConfig(r=2, target_modules=("q_proj",)), "b")
-    assert active(model) == {"b": 1.0}
-    assert second.trainable < first
-    assert {n.split(".shares.")[1].split(".")[0] for n, _ in learned(model)} == {"b"}
-    activate(model, None)
-    assert trainable_summary(model).trainable == 0
-    activate(model, {"default": 1.0, "b": 0.5})
-    assert trainable_summary(model).trainable == first + second.trainable
-
-
 def test_disabled_runs_the_bare_base_and_comes_back_even_after_an_error() -> None:
     model = build_model("llama").requires_grad_(False)
     bare = logits(model)
@@ -296,17 +124,6 @@ def test_disabled_runs_the_bare_base_and_comes_back_even_after_an_error() -> Non
     with pytest.raises(KeyError):
         fail_inside()
     assert torch.equal(logits(model), changed)
-
-
-def test_detaching_one_adapter_leaves_the_other_as_it_was() -> None:
-    model = adapted("llama")
-    alone = logits(model)
-    attach(model, LoraConfig(r=2, target_modules=("q_proj", "lm_head")), "b")
-    detach(model, "b")
-    assert attached(model) == ["default"]
-    assert not isinstance(model.lm_head, LoraLinear)
-    activate(model, "default")
-    assert torch.equal(logits(model), alone)
 
 
 # ---------------------------------------------------------------------------------------- names, counts

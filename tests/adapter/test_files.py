@@ -238,6 +238,38 @@ def test_modules_that_the_file_or_the_model_lacks_are_listed(folder: Path) -> No
     assert "'model.layers.0.self_attn.k_proj' has tensors but is no target of the config" in said
 
 
+def test_all_that_is_wrong_comes_in_one_message(folder: Path) -> None:
+    """A module too many, one too few, a wrong rank, a wrong shape, a missing and a spoiled tensor."""
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        for side in "AB":
+            tensors[KEY.format("k_proj", side)] = torch.zeros(4, 4)
+            del tensors[KEY.format("q_proj", side)]
+        first, second = (KEY.replace("layers.0", "layers.1").format(p, "{}") for p in ("q_proj", "v_proj"))
+        tensors[first.format("A")] = torch.full((3, 32), torch.nan)
+        tensors[second.format("A")] = torch.zeros(4, 31)
+        del tensors[second.format("B")]
+        tensors["base_model.model.stray"] = torch.zeros(1)
+
+    edit_tensors(folder, spoil)
+    said = refusal(folder)
+    for problem in (
+        "'model.layers.0.self_attn.q_proj' is a target of the config but has no tensors",
+        "'model.layers.0.self_attn.k_proj' has tensors but is no target of the config",
+        "'model.layers.1.self_attn.q_proj' has rank 3 in the tensors but 4 by the config",
+        "'model.layers.1.self_attn.q_proj.lora_A.weight' holds NaN or infinity",
+        "v_proj.lora_A.weight' has shape (4, 31) where this model needs (4, 32)",
+        "missing tensor 'base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight'",
+        "unexpected tensor 'base_model.model.stray'",
+    ):
+        assert said.count(problem) == 1, said
+    assert said.count(";") == 6, said
+
+
+def test_an_adapter_of_another_family_is_refused_by_its_modules(folder: Path) -> None:
+    assert "no module 'model.layers.0.self_attn.q_proj' in this model" in refusal(folder, build_model("gpt2"))
+
+
 def test_a_rank_other_than_the_configs_is_refused(folder: Path) -> None:
     edit_config(folder, r=8)
     assert "'model.layers.0.self_attn.q_proj' has rank 4 in the tensors but 8 by the config" in refusal(folder)

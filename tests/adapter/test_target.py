@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import peft
 import pytest
 import torch
-from families import CAUSAL, FAMILIES, build_model
+from families import CAUSAL, FAMILIES, build_model, logits, randomise
 from hypothesis import example, given
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
+from transformers import Llama4TextConfig
+from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding, BartScaledWordEmbedding
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.pytorch_utils import Conv1D
 
 from twofold.adapter.attach import adapter_layers, attach
@@ -183,6 +191,65 @@ def test_every_mistake_is_in_one_message_with_the_nearest_names() -> None:
 def test_targets_that_make_no_sense_are_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(TargetError, match=said):
         attach(build_model("llama"), LoraConfig(**settings))  # type: ignore[arg-type]
+
+
+def test_positions_that_are_called_with_a_mask_are_refused_by_their_class_but_may_be_trained_whole() -> None:
+    with pytest.raises(
+        TargetError, match=r"embed_positions' matches .* is a OPTLearnedPositionalEmbedding, whose forward"
+    ):
+        attach(build_model("opt"), LoraConfig(target_modules=("embed_positions", "q_proj")))
+    model = build_model("opt").requires_grad_(False)
+    bare = logits(model)
+    attach(model, LoraConfig(r=2, target_modules=("q_proj",), modules_to_save=("embed_positions",)))
+    assert torch.equal(logits(model), bare)
+    randomise([(n, p) for n, p in model.named_parameters() if p.requires_grad and "embed_positions" in n])
+    assert not torch.allclose(logits(model), bare)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Inheriting(nn.Linear):
+    pass
+
+
+STRANGE = {
+    "doubling": lambda: Doubling(4, 4),
+    "router": lambda: Llama4Router(Llama4TextConfig(hidden_size=4, num_local_experts=4)),
+    "positions": lambda: BartLearnedPositionalEmbedding(4, 4),
+    "attention.out_proj": lambda: nn.MultiheadAttention(4, 1),
+}
+KNOWN = {
+    "inheriting": (lambda: Inheriting(4, 4), torch.randn(3, 4)),
+    "falcon": (lambda: FalconLinear(4, 4), torch.randn(3, 4)),
+    "bart": (lambda: BartScaledWordEmbedding(4, 4, 0, embed_scale=3.0), torch.tensor([1, 3])),
+    "gemma": (lambda: Gemma3TextScaledWordEmbedding(4, 4, 0, embed_scale=3.0), torch.tensor([1, 3])),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_kind_of_linear_or_embedding_with_a_forward_of_its_own_is_refused(name: str) -> None:
+    model = nn.ModuleDict({name.split(".", 1)[0]: STRANGE[name](), "plain": nn.Linear(4, 4)})
+    with pytest.raises(TargetError, match=f"'{name}' matches target_modules but is a .*leave it out"):
+        attach(model, LoraConfig(r=2, target_modules=[name, "plain"]))
+    assert chosen(model, target_modules="all-linear") == {"plain"}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_kinds_that_compute_the_same_are_adapted_and_merge(name: str) -> None:
+    make, x = KNOWN[name]
+    model = nn.ModuleDict({name: make()})
+    attach(model, LoraConfig(r=2, target_modules=[name]))
+    randomise([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    layer: Any = model[name]
+    changed = copy.deepcopy(layer.base)
+    with torch.no_grad():
+        changed.weight += layer.delta()
+    torch.testing.assert_close(layer(x), changed(x))
+    layer.merge()
+    torch.testing.assert_close(layer(x), changed(x))
 
 
 def test_what_is_trained_whole_is_not_adapted_by_a_preset_too() -> None:

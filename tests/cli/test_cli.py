@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -213,7 +214,7 @@ def test_a_configuration_that_is_not_there_or_not_yaml(cli: WarmCli, tmp_path: P
     [
         (None, "no data at"),
         ("", "the file is empty"),
-        ('{"messages": [{"role": "user", "content": "a"}\n', "cannot be read"),
+        ('{"messages": [{"role": "user", "content": "a"}\n', "data.jsonl, line 1: not valid JSON"),
         ('{"question": "a", "answer": "b"}\n', "has the columns 'question', 'answer', which fit no known format"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', "nothing in data.jsonl is supervised"),
     ],
@@ -274,11 +275,53 @@ def test_merging_nothing(cli: WarmCli, llama_base: Path, tmp_path: Path) -> None
     assert "name at least one adapter" in cli("merge", "--base", llama_base, "-o", tmp_path / "merged").refusal()
 
 
-def test_an_unknown_flag_ends_with_code_two(cli: WarmCli, config: Path) -> None:
-    found = cli("train", config, "--trainig.seed", 1)
-    assert found.code == 2
-    assert "Traceback" not in found.stderr
-    assert "--training.seed" in found.stderr
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("train", "--trainig.seed", 1), "unknown flag '--trainig.seed'; did you mean '--training.seed'"),
+        (("train", "--data.train", "x", "--adapter.lora_alfa=3"), "did you mean '--adapter.lora-alpha'"),
+        (("train", "--data.train", "x", "--verify", "no"), "unknown flag '--verify'; did you mean '--no-verify'?"),
+        (("train", "--data.train", "x", "--resum"), "unknown flag '--resum'; did you mean '--resume'?"),
+        (("plan", "--resume"), "unknown flag '--resume'; see twofold plan --help"),
+        (("plan", "stray"), "unexpected argument 'stray'; see twofold plan --help"),
+        (("plan", "--r", "four"), "--r: 'four' is not a whole number; see twofold plan --help"),
+        (("plan", "--r"), "--r needs a value"),
+        (("plan", "--dtype", "int3"), "--dtype: 'int3' is none of 'float32', 'bfloat16', 'float16'"),
+        (
+            ("train", "--data.train", "x", "--training.learning-rate", "fast"),
+            "--training.learning-rate: 'fast' is not a n",
+        ),
+        (
+            ("train", "--data.train", "x", "--training.max-steps", "x"),
+            "--training.max-steps: 'x' does not fit {None}|INT",
+        ),
+        (("train", "--data.train", "x", "--adapter.rank-pattern", "a"), "give pairs of a name and a number"),
+        (("train", "--adapter.r", 2), "--data.train is missing: JSONL, JSON, CSV or Parquet"),
+        (("merge",), "--output is missing: the folder to write; see twofold merge --help"),
+        (("generate",), "an argument is missing: what to answer; see twofold generate --help"),
+    ],
+    ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "",
+)
+def test_a_wrong_flag_is_one_sentence(cli: WarmCli, arguments: tuple[Any, ...], said: str) -> None:
+    found = cli(*arguments).refusal()
+    assert said in found
+    assert not set("│╭╰─") & set(found)
+
+
+@pytest.mark.parametrize("arguments", ["--help", "base list --json", "train --help", "nonsense"])
+@pytest.mark.parametrize("buffered", [True, False])
+def test_nobody_reading_the_output_is_no_error(arguments: str, buffered: bool) -> None:
+    """As in `twofold --help | head -1`, where the reader has gone: here it goes before the first line."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "twofold", *arguments.split()]
+    found = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    os.close(write)
+    if arguments == "nonsense":
+        assert (found.returncode, "no verb 'nonsense'" in found.stderr) == (2, True)
+    else:
+        assert (found.returncode, found.stderr) == (141, "")
 
 
 def test_only_debug_shows_a_traceback(cli: WarmCli, tmp_path: Path) -> None:

@@ -99,19 +99,35 @@ def test_columns_of_no_format_are_named_with_what_would_do() -> None:
     ("name", "content", "said"),
     [
         ("a.jsonl", "", "the file is empty"),
-        ("a.jsonl", '{"text": "fine"}\n{"text": "cut', "cannot be read"),
+        ("a.jsonl", '{"text": "fine"}\n{"text": "cut', "a.jsonl, line 2: not valid JSON (Unterminated string"),
+        (
+            "a.jsonl",
+            '{"text": "fine"}\n\n{"text" "no"}\n',
+            "a.jsonl, line 3: not valid JSON (Expecting ':' delimiter at col",
+        ),
+        ("a.jsonl", '{"text": "fine"}\n' * 9000 + "word\n", "a.jsonl, line 9001: not valid JSON"),
+        ("a.jsonl", '{"text": "fine"}\n[1, 2]\n', "a.jsonl, line 2: expected a JSON object, found [1, 2]"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": "\xff"}\n', "a.jsonl, line 2: not UTF-8 text (invalid start byte)"),
+        ("a.csv", b"text\nfine\ngr\xfcn\n", "a.csv, line 3: not UTF-8 text"),
         ("a.json", "[]", "holds no examples"),
         ("a.csv", "text\n", "holds no examples"),
         ("a.parquet", "no parquet", "not a parquet file"),
         ("a.txt", "text", "is not a .jsonl, .json, .csv, .parquet file"),
     ],
 )
-def test_files_that_cannot_be_read(name: str, content: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
+def test_files_that_cannot_be_read(name: str, content: str | bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError) as caught:
         read_table(str(tmp_path / name))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_broken_line_is_told_with_the_file_that_it_is_in(tmp_path: Path) -> None:
+    written(tmp_path, "jsonl", [{"text": "fine"}], "a")
+    (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(DataError, match=r"b\.jsonl, line 2: not valid JSON"):
+        read_table(str(tmp_path))
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

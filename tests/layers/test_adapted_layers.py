@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import ConfigError
 from twofold.layers.embedding import EmbeddingShare, LoraEmbedding
-from twofold.layers.linear import LinearShare, LoraConv1D, LoraLinear, project
+from twofold.layers.linear import LinearShare, LoraConv1D, LoraLinear, dropout_of, project
 from twofold.layers.protocol import Share, checked_name
 from twofold.layers.saved import BiasShare, CopyShare, TrainedBias, TrainedCopy
 
@@ -48,7 +48,6 @@ def test_forward_is_the_formula_and_merging_keeps_it(kind: str, count: int) -> N
     base = linear_base(kind)
     layer = LoraLinear.from_base(base)
     assert type(layer) is (LoraConv1D if kind == "conv1d" else LoraLinear)
-    assert (layer.in_features, layer.out_features) == (IN, OUT)
     shares = [share(i + 1, weight=0.5 - i, bias=kind != "plain") for i in range(count)]
     for i, s in enumerate(shares):
         layer.add(f"a{i}", s)
@@ -92,8 +91,24 @@ def test_dropout_falls_on_the_way_into_a_only_and_only_in_training() -> None:
     with torch.no_grad():
         s.B.zero_()
     assert torch.equal(layer(x), base(x))
-    assert layer.dropout_now() == 0.5
-    assert layer.eval().dropout_now() == 0.0
+    assert dropout_of([layer]) == 0.5
+    assert dropout_of([layer.eval()]) == 0.0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_adapters_of_different_dropout_do_not_train_together(fused: bool) -> None:
+    """On one layer, or on two that read the same input in one pass."""
+    layers = [LoraLinear.from_base(linear_base("plain")).train() for _ in range(1 + fused)]
+    for i, s in enumerate([share(2, dropout=0.5), share(3, dropout=0.1)]):
+        layers[i % len(layers)].add(f"a{i}", s)
+    x = torch.randn(4, IN, dtype=torch.float64)
+    with pytest.raises(ConfigError, match=r"lora_dropout 0\.1 and 0\.5"):
+        project(x, *layers)
+    layers[-1].shares["a1"].weight_when_active = 0.0
+    project(x, *layers)
+    layers[-1].shares["a1"].weight_when_active = 1.0
+    for layer, y in zip(layers, project(x, *(layer.eval() for layer in layers)), strict=True):
+        torch.testing.assert_close(y, formula(layer.base, x, list(layer.shares.values())))
 
 
 def test_fused_layers_give_what_each_gives_alone() -> None:

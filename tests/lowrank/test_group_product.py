@@ -254,11 +254,10 @@ def test_neither_delta_nor_full_outputs_are_alive_between_forward_and_backward()
 @given(
     out=st.integers(1, 6), inner=st.integers(1, 6), r=st.integers(1, 8), scale=st.floats(-3, 3), seed=st.integers(0, 99)
 )
-def test_applying_equals_the_delta(out: int, inner: int, r: int, scale: float, seed: int) -> None:
+def test_the_delta_is_the_scaled_product(out: int, inner: int, r: int, scale: float, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
-    A, B, x = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((r, inner), (out, r), (4, inner)))
+    A, B = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((r, inner), (out, r)))
     update = LowRank(A, B, scale)
-    torch.testing.assert_close(update.apply(x), x @ update.delta().T)
     torch.testing.assert_close(update.delta(), scale * torch.einsum("or,ri->oi", B, A))
     assert update.rank == r
 

@@ -73,6 +73,17 @@ def test_the_merged_folder_says_what_the_adapter_says(
     }
 
 
+def test_the_template_goes_into_the_folder_and_not_into_the_callers_tokenizer(llama_base: Path, tmp_path: Path) -> None:
+    base = adapted(llama_base)
+    before = base.tokenizer.chat_template
+    write_merged(base.model, base.tokenizer, tmp_path / "merged", chat_template="{{ messages[0]['content'] }}")
+    assert base.tokenizer.chat_template == before
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "{{ messages[0]['content'] }}"
+    with pytest.raises(RunError, match="exists already"):
+        write_merged(base.model, base.tokenizer, tmp_path / "merged", chat_template="other")
+    assert base.tokenizer.chat_template == before
+
+
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_an_update_of_one_of_two_tied_weights_cuts_the_tie(target: str, tied_base: Path, tmp_path: Path) -> None:
     base = adapted(tied_base, target_modules=[target])

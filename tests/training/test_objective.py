@@ -13,7 +13,7 @@ import transformers as hf
 from families import CAUSAL, DESCRIBED, GROUPED, VOCABULARY, build_model, randomise
 from torch import Tensor, nn
 
-from twofold.adapter.attach import attach
+from twofold.adapter.attach import adapter_layers, attach
 from twofold.adapter.config import LoraConfig
 from twofold.base.batch import Example, PackedBatch, pack
 from twofold.base.blocks import Decoder, NotDescribed, describe
@@ -187,11 +187,16 @@ def test_recomputing_gives_the_same_bits(family: str) -> None:
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "llama"])
 def test_the_plain_path_recomputes_to_the_same_gradients(family: str) -> None:
     model, batch = adapted(family).train(), pack(some_examples(*LENGTHS))
     expected = gradients(model, plain(model)(batch).loss_sum)
+    runs: list[str] = []
+    for name, layer in adapter_layers(model):
+        layer.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
     assert distance(gradients(model, plain(model, recompute=True)(batch).loss_sum), expected) < 1e-5
+    assert len(runs) == 2 * len(set(runs)) > 0, "each layer runs again in the backward"
 
 
 def test_dropout_is_live_in_training_and_off_in_evaluation() -> None:

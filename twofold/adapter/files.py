@@ -8,10 +8,10 @@ A tensor's key is ``base_model.model.<module path>.<suffix>``; scaling is not st
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from twofold.adapter.peft_config import exceptions, names_in_full, parse_config,
 from twofold.adapter.target import ModuleShape, adapted_modules, matches, module_shapes
 from twofold.config import build
 from twofold.errors import AdapterFileError, RunError
+from twofold.layers.protocol import AdapterLayer
 from twofold.tensorfile import TensorFile, nonfinite, write_tensors
 
 CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "twofold.json"
@@ -123,11 +124,17 @@ def load_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -
         AdapterFileError: damaged files, or tensors that are missing, left over or of the wrong shape: all listed.
     """
     files = open_adapter(Path(path))
-    config = _exact_config(files, model)
+    shapes = module_shapes(model)
+    claimed = adapted_modules(files.config, shapes)
+    wrong = _wrong_modules(files, shapes, claimed)
+    if not claimed:
+        raise AdapterFileError(_mismatch(files.path, [*wrong.values()] or ["its config names no module of it"]))
     before, learning = active(model), {p: p.requires_grad for p in model.parameters()}
-    attach(model, config, name)
+    attach(model, _exact_config(files, shapes, claimed), name)
     try:
-        _fill(model, files, name)
+        problems = [*wrong.values(), *_fill(model, files, name, set(wrong))]
+        if problems:
+            raise AdapterFileError(_mismatch(files.path, problems))
     except Exception:
         detach(model, name)
         activate(model, before)
@@ -137,21 +144,27 @@ def load_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -
     return files
 
 
-def _exact_config(files: AdapterFiles, model: nn.Module) -> LoraConfig:
-    """The file's config with its targets spelled out as the modules that its tensors name.
+def _wrong_modules(
+    files: AdapterFiles, shapes: Mapping[str, ModuleShape], claimed: Mapping[str, ModuleShape]
+) -> dict[str, str]:
+    """What is wrong with modules as a whole, by module.
 
-    The tensors are the truth: a list may hold entries for other models, but a module that the config claims
+    The tensors are the truth: a list of targets may hold entries for other models, but a module that the config claims
     and the file lacks, or the reverse, is an error.
     """
-    shapes = module_shapes(model)
-    claimed = adapted_modules(files.config, shapes)
     held = {m for m, suffixes in files.modules().items() if any(s.startswith("lora_") for s in suffixes)}
-    problems = [f"no module '{m}' in this model" for m in sorted(held) if m not in shapes]
-    problems += [f"'{m}' is a target of the config but has no tensors" for m in sorted(claimed) if m not in held]
-    problems += [f"'{m}' has tensors but is no target of the config" for m in sorted(held & set(shapes) - set(claimed))]
-    problems += _rank_problems(files, claimed)
-    if problems:
-        raise AdapterFileError(_mismatch(files.path, problems))
+    return {
+        **{m: f"no module '{m}' in this model" for m in sorted(held) if m not in shapes},
+        **{m: f"'{m}' is a target of the config but has no tensors" for m in sorted(claimed) if m not in held},
+        **{m: f"'{m}' has tensors but is no target of the config" for m in sorted(held & set(shapes) - set(claimed))},
+        **_wrong_ranks(files, claimed),
+    }
+
+
+def _exact_config(
+    files: AdapterFiles, shapes: Mapping[str, ModuleShape], claimed: Mapping[str, ModuleShape]
+) -> LoraConfig:
+    """The file's config with its targets spelled out in full."""
     patterns = {r: {m: getattr(resolve(files.config, m), r) for m in sorted(claimed)} for r in ("r", "alpha")}
     return with_changes(
         files.config,
@@ -170,8 +183,8 @@ def _saved_names(files: AdapterFiles, shapes: Mapping[str, ModuleShape]) -> tupl
     return tuple(n for n in shapes if matches(patterns, n)) or None
 
 
-def _rank_problems(files: AdapterFiles, claimed: Iterable[str]) -> list[str]:
-    problems = []
+def _wrong_ranks(files: AdapterFiles, claimed: Iterable[str]) -> dict[str, str]:
+    problems = {}
     modules = files.modules()
     for module in claimed:
         suffixes = modules.get(module, {})
@@ -179,35 +192,34 @@ def _rank_problems(files: AdapterFiles, claimed: Iterable[str]) -> list[str]:
         for suffix in ("lora_A.weight", "lora_embedding_A"):
             found = files.tensors.shapes[suffixes[suffix]][0] if suffix in suffixes else r
             if found != r:
-                problems.append(f"'{module}' has rank {found} in the tensors but {r} by the config")
+                problems[module] = f"'{module}' has rank {found} in the tensors but {r} by the config"
     return problems
 
 
-def _fill(model: nn.Module, files: AdapterFiles, name: str) -> None:
+def _fill(model: nn.Module, files: AdapterFiles, name: str, told: Set[str]) -> list[str]:
+    """Read the tensors into the shares; what is wrong with single tensors, but for modules that were `told` of whole."""
     modules = files.modules()
     layers = dict(adapter_layers(model))
-    problems, read = [], set()
+    problems: list[str] = []
+    read: set[str] = set()
     for module, share in shares(model, name).items():
-        base = layers[module].base
-        expected = share.saved(base)
-        values = {}
-        for suffix, tensor in expected.items():
+        values, found = {}, []
+        for suffix, wanted in share.saved(layers[module].base).items():
             key = _key_of(modules, module, suffix)
             if key is None:
-                problems.append(f"missing tensor '{PREFIX}{module}.{suffix}'")
-            elif files.tensors.shapes[key] != tuple(tensor.shape):
-                found, wanted = files.tensors.shapes[key], tuple(tensor.shape)
-                problems.append(f"'{key}' has shape {found} where this model needs {wanted}")
-            else:
-                values[suffix] = files.tensors.read(key)
-                read.add(key)
+                found.append(f"missing tensor '{PREFIX}{module}.{suffix}'")
+                continue
+            read.add(key)
+            values[suffix] = files.tensors.read(key)
+            if values[suffix].shape != wanted.shape:
+                there, here = files.tensors.shapes[key], tuple(wanted.shape)
+                found.append(f"'{key}' has shape {there} where this model needs {here}")
+        problems += [] if module in told else found
         problems += [f"'{module}.{suffix}' holds NaN or infinity" for suffix in nonfinite(values)]
-        if len(values) == len(expected):
-            share.load(base, values)
-    left = sorted(k for k in files.tensors.shapes if k not in read)
-    problems += [f"unexpected tensor '{key}'" for key in left if not _is_base_copy(files, key, layers)]
-    if problems:
-        raise AdapterFileError(_mismatch(files.path, problems))
+        if not found:
+            share.load(layers[module].base, values)
+    left = [k for k in sorted(files.tensors.shapes) if k not in read and split_key(k)[0] not in told]
+    return problems + [f"unexpected tensor '{k}'" for k in left if not _says_nothing_new(model, files, k, read)]
 
 
 def _key_of(modules: Mapping[str, Mapping[str, str]], module: str, suffix: str) -> str | None:
@@ -216,15 +228,39 @@ def _key_of(modules: Mapping[str, Mapping[str, str]], module: str, suffix: str) 
     return modules.get(module, {}).get(suffix) or modules.get(inner, {}).get(last)
 
 
-def _is_base_copy(files: AdapterFiles, key: str, layers: Mapping[str, Any]) -> bool:
-    """PEFT saves the whole base embedding or head beside its adapter; it may stay if it is this base's."""
+def _says_nothing_new(model: nn.Module, files: AdapterFiles, key: str, read: Set[str]) -> bool:
+    """Whether a tensor that nothing reads may stay.
+
+    PEFT saves the whole base embedding or head beside its adapter, and with `bias: all` some biases under several names: that of
+    a module trained whole, its original's, and each name of a tied one. They may stay if they say what is known anyway.
+    """
+    layers = dict(adapter_layers(model))
+    found = files.tensors.read(key)
+    twin = key.replace(".modules_to_save.", ".")
+    if twin == key:
+        ours = _base_tensor(layers, key.replace(".original_module.", "."))
+        if ours is not None:
+            return ours.shape == found.shape and torch.equal(found.to(ours), ours)
+        tied = _plain_tensor(model, key)
+        twin = next((k for k in read if tied is not None and _base_tensor(layers, k) is tied), key)
+    return twin in read and torch.equal(files.tensors.read(twin), found)
+
+
+def _base_tensor(layers: Mapping[str, AdapterLayer], key: str) -> Tensor | None:
+    """The base's own tensor that a key of the file stands for, if it is one of an adapted module."""
     module, suffix = split_key(key)
     if module not in layers or suffix not in ("base_layer.weight", "base_layer.bias", "weight", "bias"):
-        return False
-    ours = getattr(layers[module].base, suffix.rpartition(".")[2])
-    return ours is not None and bool(
-        ours.shape == files.tensors.shapes[key] and torch.equal(files.tensors.read(key).to(ours), ours)
-    )
+        return None
+    return cast(Tensor | None, getattr(layers[module].base, suffix.rpartition(".")[2], None))
+
+
+def _plain_tensor(model: nn.Module, key: str) -> Tensor | None:
+    """The tensor of that name in a module without adapters."""
+    module, suffix = split_key(key)
+    try:
+        return cast(Tensor | None, getattr(model.get_submodule(module), suffix, None))
+    except AttributeError:
+        return None
 
 
 def _mismatch(path: Path, problems: list[str]) -> str:

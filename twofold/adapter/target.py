@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from twofold.adapter.config import LoraConfig, pattern_matches
@@ -30,6 +31,8 @@ class ModuleShape:
     bias: bool = False
     parameters: int = 0
     head: bool = False
+    foreign_class: str | None = None
+    """Name of the class, where it is a kind of Linear or Embedding that computes something of its own."""
 
     @property
     def adaptable(self) -> bool:
@@ -66,6 +69,8 @@ def _shape(module: nn.Module, head: bool, learned: Set[int]) -> ModuleShape:
     leaf = next(module.children(), None) is None
     bias = leaf and isinstance(getattr(module, "bias", None), nn.Parameter)
     count = sum(p.numel() for p in module.parameters() if id(p) not in learned)
+    if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and not _computes_as_known(module):
+        return ModuleShape("other", bias=bias, parameters=count, head=head, foreign_class=type(module).__name__)
     if isinstance(module, nn.Linear):
         return ModuleShape("linear", module.in_features, module.out_features, bias, count, head)
     if isinstance(module, Conv1D):
@@ -73,6 +78,20 @@ def _shape(module: nn.Module, head: bool, learned: Set[int]) -> ModuleShape:
     if isinstance(module, nn.Embedding):
         return ModuleShape("embedding", module.num_embeddings, module.embedding_dim, bias, count, head)
     return ModuleShape("other", bias=bias, parameters=count, head=head)
+
+
+def _computes_as_known(module: nn.Module) -> bool:
+    """Whether its forward is the linear map or the look-up that our layers put factors beside.
+
+    OPT's positions are an embedding that is called with an attention mask, a router may be a linear layer that returns the best
+    few: factors beside those would do something else than a changed weight does.
+    """
+    cls = type(module)
+    if cls.forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward):
+        return not isinstance(module, NonDynamicallyQuantizableLinear)  # of nn.MultiheadAttention, which never calls it
+    weight_alone = [n for n, _ in module.named_parameters(recurse=False)] == ["weight"]
+    scaled = cls.__name__.endswith("ScaledWordEmbedding") and hasattr(module, "embed_scale") and weight_alone
+    return scaled or cls.__name__ == "FalconLinear"
 
 
 @dataclass(frozen=True)
@@ -100,7 +119,7 @@ def find_targets(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> Targe
     adapted = adapted_modules(config, shapes)
     saved = _saved(config, shapes)
     problems += [
-        f"'{name}' matches target_modules but is neither linear nor an embedding; name the projections inside it"
+        f"'{name}' matches target_modules but {_why_not(shapes[name])}"
         for name in sorted(_chosen(config, shapes))
         if name not in adapted and not shapes[name].adaptable
     ]
@@ -110,6 +129,12 @@ def find_targets(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> Targe
     if problems:
         raise TargetError("; ".join(problems))
     return Targets(adapted, saved, _biased(config, shapes, adapted, saved))
+
+
+def _why_not(shape: ModuleShape) -> str:
+    if shape.foreign_class:
+        return f"is a {shape.foreign_class}, whose forward is its own, so that factors cannot stand beside it; leave it out"
+    return "is neither linear nor an embedding; name the projections inside it"
 
 
 def adapted_modules(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> dict[str, ModuleShape]:

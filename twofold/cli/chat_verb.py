@@ -28,7 +28,7 @@ class ChatFlags(ModelFlags):
 
 
 def run(arguments: list[str]) -> int:
-    flags = parse(ChatFlags, arguments, verb="chat", description="Talk; an empty line or Ctrl-D ends it.")
+    flags = parse(ChatFlags, arguments, verb="chat", description="Talk; an empty line or Ctrl-D ends it.", bare=())
     with Terminal() as terminal:
         base = flags.load(terminal)
     stderr.print("an empty line ends the conversation", style="dim")

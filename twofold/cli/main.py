@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import select
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 VERBS = {
     "demo": "the main job on the embedded default, end to end",
@@ -27,7 +29,31 @@ def main(arguments: list[str] | None = None) -> int:
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]
     try:
+        try:
+            return _answer(given, debug=debug)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        if _is_read(sys.stdout):
+            return _explain(error)  # another pipe broke
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # for what it still holds at the interpreter's end
+        return 128 + 13  # what a shell says of an end by SIGPIPE
+
+
+def _is_read(stream: TextIO) -> bool:
+    """Whether somebody still reads it."""
+    poll = select.poll()
+    poll.register(stream.fileno(), select.POLLOUT)
+    return not any(found & (select.POLLERR | select.POLLHUP) for _, found in poll.poll(0))
+
+
+def _answer(given: list[str], *, debug: bool) -> int:
+    try:
         return _run(given)
+    except BrokenPipeError:
+        raise
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -74,7 +100,6 @@ def help_text() -> str:
 
 def quiet_libraries() -> None:
     """What long work has to say comes as events; libraries keep their bars and hints to themselves."""
-    import os
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

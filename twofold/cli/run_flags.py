@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from twofold.cli.flags import parse
-from twofold.recipes.settings import TrainConfig, read_config
+from twofold.cli.flags import given_flags, parse
+from twofold.config import read_yaml
+from twofold.recipes.settings import TrainConfig, check_continues, read_config
 from twofold.training.rate import RateSearch
 
 DESCRIPTION = (
@@ -15,6 +16,7 @@ DESCRIPTION = (
     "--resume goes on from the newest checkpoint, --dry-run stops before the first step, --json prints the report. "
     "--find-lr trains for a few steps at each of several learning rates instead, and suggests one (--find-lr --help)."
 )
+BARE = ("--json", "--resume", "--dry-run", "--find-lr")
 C = TypeVar("C", bound=TrainConfig)
 
 
@@ -33,4 +35,8 @@ def config_from(arguments: list[str], cls: type[C]) -> C:
     """The file, if one is named first, with the flags over it."""
     file = read_config(Path(arguments[0])) if arguments and not arguments[0].startswith("-") else None
     flags = arguments[1:] if file else arguments
-    return parse(cls, flags, verb="train", description=DESCRIPTION, default=cls(**vars(file)) if file else None)
+    default = cls(**vars(file)) if file else None
+    config = parse(cls, flags, verb="train", description=DESCRIPTION, default=default, bare=BARE)
+    given = [f.removeprefix("--adapter.").replace("-", "_") for f in given_flags(flags) if f.startswith("--adapter.")]
+    check_continues(config.adapter, [*given, *(read_yaml(Path(arguments[0])).get("adapter", {}) if file else ())])
+    return config

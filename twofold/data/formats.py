@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,13 +74,16 @@ def _read(source: str) -> Any:
     files = _files(source)
     if files and all(f.stat().st_size == 0 for f in files):
         raise DataError(f"{source} holds no examples: the file is empty")
+    for file in files:
+        _check_text(file)
     try:
         if files:
             return load_dataset(READERS[files[0].suffix], data_files=[str(f) for f in files], split="train")
         found = load_dataset(source)
         return found["train"] if isinstance(found, DatasetDict) else found
     except DatasetGenerationError as error:
-        raise DataError(f"{source} cannot be read: {_innermost(error)}") from error
+        broken = next((b for b in map(_broken_line, files) if b), None)
+        raise DataError(broken or f"{source} cannot be read: {_innermost(error)}") from error
     except Exception as error:
         if "corresponds to no data" in str(error):  # what `datasets` says of files without a row
             raise DataError(f"{source} holds no examples") from error
@@ -103,6 +107,33 @@ def _files(source: str) -> list[Path]:
     if path.suffix in READERS or source.startswith((".", "/", "~")) or "/" not in source:
         raise DataError(f"no data at {source}")
     return []
+
+
+def _check_text(file: Path) -> None:
+    """Raises DataError at a line that is not UTF-8, which `datasets` would tell only when the row is used."""
+    if READERS[file.suffix] == "parquet":
+        return
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{file}, line {number}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
+def _broken_line(file: Path) -> str | None:
+    """The first line of a JSONL file that holds no JSON object: `datasets` counts rows from the start of a block."""
+    if file.suffix != ".jsonl":
+        return None
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                value = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                return f"{file}, line {number}: not valid JSON ({error.msg} at column {error.colno})"
+            if not isinstance(value, dict):
+                return f"{file}, line {number}: expected a JSON object, found {line.strip():.80}"
+    return None
 
 
 def _innermost(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from twofold.errors import ConfigError
 from twofold.layers.protocol import AdapterLayer, Share, bias_of
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.init import Factors
@@ -67,14 +68,6 @@ class LoraLinear(AdapterLayer):
         """Wrap a frozen linear module; nothing is copied."""
         return (LoraConv1D if isinstance(base, Conv1D) else LoraLinear)(base)
 
-    @property
-    def in_features(self) -> int:
-        return self.matrix().shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.matrix().shape[0]
-
     def matrix(self) -> Float[Tensor, "out in_"]:
         """The base weight as (out, in), a view."""
         return self.weight
@@ -90,11 +83,6 @@ class LoraLinear(AdapterLayer):
             return Projection(self.merged, self._effective_bias(shares), None)
         cast_before = shares[0].cast if len(shares) == 1 else None
         return Projection(self.matrix(), self._effective_bias(shares), _combined(shares), cast_before)
-
-    def dropout_now(self) -> float:
-        """The probability with which the input of A is dropped at this moment."""
-        shares = self.linear_shares()
-        return shares[0].dropout if self.training and shares and self.merged is None else 0.0
 
     def _effective_bias(self, shares: list[LinearShare]) -> Tensor | None:
         bias = self.bias
@@ -152,8 +140,20 @@ def projection_of(module: nn.Module) -> Projection:
 
 
 def dropout_of(modules: Iterable[nn.Module]) -> float:
-    """The probability with which the input that these modules share is dropped at this moment."""
-    return max(m.dropout_now() if isinstance(m, LoraLinear) else 0.0 for m in modules)
+    """The probability with which the input of A is dropped at this moment, in modules that read the same input.
+
+    Raises:
+        ConfigError: adapters that train together drop with different probabilities, of which one mask can have but one.
+    """
+    training = [m for m in modules if isinstance(m, LoraLinear) and m.training and m.merged is None]
+    found = sorted({share.dropout for m in training for share in m.linear_shares()})
+    if len(found) > 1:
+        listed = " and ".join(f"{p:g}" for p in found)
+        raise ConfigError(
+            f"adapters that are active together have lora_dropout {listed}, but train with one dropout mask; activate those "
+            "of one lora_dropout, or call model.eval()"
+        )
+    return found[0] if found else 0.0
 
 
 @contextmanager

@@ -35,15 +35,15 @@ class TrainedCopy(AdapterLayer):
     def from_base(cls, base: nn.Module) -> TrainedCopy:
         return cls(base)
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
         shares = self.active()
         if not shares:
-            return cast(Tensor, self.base(x, *args))
+            return cast(Tensor, self.base(x, *args, **named))
         module = cast(CopyShare, shares[-1]).module
         if not x.is_floating_point():
-            return cast(Tensor, module(x, *args)).to(self.weight.dtype)
+            return cast(Tensor, module(x, *args, **named)).to(self.weight.dtype)
         wide = next(module.parameters()).dtype
-        return cast(Tensor, module(x.to(wide), *args)).to(x.dtype)
+        return cast(Tensor, module(x.to(wide), *args, **named)).to(x.dtype)
 
     def merge(self) -> None:
         """The copy already is a weight of its own."""
@@ -74,8 +74,8 @@ class TrainedBias(AdapterLayer):
     def from_base(cls, base: nn.Module) -> TrainedBias:
         return cls(base)
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        y = cast(Tensor, self.base(x, *args))
+    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+        y = cast(Tensor, self.base(x, *args, **named))
         for share in self.active():
             y = y + (cast(BiasShare, share).bias_change * share.weight_when_active).to(y.dtype)
         return y

@@ -33,10 +33,6 @@ class LowRank:
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         return (self.B.to(dtype) @ self.A.to(dtype)) * self.scale
 
-    def apply(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
-        """``delta @ x`` for every row of x, through the bottleneck of r."""
-        return ((x @ self.A.T) @ self.B.T) * self.scale
-
 
 def merged_weight(weight: Float[Tensor, "out in_"], deltas: list[Tensor]) -> Float[Tensor, "out in_"]:
     """A new weight with the deltas added: summed in at least float32, rounded once to the weight's dtype."""

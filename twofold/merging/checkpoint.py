@@ -19,7 +19,7 @@ from twofold.lowrank.factors import merged_weight
 
 
 def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str | None = None) -> Path:
-    """Write the model with its active adapters folded in; the model itself is left as it is.
+    """Write the model with its active adapters folded in; the model and the tokenizer are left as they are.
 
     Sums are made in float32 and rounded once to the base's type. Where an update lands on one of two tied weights, the
     tie is cut and both are written, so that the other one keeps its values.
@@ -33,15 +33,16 @@ def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str
     state = merged_state(model)
     untied = _cut_ties(model, state)
     tied_before = model.config.tie_word_embeddings
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
+    template_before = tokenizer.chat_template
     try:
+        tokenizer.chat_template = template_before if chat_template is None else chat_template
         model.config.tie_word_embeddings = tied_before and not untied
         with atomic.new_folder(output) as folder:
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
     finally:
         model.config.tie_word_embeddings = tied_before
+        tokenizer.chat_template = template_before
     return output
 
 

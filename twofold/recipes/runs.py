@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -189,12 +189,18 @@ class EventLog:
         self._file.close()
 
 
-def trackers(config: TrainConfig, run: RunFolder) -> list[Emit]:
-    """Subscribers for the trackers that the configuration asks for."""
-    from twofold.recipes.trackers import TensorBoard, WeightsAndBiases
+@contextmanager
+def trackers(config: TrainConfig, run: RunFolder) -> Iterator[list[Emit]]:
+    """Subscribers for the trackers that the configuration asks for, closed at the end of the run.
 
-    made: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
-    return [tolerated(name, made[name](run.path)) for name in config.trackers]
+    Raises:
+        ConfigError: the package of one is not installed.
+    """
+    from twofold.recipes.trackers import tensorboard, weights_and_biases
+
+    known = {"tensorboard": tensorboard, "wandb": weights_and_biases}
+    with ExitStack() as open_ones:
+        yield [tolerated(name, open_ones.enter_context(known[name](run.path))) for name in config.trackers]
 
 
 def tolerated(name: str, tracker: Emit) -> Emit:

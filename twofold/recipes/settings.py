@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from twofold.adapter.config import LoraConfig
+from twofold.adapter.files import open_adapter
 from twofold.base.load import DEFAULT_BASE, Precision
 from twofold.config import build, read_yaml
 from twofold.data.examples import DataConfig
 from twofold.errors import ConfigError
 from twofold.training.optim import TrainingConfig
+
+LORA_SETTINGS = tuple(f.name for f in fields(LoraConfig))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,7 @@ class AdapterSettings(LoraConfig):
 
     def lora(self) -> LoraConfig:
         """The adapter's own configuration."""
-        return LoraConfig(**{f.name: getattr(self, f.name) for f in fields(LoraConfig)})
+        return LoraConfig(**{n: getattr(self, n) for n in LORA_SETTINGS})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,7 @@ class TrainConfig:
         device: `auto` takes a GPU where there is one.
         verify: prove at the end that the base is untouched and that the merged model says what the adapter says.
         allow_foreign_base: go on from an adapter that was trained on another base.
-        trackers: also report to these.
+        trackers: also report to these, in the run folder; `wandb` stays offline unless WANDB_MODE says otherwise.
     """
 
     data: DataConfig
@@ -57,31 +61,59 @@ class TrainConfig:
     allow_foreign_base: bool = False
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.dtype == "float16":
+            raise ConfigError(
+                "dtype float16 cannot train: small gradients vanish in it without loss scaling, which Twofold does not do; "
+                "use bfloat16 or float32"
+            )
+
 
 def read_config(path: Path) -> TrainConfig:
     """A configuration file; paths of data and adapters in it count from where the command runs.
 
     Raises:
-        ConfigError: every mistake in it, at once.
+        ConfigError: every mistake in it, at once; or settings that contradict the adapter which it goes on from.
     """
-    return build(TrainConfig, read_yaml(path), source=str(path))
+    values = read_yaml(path)
+    config = build(TrainConfig, values, source=str(path))
+    check_continues(config.adapter, values.get("adapter", {}))
+    return config
 
 
-def check_continues(settings: AdapterSettings, found: LoraConfig) -> None:
+def check_continues(settings: AdapterSettings, given: Iterable[str]) -> None:
     """Refuse settings that contradict the adapter which a run goes on from.
+
+    Args:
+        settings: of the run.
+        given: the names that were given by hand, whether or not they equal a default.
 
     Raises:
         ConfigError: names each setting and both values.
     """
-    default = LoraConfig()
-    asked = {f.name: getattr(settings, f.name) for f in fields(LoraConfig)}
+    if settings.init_from is None:
+        return
+    own = open_adapter(Path(settings.init_from)).config
+    pairs = {n: (getattr(settings, n), getattr(own, n)) for n in LORA_SETTINGS if n in set(given)}
     differing = [
-        f"{name} is {value!r} here but {getattr(found, name)!r} there"
-        for name, value in asked.items()
-        if value != getattr(default, name) and value != getattr(found, name)
+        f"{name} is {here!r} here but {there!r} there" for name, (here, there) in pairs.items() if here != there
     ]
     if differing:
         raise ConfigError(
             f"adapter.init_from {settings.init_from} goes on with its own settings: {'; '.join(differing)}; "
             "leave these out of the configuration"
         )
+
+
+def continued(settings: AdapterSettings) -> AdapterSettings:
+    """The settings of the adapter that a run goes on from, in place of the defaults.
+
+    Raises:
+        ConfigError: a setting that is neither the default nor the adapter's.
+    """
+    if settings.init_from is None:
+        return settings
+    default = LoraConfig()
+    check_continues(settings, [n for n in LORA_SETTINGS if getattr(settings, n) != getattr(default, n)])
+    own = open_adapter(Path(settings.init_from)).config
+    return AdapterSettings(init_from=settings.init_from, **{n: getattr(own, n) for n in LORA_SETTINGS})

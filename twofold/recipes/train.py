@@ -24,7 +24,7 @@ from twofold.recipes.preflight import Preflight, preflight, total_steps
 from twofold.recipes.proof import Verification, base_digest, pad_token, proof_batch, verify_merge
 from twofold.recipes.report import write_page
 from twofold.recipes.runs import EventLog, RunFolder, as_begun, open_new, open_resumed, trackers
-from twofold.recipes.settings import TrainConfig, check_continues
+from twofold.recipes.settings import TrainConfig, continued
 from twofold.training.checkpoint import Progressed
 from twofold.training.floor import StepTimes, measured_floor
 from twofold.training.loop import Job, restore
@@ -66,7 +66,8 @@ def train(config: TrainConfig, emit: Emit = silent, *, resume: bool = False) -> 
     with run.locked():
         log = EventLog(run)
         try:
-            return _train(config, run, newest, fan_out(log, emit, *trackers(config, run)))
+            with trackers(config, run) as told:
+                return _train(config, run, newest, fan_out(log, emit, *told))
         except UserError:
             run.withdraw()
             raise
@@ -93,20 +94,17 @@ def prepare(config: TrainConfig, emit: Emit = silent) -> tuple[Base, Examples | 
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:
-    """`auto` made definite, so that a resumed run computes in the type that it began with."""
+    """`auto` and the settings of an adapter to go on from made definite, for whoever reads or resumes the run."""
     device = str(checked_device(config.device))
     dtype = str(fastest_dtype(torch.device(device))).removeprefix("torch.") if config.dtype == "auto" else config.dtype
-    return replace(config, device=device, dtype=cast(Precision, dtype))
+    return replace(config, device=device, dtype=cast(Precision, dtype), adapter=continued(config.adapter))
 
 
 def _load(config: TrainConfig, emit: Emit) -> _Loaded:
     base = load_base(config.base, config.dtype, config.device, emit)
-    lora = config.adapter.lora()
     if config.adapter.init_from:
         files = open_adapter(Path(config.adapter.init_from))
         check_base(files, base, emit, allow_foreign=config.allow_foreign_base)
-        lora = files.config
-        check_continues(config.adapter, lora)
     template = config.data.chat_template()
     if template is not None:
         base = replace(base, renderer=renderer_for(base.model, base.tokenizer, template))
@@ -114,7 +112,7 @@ def _load(config: TrainConfig, emit: Emit) -> _Loaded:
     held_out = (
         load_examples(config.data.evaluation, config.data, base.renderer, emit) if config.data.evaluation else None
     )
-    return _Loaded(base, train_set, held_out, lora)
+    return _Loaded(base, train_set, held_out, config.adapter.lora())
 
 
 def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit) -> dict[str, Any]:

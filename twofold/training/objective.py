@@ -93,7 +93,7 @@ def objective_for(
 def plain_objective(model: Any, pad_id: int, why: NotDescribed, *, recompute: bool) -> PlainObjective:
     """The model's own forward, with its own gradient checkpointing where asked for."""
     if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     return PlainObjective(model, pad_id, f"plain path: {why.reason}")
 
 

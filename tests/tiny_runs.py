@@ -1,0 +1,36 @@
+"""What the tests of training runs share: a subscriber, changes of a configuration, and what is read back of a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from twofold.events import Event
+from twofold.recipes.settings import TrainConfig
+
+
+class Heard(list[Event]):
+    """A subscriber that keeps what it hears."""
+
+    def __call__(self, event: Event) -> None:
+        self.append(event)
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [e for e in self if isinstance(e, kind)]
+
+
+def changed(config: TrainConfig, **training: Any) -> TrainConfig:
+    return replace(config, training=replace(config.training, **training))
+
+
+def adapter_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def load_report(run: Path) -> Any:
+    return json.loads((run / "preflight.json").read_text())
