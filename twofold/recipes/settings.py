@@ -57,6 +57,10 @@ class TrainConfig:
     allow_foreign_base: bool = False
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.data.streaming and self.training.max_steps is None:
+            raise ConfigError("data.streaming needs training.max_steps, for nobody knows how long a stream is")
+
 
 def read_config(path: Path) -> TrainConfig:
     """A configuration file; paths of data and adapters in it count from where the command runs.
@@ -84,4 +88,18 @@ def check_continues(settings: AdapterSettings, found: LoraConfig) -> None:
         raise ConfigError(
             f"adapter.init_from {settings.init_from} goes on with its own settings: {'; '.join(differing)}; "
             "leave these out of the configuration"
+        )
+
+
+def check_factors_only(config: LoraConfig) -> None:
+    """Refuse what a sharded base cannot do: whole modules and biases are trained as copies of weights that no process holds.
+
+    Raises:
+        ConfigError: names the settings.
+    """
+    asked = [n for n, used in (("modules_to_save", config.modules_to_save), ("bias", config.bias != "none")) if used]
+    if asked:
+        raise ConfigError(
+            f"adapter.{' and adapter.'.join(asked)} cannot be trained over a sharded base, of which no process holds a "
+            "whole weight; leave it out, or use training.parallel: data"
         )
