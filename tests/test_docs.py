@@ -16,6 +16,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_HERE = ("git ", "cd ", "make ", "#")
 """What sets a machine up is tried in a fresh clone, not here."""
+PROGRAMS = {
+    "twofold": [sys.executable, "-m", "twofold"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    "python": [sys.executable],
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -32,7 +37,7 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for command in commands(page):
         words = shlex.split(command, comments=True)
-        program = {"twofold": [sys.executable, "-m", "twofold"], "python": [sys.executable]}[words[0]]
+        program = PROGRAMS[words[0]]
         done = subprocess.run(
             [*program, *words[1:]], cwd=tmp_path, input="", capture_output=True, text=True, env=os.environ, check=False
         )

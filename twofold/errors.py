@@ -11,7 +11,8 @@ TwofoldError
 │   ├── RunError              a run folder that cannot be used as asked
 │   └── DownloadError         a package that cannot be fetched
 ├── TrainingError             training that cannot go on
-│   └── NonFiniteLossError    a loss or gradient that is NaN or infinite
+│   ├── NonFiniteLossError    a loss or gradient that is NaN or infinite
+│   └── LostProcessError      another process of the training is gone
 └── ProofError                a proof that failed: what was made is not what was promised
 """
 
@@ -67,6 +68,10 @@ class TrainingError(TwofoldError):
 
 class NonFiniteLossError(TrainingError):
     """A loss or gradient that is NaN or infinite."""
+
+
+class LostProcessError(TrainingError):
+    """Another process of the training is gone."""
 
 
 class ProofError(TwofoldError):

@@ -55,7 +55,7 @@ def _answer(given: list[str], *, debug: bool) -> int:
     except BrokenPipeError:
         raise
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        _say("stopped")
         return 130
     except Exception as error:
         if debug:
@@ -113,11 +113,22 @@ def _explain(error: Exception) -> int:
     from twofold.errors import TwofoldError, UserError
 
     if isinstance(error, TwofoldError):
-        print(f"twofold: {error}", file=sys.stderr)
+        _say(f"twofold: {error}")
         return 2 if isinstance(error, UserError) else 1
     kind = type(error).__name__
-    print(f"twofold: a mistake of ours, not yours: {kind}: {error} (--debug shows where)", file=sys.stderr)
+    _say(f"twofold: a mistake of ours, not yours: {kind}: {error} (--debug shows where)")
     return 1
+
+
+def _say(sentence: str) -> None:
+    """On stderr; where several processes train together, one of them says it."""
+    if "RANK" in os.environ:
+        from twofold.world import tell_torchrun, tells
+
+        if not tells():
+            return
+        tell_torchrun(sentence)
+    print(sentence, file=sys.stderr)
 
 
 def print_json(value: Any) -> None:

@@ -7,8 +7,10 @@ from twofold.cli.flags import take
 from twofold.cli.main import print_json
 from twofold.cli.run_flags import config_from
 from twofold.cli.terminal import Terminal, show_preflight, speed_of, stdout
+from twofold.events import silent
 from twofold.recipes.settings import TrainConfig
 from twofold.recipes.train import dry_run, train
+from twofold.world import from_environment, started_again
 
 
 def run(arguments: list[str]) -> int:
@@ -19,13 +21,20 @@ def run(arguments: list[str]) -> int:
     arguments, resume = take(arguments, "--resume")
     arguments, only_look = take(arguments, "--dry-run")
     config = config_from(arguments, TrainConfig)
+    main = from_environment().main
+    if only_look:
+        return _look(config, as_json=as_json) if main else 0
     with Terminal() as terminal:
-        if only_look:
-            found = dry_run(config, terminal)
-            print_json(found.as_json()) if as_json else show_preflight(found, stdout)
-            return 0
-        report = train(config, terminal, resume=resume)
-    print_json(report) if as_json else _show(report)
+        report = train(config, terminal if main else silent, resume=resume or started_again())
+    if main:
+        print_json(report) if as_json else _show(report)
+    return 0
+
+
+def _look(config: TrainConfig, *, as_json: bool) -> int:
+    with Terminal() as terminal:
+        found = dry_run(config, terminal)
+        print_json(found.as_json()) if as_json else show_preflight(found, stdout)
     return 0
 
 

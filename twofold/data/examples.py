@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from twofold.base.batch import Example
 from twofold.base.chat import ALPACA, Renderer
-from twofold.data.formats import Format, Table, as_messages, instruction_text, read_table
+from twofold.data.formats import Format, Source, Table, as_messages, instruction_text, read_table
 from twofold.errors import DataError
 from twofold.events import Emit, Progress, silent
 
@@ -27,6 +27,8 @@ class DataConfig:
             `refuse` stops. Counted and shown in each case. Plain text is never lost: it is split.
         system: a system message for conversations that have none.
         template: file of a Jinja chat template in place of the base's own.
+        streaming: read and render training rows while training, and never hold them all; needs training.max_steps.
+            Rows are shuffled within a buffer, and the pre-flight looks at the first ones only.
     """
 
     train: str
@@ -35,6 +37,7 @@ class DataConfig:
     too_long: Literal["drop", "cut", "refuse"] = "drop"
     system: str | None = None
     template: str | None = None
+    streaming: bool = False
 
     def chat_template(self) -> str | None:
         """The text of the template file, if one is given."""
@@ -55,6 +58,7 @@ class DataReport:
         lost_supervised_tokens: supervised tokens that cutting or dropping took away.
         unsupervised: examples left out because nothing in them is supervised.
         digest: SHA-256 of all tokens and masks.
+        streamed: whether these are only the first examples of a stream.
     """
 
     source: str
@@ -68,6 +72,7 @@ class DataReport:
     lost_supervised_tokens: int
     unsupervised: int
     digest: str
+    streamed: bool = False
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "columns": list(self.columns)}
@@ -87,19 +92,29 @@ def load_examples(source: str, config: DataConfig, renderer: Renderer, emit: Emi
     Raises:
         DataError: unreadable, over-long where that is refused, or nothing in it is supervised.
     """
-    table = read_table(source)
+    return examples_of(read_table(source), config, renderer, emit)
+
+
+def examples_of(table: Table, config: DataConfig, renderer: Renderer, emit: Emit = silent) -> Examples:
+    """Render and check rows that were read.
+
+    Raises:
+        DataError: a row that cannot be rendered, over-long where that is refused, or nothing is supervised.
+    """
+    task = f"reading {Path(table.source).name}"
     rendered: list[Example] = []
     for i, row in enumerate(table.rows):
-        rendered += render_row(row, table, i, config, renderer)
+        rendered += render_row(row, table, f"{table.source}, example {i + 1}", config, renderer)
         if i % 200 == 0:
-            emit(Progress(task=f"reading {Path(source).name}", done=i, total=len(table.rows)))
-    emit(Progress(task=f"reading {Path(source).name}", done=len(table.rows), total=len(table.rows)))
+            emit(Progress(task=task, done=i, total=len(table.rows)))
+    emit(Progress(task=task, done=len(table.rows), total=len(table.rows)))
     return _fit(rendered, table, config)
 
 
-def render_row(row: Mapping[str, Any], table: Table, i: int, config: DataConfig, renderer: Renderer) -> list[Example]:
-    """The examples of one row: one, or one per answer where the template rewrites history."""
-    place = f"{table.source}, example {i + 1}"
+def render_row(
+    row: Mapping[str, Any], table: Source, place: str, config: DataConfig, renderer: Renderer
+) -> list[Example]:
+    """The examples of one row: one, or one per answer where the template rewrites history. `place` is for errors."""
     try:
         if table.format == "text":
             return _windows(renderer.text(_plain_text(row, "text", place)), config.max_length)
@@ -131,13 +146,24 @@ def _windows(example: Example, length: int) -> list[Example]:
     return [Example(example.token_ids[s : s + length], example.supervised[s : s + length]) for s in starts]
 
 
-def _fit(rendered: list[Example], table: Table, config: DataConfig) -> Examples:
+def within(rendered: list[Example], config: DataConfig, source: str) -> list[Example]:
+    """The examples with those over the limit dropped or cut.
+
+    Raises:
+        DataError: there are such, and the configuration refuses them.
+    """
     limit = config.max_length
     long = [e for e in rendered if len(e.token_ids) > limit]
     if long and config.too_long == "refuse":
-        raise DataError(f"{len(long)} examples of {table.source} are over {limit} tokens; raise data.max_length")
+        raise DataError(f"{len(long)} examples of {source} are over {limit} tokens; raise data.max_length")
     kept = [e for e in rendered if len(e.token_ids) <= limit or config.too_long == "cut"]
-    kept = [Example(e.token_ids[:limit], e.supervised[:limit]) for e in kept]
+    return [Example(e.token_ids[:limit], e.supervised[:limit]) for e in kept]
+
+
+def _fit(rendered: list[Example], table: Table, config: DataConfig) -> Examples:
+    limit = config.max_length
+    long = [e for e in rendered if len(e.token_ids) > limit]
+    kept = within(rendered, config, table.source)
     useful = [e for e in kept if e.supervised_tokens]
     report = _account(rendered, long, kept, useful, table)
     if not useful:

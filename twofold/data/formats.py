@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,13 +34,47 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows as they were read, with the format that their columns mean."""
+class Source:
+    """Where rows come from, and the format that their columns mean."""
 
     source: str
     format: Format
     columns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table(Source):
+    """Rows as they were read."""
+
     rows: Rows
+
+
+@dataclass(frozen=True)
+class RowStream(Source):
+    """Rows that are read when they are asked for, anew in every pass.
+
+    Attributes:
+        rows: what `datasets` streams.
+    """
+
+    rows: Any
+
+    def shuffled(self, seed: int, buffer: int, epoch: int) -> Iterator[Mapping[str, Any]]:
+        """One pass, each row drawn from a buffer of so many: an order that depends on seed and epoch alone."""
+        ordered = self.rows.shuffle(seed=seed, buffer_size=buffer)
+        ordered.set_epoch(epoch)
+        return _readable(self.source, ordered)
+
+    def first(self, count: int) -> list[Mapping[str, Any]]:
+        """The first rows as they lie."""
+        return list(itertools.islice(_readable(self.source, self.rows), count))
+
+
+def _readable(source: str, rows: Any) -> Iterator[Mapping[str, Any]]:
+    try:
+        yield from rows
+    except Exception as error:
+        raise DataError(f"{source} cannot be read: {_innermost(error)}") from error
 
 
 def read_table(source: str) -> Table:
@@ -48,11 +83,24 @@ def read_table(source: str) -> Table:
     Raises:
         DataError: nothing there, nothing in it, unreadable, or columns of no known format.
     """
-    rows = _read(source)
+    rows = _read(source, streaming=False)
     columns = tuple(rows.column_names)
     if len(rows) == 0:
         raise DataError(f"{source} holds no examples")
     return Table(source, detect(columns, source), columns, rows)
+
+
+def read_stream(source: str) -> RowStream:
+    """The same, read row by row as training goes on.
+
+    Raises:
+        DataError: as for `read_table`; what lies further on is met when it is read.
+    """
+    rows = _read(source, streaming=True)
+    first = next(_readable(source, rows), None)
+    if first is None:
+        raise DataError(f"{source} holds no examples")
+    return RowStream(source, detect(tuple(first), source), tuple(first), rows)
 
 
 def detect(columns: Sequence[str], source: str) -> Format:
@@ -66,8 +114,8 @@ def detect(columns: Sequence[str], source: str) -> Format:
     )
 
 
-def _read(source: str) -> Any:
-    from datasets import DatasetDict, disable_progress_bars, load_dataset
+def _read(source: str, *, streaming: bool) -> Any:
+    from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     disable_progress_bars()
@@ -78,9 +126,10 @@ def _read(source: str) -> Any:
         _check_text(file)
     try:
         if files:
-            return load_dataset(READERS[files[0].suffix], data_files=[str(f) for f in files], split="train")
-        found = load_dataset(source)
-        return found["train"] if isinstance(found, DatasetDict) else found
+            reader, names = READERS[files[0].suffix], [str(f) for f in files]
+            return load_dataset(reader, data_files=names, split="train", streaming=streaming)
+        found = load_dataset(source, streaming=streaming)
+        return found["train"] if isinstance(found, dict) else found
     except DatasetGenerationError as error:
         broken = next((b for b in map(_broken_line, files) if b), None)
         raise DataError(broken or f"{source} cannot be read: {_innermost(error)}") from error

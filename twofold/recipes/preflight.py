@@ -19,6 +19,7 @@ from twofold.planning.memory import MemoryPlan, StepShape, architecture, plan_me
 from twofold.planning.parameters import ParameterPlan, plan_parameters
 from twofold.planning.time import product_rate, step_seconds
 from twofold.training.optim import TrainingConfig
+from twofold.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,14 @@ class Preflight:
 
 
 def preflight(
-    base: Base, config: LoraConfig, training: TrainingConfig, train: Examples, evaluation: Examples | None
+    base: Base,
+    config: LoraConfig,
+    training: TrainingConfig,
+    train: Examples,
+    evaluation: Examples | None,
+    world: World = ALONE,
 ) -> Preflight:
-    """Foresee a run over a base that carries no adapter yet.
+    """Foresee a run over a base that carries no adapter yet; memory is that of one process.
 
     Raises:
         TargetError: the adapter's targets match nothing.
@@ -71,9 +77,9 @@ def preflight(
     shapes = module_shapes(base.model)
     parameters = plan_parameters(config, shapes, sum(p.numel() for p in base.model.parameters()))
     sizes = architecture(base.model.config, fast_path=fast)
-    micro = micro_step(train, training, base.dtype)
+    micro = micro_step(train, training, base.dtype, world.size)
     whole = step_shape(train, training.batch_size, training, base.dtype)
-    steps = total_steps(len(train.items), training)
+    steps = total_steps(train, training)
     rate = product_rate(sizes, base.dtype, base.device)
     return Preflight(
         train=train.report,
@@ -83,21 +89,22 @@ def preflight(
         memory=plan_memory(parameters, sizes, micro, sum_of_ranks(config, shapes)),
         path="fast path" if not isinstance(described, NotDescribed) else f"plain path: {described.reason}",
         steps=steps,
-        seconds=steps * step_seconds(parameters, sizes, whole, rate),
+        seconds=steps * step_seconds(parameters, sizes, whole, rate) / world.size,
         samples=[tokens_shown(base.tokenizer, e) for e in train.items[:2]],
         warnings=warnings(train.report, base),
     )
 
 
-def total_steps(examples: int, training: TrainingConfig) -> int:
-    """Optimiser steps of a whole run."""
-    steps = training.epochs * steps_per_epoch(examples, training.batch_size)
-    return min(steps, training.max_steps or steps)
+def total_steps(train: Examples, training: TrainingConfig) -> int:
+    """Optimiser steps of a whole run; a stream has no end of its own, and its configuration says how many."""
+    steps = training.epochs * steps_per_epoch(len(train.items), training.batch_size)
+    return training.max_steps or steps if train.report.streamed else min(steps, training.max_steps or steps)
 
 
-def micro_step(train: Examples, training: TrainingConfig, dtype: torch.dtype) -> StepShape:
+def micro_step(train: Examples, training: TrainingConfig, dtype: torch.dtype, processes: int) -> StepShape:
     """The largest forward pass: as many of the longest examples as a micro-batch takes."""
-    size = min(training.micro_batch_size or training.batch_size, len(train.items))
+    own = -(-training.batch_size // processes)
+    size = min(training.micro_batch_size or own, own, len(train.items))
     longest = sorted(train.items, key=lambda e: -len(e.token_ids))[:size]
     return _shape(longest, training, dtype, 1.0)
 
@@ -130,6 +137,8 @@ def tokens_shown(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:
 def warnings(report: DataReport, base: Base) -> list[str]:
     """What a user may want to change before starting."""
     found = []
+    if report.streamed:
+        found.append(f"the data is streamed, so this is an account of its first {report.examples} examples only")
     if report.too_long:
         found.append(
             f"{report.too_long} examples are over data.max_length; {report.lost_supervised_tokens} supervised tokens are lost"

@@ -133,13 +133,9 @@ def duration(seconds: Number) -> str:
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60}\u00a0h {minutes % 60}\u00a0min"
-    return (
-        f"{minutes}\u00a0min {rest}\u00a0s"
-        if minutes
-        else f"{seconds:.2g}\u00a0s"
-        if seconds < 10
-        else f"{rest}\u00a0s"
-    )
+    if minutes:
+        return f"{minutes}\u00a0min {rest}\u00a0s"
+    return f"{seconds:.2g}\u00a0s" if seconds < 10 else f"{rest}\u00a0s"
 
 
 def magnitude(count: Number) -> str:
@@ -375,6 +371,7 @@ def facts(report: Json, preflight: Json) -> dict[str, str]:
     found = {
         "device": report.get("device"),
         "dtype": report.get("dtype"),
+        "processes": report.get("processes"),
         "training path": preflight.get("path"),
         "training data, SHA-256": dig(preflight, "train", "digest"),
         "held-out data, SHA-256": dig(preflight, "evaluation", "digest"),

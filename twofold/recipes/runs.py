@@ -164,8 +164,9 @@ def open_resumed(config: TrainConfig) -> tuple[RunFolder, Path | None]:
 
 
 def _differences(before: TrainConfig, now: TrainConfig) -> list[str]:
-    """Top-level keys whose values differ; a run folder may have been moved, or be called by another path."""
-    a, b = as_dict(before), as_dict(now)
+    """Top-level keys whose values differ; a run folder may have been moved, or be called by another path, and other
+    processes may share the work in another way."""
+    a, b = as_dict(before), as_dict(replace(now, training=replace(now.training, parallel=before.training.parallel)))
     return [k for k in a if a[k] != b[k] and k != "output"]
 
 

@@ -67,6 +67,8 @@ class TrainConfig:
                 "dtype float16 cannot train: small gradients vanish in it without loss scaling, which Twofold does not do; "
                 "use bfloat16 or float32"
             )
+        if self.data.streaming and self.training.max_steps is None:
+            raise ConfigError("data.streaming needs training.max_steps, for nobody knows how long a stream is")
 
 
 def read_config(path: Path) -> TrainConfig:
@@ -117,3 +119,17 @@ def continued(settings: AdapterSettings) -> AdapterSettings:
     check_continues(settings, [n for n in LORA_SETTINGS if getattr(settings, n) != getattr(default, n)])
     own = open_adapter(Path(settings.init_from)).config
     return AdapterSettings(init_from=settings.init_from, **{n: getattr(own, n) for n in LORA_SETTINGS})
+
+
+def check_factors_only(config: LoraConfig) -> None:
+    """Refuse what a sharded base cannot do: whole modules and biases are trained as copies of weights that no process holds.
+
+    Raises:
+        ConfigError: names the settings.
+    """
+    asked = [n for n, used in (("modules_to_save", config.modules_to_save), ("bias", config.bias != "none")) if used]
+    if asked:
+        raise ConfigError(
+            f"adapter.{' and adapter.'.join(asked)} cannot be trained over a sharded base, of which no process holds a "
+            "whole weight; leave it out, or use training.parallel: data"
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -10,17 +12,17 @@ import torch
 
 from twofold import atomic
 from twofold.adapter.attach import attach, folding
-from twofold.adapter.config import LoraConfig
-from twofold.adapter.files import Provenance, load_adapter, open_adapter, save_adapter
+from twofold.adapter.files import Provenance, load_adapter, save_adapter
+from twofold.base.batch import Example, PackedBatch
 from twofold.base.chat import Renderer
-from twofold.base.load import Base, Precision, load_base, renderer_for
+from twofold.base.load import Base, Precision
 from twofold.data.batches import evaluation_batches, micro_batches, step_indices, steps_per_epoch
-from twofold.data.examples import Examples, load_examples
-from twofold.errors import ProofError, UserError
+from twofold.data.examples import Examples
+from twofold.errors import ProofError, TwofoldError
 from twofold.events import Emit, Event, Message, Warned, fan_out, silent, working
-from twofold.machine import checked_device, fastest_dtype, peak_memory_bytes
-from twofold.recipes.adapters import check_base
-from twofold.recipes.preflight import Preflight, preflight, total_steps
+from twofold.machine import checked_device, fastest_dtype, peak_memory_bytes, pick_device
+from twofold.recipes.loading import Loaded, check_alike, foresee, is_sharded, load, own_tensors
+from twofold.recipes.preflight import Preflight, total_steps
 from twofold.recipes.proof import Verification, base_digest, pad_token, proof_batch, verify_merge, within_memory
 from twofold.recipes.report import write_page
 from twofold.recipes.runs import EventLog, RunFolder, as_begun, open_new, open_resumed, trackers
@@ -30,6 +32,8 @@ from twofold.training.floor import StepTimes, measured_floor
 from twofold.training.loop import Job, restore
 from twofold.training.loop import train as run_job
 from twofold.training.objective import HeldOut, evaluate_loss, objective_for
+from twofold.training.optim import TrainingConfig
+from twofold.world import ALONE, World, joined
 
 EVALUATION_TOKENS = 2048
 """Tokens in one forward pass of an evaluation."""
@@ -45,40 +49,46 @@ class Prepared(Event):
         return {"event": "prepared", "steps": self.preflight.steps, "seconds": self.preflight.seconds}
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    base: Base
-    train: Examples
-    evaluation: Examples | None
-    lora: LoraConfig
-
-
 def train(config: TrainConfig, emit: Emit = silent, *, resume: bool = False) -> dict[str, Any]:
-    """Train an adapter and prove it; returns what report.json holds.
+    """Train an adapter and prove it; returns what report.json holds. Under torchrun, every process calls this.
 
     Raises:
         UserError: anything about the configuration, the base or the data; nothing was trained then.
         NonFiniteLossError: a loss that is NaN or infinite; checkpoints are kept.
+        LostProcessError: another process of the training is gone; checkpoints are kept.
         ProofError: the base changed, or merging does not give what the adapter gives.
     """
+    with joined() as world:
+        config, run, newest = world.on_main(lambda: _begin(config, resume=resume))
+        with _recording(config, run, emit, world) as heard:
+            return _train(config, run, newest, heard, world)
+
+
+def _begin(config: TrainConfig, *, resume: bool) -> tuple[TrainConfig, RunFolder, Path | None]:
     config = _resolved(as_begun(config) if resume else config)
     run, newest = open_resumed(config) if resume else (open_new(config), None)
-    with run.locked():
-        log = EventLog(run)
+    return config, run, newest
+
+
+@contextmanager
+def _recording(config: TrainConfig, run: RunFolder, emit: Emit, world: World) -> Iterator[Emit]:
+    """Who hears of the run; one process holds its lock and writes it down."""
+    if not world.main:
+        yield silent
+        return
+    with run.locked(), closing(EventLog(run)) as log:
         try:
             with trackers(config, run) as told:
-                return _train(config, run, newest, fan_out(log, emit, *told))
-        except UserError:
+                yield fan_out(log, emit, *told)
+        except TwofoldError:
             run.withdraw()
             raise
-        finally:
-            log.close()
 
 
 def dry_run(config: TrainConfig, emit: Emit = silent) -> Preflight:
     """Everything up to the first step, and nothing written."""
-    loaded = _load(_resolved(config), emit)
-    return preflight(loaded.base, loaded.lora, config.training, loaded.train, loaded.evaluation)
+    config = _resolved(config)
+    return foresee(config, load(config, emit, ALONE), ALONE)
 
 
 def prepare(config: TrainConfig, emit: Emit = silent) -> tuple[Base, Examples | None, Job]:
@@ -88,58 +98,47 @@ def prepare(config: TrainConfig, emit: Emit = silent) -> tuple[Base, Examples | 
         UserError: as `train`.
     """
     config = _resolved(config)
-    loaded = _load(config, emit)
+    loaded = load(config, emit, ALONE)
     _attach(config, loaded)
-    return loaded.base, loaded.evaluation, _job(config, RunFolder(Path(config.output)), loaded)
+    return loaded.base, loaded.evaluation, _job(config, RunFolder(Path(config.output)), loaded, ALONE)
 
 
 def _resolved(config: TrainConfig) -> TrainConfig:
-    """`auto` and the settings of an adapter to go on from made definite, for whoever reads or resumes the run."""
-    device = str(checked_device(config.device))
-    dtype = str(fastest_dtype(torch.device(device))).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    """`auto` and the settings of an adapter to go on from made definite, so that whoever reads or resumes the run, and every
+    process of it, computes the same."""
+    device = pick_device() if config.device == "auto" else config.device
+    chosen = checked_device(device)
+    dtype = str(fastest_dtype(chosen)).removeprefix("torch.") if config.dtype == "auto" else config.dtype
     return replace(config, device=device, dtype=cast(Precision, dtype), adapter=continued(config.adapter))
 
 
-def _load(config: TrainConfig, emit: Emit) -> _Loaded:
-    base = load_base(config.base, config.dtype, config.device, emit)
-    if config.adapter.init_from:
-        files = open_adapter(Path(config.adapter.init_from))
-        check_base(files, base, emit, allow_foreign=config.allow_foreign_base)
-    template = config.data.chat_template()
-    if template is not None:
-        base = replace(base, renderer=renderer_for(base.model, base.tokenizer, template))
-    train_set = load_examples(config.data.train, config.data, base.renderer, emit)
-    held_out = (
-        load_examples(config.data.evaluation, config.data, base.renderer, emit) if config.data.evaluation else None
-    )
-    return _Loaded(base, train_set, held_out, config.adapter.lora())
-
-
-def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit) -> dict[str, Any]:
-    loaded = _load(config, emit)
-    base, model = loaded.base, loaded.base.model
-    foreseen = preflight(base, loaded.lora, config.training, loaded.train, loaded.evaluation)
-    if newest is not None:
-        run.require_same(foreseen.as_json())
-    atomic.write_json(run.preflight, foreseen.as_json())
+def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit, world: World) -> dict[str, Any]:
+    loaded = load(config, emit, world)
+    base = loaded.base
+    foreseen = foresee(config, loaded, world)
+    check_alike(foreseen, world)
+    world.on_main(lambda: _record_preflight(run, foreseen, newest))
     for warning in foreseen.warnings:
         emit(Warned(text=warning))
     emit(Prepared(preflight=foreseen))
     _say_where_it_begins(newest, config, emit)
-    before = base_digest(model)
-    evaluation: dict[str, Any] = {"base": _evaluated("base", loaded, emit)}
+    before = base_digest(own_tensors(config, base, world))
+    evaluation: dict[str, Any] = {"base": _evaluated("base", loaded, emit, world)}
     _attach(config, loaded)
-    job = _job(config, run, loaded)
-    emit(Message(text=job.objective.path))
+    job = _job(config, run, loaded, world)
+    emit(Message(text=_path(config, job)))
     times = StepTimes()
     progressed = run_job(job, fan_out(times, emit), newest)
-    peak = peak_memory_bytes(base.device)
-    floor = measured_floor(job.objective, times, job.batches)
+    peak = world.largest(peak_memory_bytes(base.device))
+    _say_what_was_left_out(loaded, world, emit)
+    floor = None if loaded.stream else measured_floor(job.objective, times, job.batches)  # a stream is not read again
     _save(config, run, loaded, job, progressed)
-    evaluation["adapter"] = _evaluated("adapter", loaded, emit)
-    evaluation["merged"], verification, skipped = _prove(config, loaded, emit)
+    evaluation["adapter"] = _evaluated("adapter", loaded, emit, world)
+    evaluation["merged"], verification, skipped = _prove(config, loaded, emit, world)
+    unchanged = base_digest(own_tensors(config, base, world)) == before
     report = {
         **_figures(config, run, progressed),
+        "processes": world.size,
         "peak_memory_bytes": peak,
         "floor": floor and floor.as_json(),
         "parameters": foreseen.as_json()["parameters"],
@@ -147,15 +146,40 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit)
         "evaluation": evaluation,
         "verification": verification.as_json() if verification else None,
         "verification_skipped": skipped,
-        "base_unchanged": base_digest(model) == before,
+        "base_unchanged": all(world.gather(unchanged)),
     }
-    write_page(run.page, report, foreseen.as_json(), run.recorded())
-    atomic.write_json(run.report, report)  # last: where it stands, the run is finished
+    world.on_main(lambda: _record_report(run, report, foreseen))
     if not report["base_unchanged"]:
         raise ProofError("the base's tensors changed in training, which must never happen; do not use this adapter")
     if verification:
         verification.require("the merged model", emit)
     return report
+
+
+def _record_preflight(run: RunFolder, foreseen: Preflight, newest: Path | None) -> None:
+    if newest is not None:
+        run.require_same(foreseen.as_json())
+    atomic.write_json(run.preflight, foreseen.as_json())
+
+
+def _record_report(run: RunFolder, report: dict[str, Any], foreseen: Preflight) -> None:
+    write_page(run.page, report, foreseen.as_json(), run.recorded())
+    atomic.write_json(run.report, report)  # last: where it stands, the run is finished
+
+
+def _path(config: TrainConfig, job: Job) -> str:
+    if not is_sharded(config, job.world):
+        shared = f", each of {job.world.size} processes on its share of a step" if job.world.size > 1 else ""
+        return job.objective.path + shared
+    return f"base sharded over {job.world.size} processes by FSDP2, which gathers each layer in the model's own forward"
+
+
+def _say_what_was_left_out(loaded: Loaded, world: World, emit: Emit) -> None:
+    left_out = int(world.sum(loaded.stream.left_out)[0]) if loaded.stream else 0
+    if left_out:
+        emit(
+            Warned(text=f"{left_out} examples of the stream were too long or had nothing supervised, and were left out")
+        )
 
 
 def _say_where_it_begins(newest: Path | None, config: TrainConfig, emit: Emit) -> None:
@@ -165,7 +189,7 @@ def _say_where_it_begins(newest: Path | None, config: TrainConfig, emit: Emit) -
         emit(Message(text=f"going on from the adapter {config.adapter.init_from}, with its own r, alpha and targets"))
 
 
-def _attach(config: TrainConfig, loaded: _Loaded) -> None:
+def _attach(config: TrainConfig, loaded: Loaded) -> None:
     torch.manual_seed(config.training.seed)
     if config.adapter.init_from:
         load_adapter(loaded.base.model, config.adapter.init_from)
@@ -173,8 +197,8 @@ def _attach(config: TrainConfig, loaded: _Loaded) -> None:
         attach(loaded.base.model, loaded.lora)
 
 
-def _job(config: TrainConfig, run: RunFolder, loaded: _Loaded) -> Job:
-    base, items, training = loaded.base, loaded.train.items, config.training
+def _job(config: TrainConfig, run: RunFolder, loaded: Loaded, world: World) -> Job:
+    base, training = loaded.base, config.training
     objective = objective_for(
         base.model,
         pad_token(base),
@@ -184,12 +208,8 @@ def _job(config: TrainConfig, run: RunFolder, loaded: _Loaded) -> Job:
     )
     held_out = evaluation_batches(loaded.evaluation.items, EVALUATION_TOKENS) if loaded.evaluation else []
 
-    def batches(step: int) -> Any:
-        chosen = [items[i] for i in step_indices(len(items), training.batch_size, training.seed, step)]
-        return micro_batches(chosen, training.micro_batch_size, training.micro_batch_tokens)
-
     def evaluate() -> tuple[float, float]:
-        found = evaluate_loss(objective, held_out)
+        found = evaluate_loss(objective, held_out, world=world)
         return found.loss, found.token_accuracy
 
     return Job(
@@ -197,39 +217,62 @@ def _job(config: TrainConfig, run: RunFolder, loaded: _Loaded) -> Job:
         objective=objective,
         parameters={n: p for n, p in base.model.named_parameters() if p.requires_grad},
         config=training,
-        steps=total_steps(len(items), training),
-        steps_per_epoch=steps_per_epoch(len(items), training.batch_size),
-        batches=batches,
+        steps=total_steps(loaded.train, training),
+        epoch=_epochs(training, loaded),
+        batches=_batches(training, loaded, world),
         evaluate=evaluate if held_out else None,
         checkpoints=run.checkpoints,
         device=base.device,
+        world=world,
     )
 
 
-def held_out_loss(base: Base, examples: Examples, emit: Emit = silent, task: str = "evaluating") -> HeldOut:
+def _batches(training: TrainingConfig, loaded: Loaded, world: World) -> Callable[[int], list[PackedBatch]]:
+    """This process's share of each step: examples are dealt out in turn, so that a step has the same ones for any number."""
+    items, stream = loaded.train.items, loaded.stream
+
+    def own(step: int) -> list[Example]:
+        if stream is not None:
+            return stream.examples(step, world.rank, world.size)
+        chosen = step_indices(len(items), training.batch_size, training.seed, step)
+        return [items[i] for i in chosen[world.rank :: world.size]]
+
+    return lambda step: micro_batches(own(step), training.micro_batch_size, training.micro_batch_tokens)
+
+
+def _epochs(training: TrainingConfig, loaded: Loaded) -> Callable[[int], float]:
+    """Passes over the data after so many steps; of a stream, whose length is unknown, whole ones only."""
+    stream, in_one = loaded.stream, steps_per_epoch(len(loaded.train.items), training.batch_size)
+    return lambda step: step / in_one if stream is None else float(stream.passes)
+
+
+def held_out_loss(
+    base: Base, examples: Examples, emit: Emit = silent, task: str = "evaluating", world: World = ALONE
+) -> HeldOut:
     """Loss and accuracy of the model as it stands."""
     objective = objective_for(base.model, pad_token(base), recompute=False)
-    return evaluate_loss(objective, evaluation_batches(examples.items, EVALUATION_TOKENS), emit, task)
+    batches = evaluation_batches(examples.items, EVALUATION_TOKENS)
+    return evaluate_loss(objective, batches, emit, task, world)
 
 
-def _evaluated(name: str, loaded: _Loaded, emit: Emit) -> dict[str, Any] | None:
+def _evaluated(name: str, loaded: Loaded, emit: Emit, world: World) -> dict[str, Any] | None:
     """Held-out figures for the report; None without held-out data."""
     if loaded.evaluation is None:
         return None
-    return asdict(held_out_loss(loaded.base, loaded.evaluation, emit, f"held-out loss, {name}"))
+    return asdict(held_out_loss(loaded.base, loaded.evaluation, emit, f"held-out loss, {name}", world))
 
 
-def _save(config: TrainConfig, run: RunFolder, loaded: _Loaded, job: Job, progressed: Progressed) -> None:
+def _save(config: TrainConfig, run: RunFolder, loaded: Loaded, job: Job, progressed: Progressed) -> None:
     """`adapter/` is the best by evaluation where there were evaluations, else the last; then the last is kept apart."""
     provenance = _provenance(config, loaded, progressed)
     model, name = loaded.base.model, loaded.base.public_name
     if progressed.best and progressed.best_step != progressed.step:
-        save_adapter(model, run.last_adapter, provenance=provenance, base_name=name)
+        job.world.on_main(lambda: save_adapter(model, run.last_adapter, provenance=provenance, base_name=name))
         restore(job.parameters, progressed.best)
-    save_adapter(model, run.adapter, provenance=provenance, base_name=name)
+    job.world.on_main(lambda: save_adapter(model, run.adapter, provenance=provenance, base_name=name))
 
 
-def _provenance(config: TrainConfig, loaded: _Loaded, progressed: Progressed) -> Provenance:
+def _provenance(config: TrainConfig, loaded: Loaded, progressed: Progressed) -> Provenance:
     """What can be said without times and paths, so that the same training gives the same bytes."""
     renderer: Renderer = loaded.base.renderer
     return Provenance(
@@ -254,9 +297,14 @@ class _Proof(NamedTuple):
     skipped: str | None = None
 
 
-def _prove(config: TrainConfig, loaded: _Loaded, emit: Emit) -> _Proof:
+def _prove(config: TrainConfig, loaded: Loaded, emit: Emit, world: World) -> _Proof:
+    """Every process proves it of its own model; of a sharded one nobody can, for no process holds its weights."""
     if not config.verify:
         return _Proof()
+    if is_sharded(config, world):
+        reason = "nothing is proved of the merged model, for no process holds the whole base; twofold merge does"
+        emit(Warned(text=reason))
+        return _Proof(skipped=reason)
 
     def prove() -> _Proof:
         base = loaded.base
@@ -264,7 +312,7 @@ def _prove(config: TrainConfig, loaded: _Loaded, emit: Emit) -> _Proof:
         with working("proving that the merged model says what the adapter says", emit):
             verification = verify_merge(base.model, batch, pad_token(base))
         with folding(base.model):
-            return _Proof(_evaluated("merged", loaded, emit), verification)
+            return _Proof(_evaluated("merged", loaded, emit, world), verification)
 
     proof, skipped = within_memory(prove, emit)
     return proof or _Proof(skipped=skipped)

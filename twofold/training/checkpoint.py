@@ -1,7 +1,9 @@
 """Checkpoints from which training goes on with the same bits as if it had never stopped.
 
-A checkpoint holds everything that the next step depends on: the trained tensors, the optimiser's moments, the states of
-the random generators, the step (the order of the data follows from it), and the best adapter so far.
+A checkpoint holds everything that the next step depends on: the trained tensors, the optimiser's moments, the best adapter
+so far, and the step, from which the order of the data and the draws of dropout follow. All processes of a training hold the
+same, so one of them writes and reads for all, and a training goes on with another number of them: then sums are taken in
+another order, and losses agree to rounding.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,19 +49,22 @@ def folder_of(checkpoints: Path, step: int) -> Path:
 
 
 def save(
-    checkpoints: Path, progressed: Progressed, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer
+    checkpoints: Path,
+    progressed: Progressed,
+    parameters: Mapping[str, nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    processes: int = 1,
 ) -> Path:
     """Write a checkpoint folder, whole or not at all."""
     tensors = {f"parameter.{n}": p.detach() for n, p in parameters.items()}
     tensors |= {f"best.{n}": t for n, t in progressed.best.items()}
     for name, parameter in parameters.items():
         tensors |= {f"optimiser.{key}.{name}": value for key, value in optimiser.state[parameter].items()}
-    tensors |= _random_states()
     numbers = {k: v for k, v in asdict(progressed).items() if k != "best"}
     folder = folder_of(checkpoints, progressed.step)
     with atomic.new_folder(folder, replace=True) as temporary:
         write_tensors(temporary / TENSORS, tensors)
-        atomic.write_json(temporary / STATE, {**numbers, "threads": torch.get_num_threads()})
+        atomic.write_json(temporary / STATE, {**numbers, "threads": torch.get_num_threads(), "processes": processes})
     return folder
 
 
@@ -82,15 +86,29 @@ def prune(checkpoints: Path, keep: int) -> None:
         shutil.rmtree(old)
 
 
-def load(folder: Path, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> Progressed:
-    """Put a checkpoint back into parameters, optimiser and random generators.
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds, on the CPU: trained tensors by name, and the optimiser's state of each.
+
+    Attributes:
+        processes: how many trained when it was written.
+    """
+
+    progressed: Progressed
+    parameters: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]
+    processes: int
+
+
+def read(folder: Path, parameters: Mapping[str, nn.Parameter], processes: int = 1) -> Saved:
+    """Read a checkpoint for a training of these parameters in so many processes.
 
     Raises:
         RunError: it belongs to a training of another shape, or to another number of threads, with which the bits differ.
     """
     state = json.loads((folder / STATE).read_text())
-    threads = state.pop("threads")
-    if threads != torch.get_num_threads():
+    threads, before = state.pop("threads"), state.pop("processes", 1)
+    if threads != torch.get_num_threads() and before == processes:
         raise RunError(
             f"{folder} was written with {threads} threads and this process has {torch.get_num_threads()}, so sums would "
             f"round differently; set OMP_NUM_THREADS={threads} to go on with the same bits"
@@ -100,27 +118,22 @@ def load(folder: Path, parameters: Mapping[str, nn.Parameter], optimiser: torch.
     found = {k: s for k, s in file.shapes.items() if k.startswith("parameter.")}
     if expected != found:
         raise RunError(f"{folder} holds other tensors than this configuration trains; resume with the run's own config")
+    return Saved(
+        Progressed(**state, best={k[5:]: file.read(k) for k in file.shapes if k.startswith("best.")}),
+        {n: file.read(f"parameter.{n}") for n in parameters},
+        {n: _moments(file, n) for n in parameters},
+        before,
+    )
+
+
+def restore(saved: Saved, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
+    """Put a checkpoint back into parameters and optimiser."""
     for name, parameter in parameters.items():
-        parameter.data.copy_(file.read(f"parameter.{name}"))
-        optimiser.state[parameter] = _moments(file, name, parameter)
-    _restore_random_states(file)
-    return Progressed(**state, best={k[5:]: file.read(k) for k in file.shapes if k.startswith("best.")})
+        parameter.data.copy_(saved.parameters[name])
+        optimiser.state[parameter] = {k: v.to(parameter.device) for k, v in saved.moments[name].items()}
 
 
-def _moments(file: TensorFile, name: str, parameter: nn.Parameter) -> dict[str, Any]:
-    keys = ("step", "exp_avg", "exp_avg_sq")
-    return {key: file.read(f"optimiser.{key}.{name}").to(parameter.device) for key in keys}
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"random.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"random.cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def _restore_random_states(file: TensorFile) -> None:
-    torch.set_rng_state(file.read("random.cpu"))
-    on_gpus = sorted(k for k in file.shapes if k.startswith("random.cuda."))
-    if on_gpus and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([file.read(k) for k in on_gpus])
+def _moments(file: TensorFile, name: str) -> dict[str, Tensor]:
+    """AdamW's state of one parameter; empty while no gradient has reached it."""
+    keys = {key: f"optimiser.{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
+    return {key: file.read(stored) for key, stored in keys.items() if stored in file.shapes}

@@ -11,15 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from twofold.base.batch import PackedBatch
+from twofold.base.batch import PackedBatch, idle_batch
 from twofold.errors import NonFiniteLossError
-from twofold.events import Checkpointed, Emit, Evaluated, Step
+from twofold.events import Checkpointed, Emit, Evaluated, Message, Step, Warned
 from twofold.layers.linear import cast_once
 from twofold.machine import memory_bytes
 from twofold.training import checkpoint
 from twofold.training.checkpoint import Progressed
 from twofold.training.objective import Objective
 from twofold.training.optim import TrainingConfig, learning_rate, optimiser
+from twofold.training.parallel import draw_seed, start_alike, sum_gradients
+from twofold.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,11 @@ class Job:
     Attributes:
         parameters: what is trained, by name.
         steps: optimiser steps in all.
-        batches: the packed micro-batches of a step, counted from 0.
-        evaluate: held-out loss and token accuracy, if there is held-out data.
+        epoch: how many passes over the data so many steps make.
+        batches: this process's packed micro-batches of a step, counted from 0.
+        evaluate: held-out loss and token accuracy over all processes, if there is held-out data.
         checkpoints: folder for checkpoints.
+        world: the processes that share the work.
     """
 
     model: nn.Module
@@ -39,11 +43,12 @@ class Job:
     parameters: Mapping[str, nn.Parameter]
     config: TrainingConfig
     steps: int
-    steps_per_epoch: int
+    epoch: Callable[[int], float]
     batches: Callable[[int], list[PackedBatch]]
     evaluate: Callable[[], tuple[float, float]] | None
     checkpoints: Path
     device: torch.device
+    world: World = ALONE
 
 
 def train(job: Job, emit: Emit, resume_from: Path | None = None) -> Progressed:
@@ -52,23 +57,47 @@ def train(job: Job, emit: Emit, resume_from: Path | None = None) -> Progressed:
     Raises:
         NonFiniteLossError: a loss or gradient is NaN or infinite; checkpoints up to then are kept.
     """
+    start_alike(job.parameters.values(), job.world)
     optimise = optimiser(list(job.parameters.values()), job.config)
-    progressed = checkpoint.load(resume_from, job.parameters, optimise) if resume_from else Progressed()
+    progressed = _resumed(job, optimise, resume_from, emit) if resume_from else Progressed()
     job.model.train()
     while progressed.step < job.steps and not _should_stop(job, progressed):
         started = time.perf_counter()
         event = _step(job, optimise, progressed)
         progressed.seconds += time.perf_counter() - started
-        emit(_with_time_left(event, job, progressed))
+        emit(_with_time_left(event, job, progressed) if isinstance(event, Step) else event)
         last = progressed.step == job.steps
         if job.evaluate is not None and _due(job.config.evaluate_every, progressed.step, last):
             emit(_evaluate(job, job.evaluate, progressed))
         if _due(job.config.checkpoint_every, progressed.step, last):
-            folder = checkpoint.save(job.checkpoints, progressed, job.parameters, optimise)
-            checkpoint.prune(job.checkpoints, job.config.keep_checkpoints)
-            emit(Checkpointed(step=progressed.step, path=folder.name))
+            emit(_save(job, optimise, progressed))
     job.model.eval()
     return progressed
+
+
+def _resumed(job: Job, optimise: torch.optim.Optimizer, folder: Path, emit: Emit) -> Progressed:
+    """Rank 0 reads, so that the folder need not be on every machine."""
+    saved = job.world.on_main(lambda: checkpoint.read(folder, job.parameters, job.world.size))
+    checkpoint.restore(saved, job.parameters, optimise)
+    if saved.processes != job.world.size:
+        emit(
+            Message(
+                text=f"{saved.processes} processes wrote {folder.name} and {job.world.size} go on from it: sums are taken "
+                "in another order, so losses agree with an undisturbed run to rounding, and dropout draws other masks"
+            )
+        )
+    return saved.progressed
+
+
+def _save(job: Job, optimise: torch.optim.Optimizer, progressed: Progressed) -> Checkpointed:
+    """Rank 0 writes; all processes hold the same."""
+
+    def write() -> str:
+        folder = checkpoint.save(job.checkpoints, progressed, job.parameters, optimise, job.world.size)
+        checkpoint.prune(job.checkpoints, job.config.keep_checkpoints)
+        return folder.name
+
+    return Checkpointed(step=progressed.step, path=job.world.on_main(write))
 
 
 def _due(every: int | None, step: int, last: bool) -> bool:
@@ -79,22 +108,23 @@ def _should_stop(job: Job, progressed: Progressed) -> bool:
     return job.config.early_stopping is not None and progressed.stale >= job.config.early_stopping
 
 
-def _step(job: Job, optimise: torch.optim.Optimizer, progressed: Progressed) -> Step:
-    """One optimiser step. The loss is weighted by supervised tokens over all micro-batches of the step."""
+def _step(job: Job, optimise: torch.optim.Optimizer, progressed: Progressed) -> Step | Warned:
+    """One optimiser step. The loss is weighted by supervised tokens over all micro-batches of all processes."""
     started = time.perf_counter()
     rate = learning_rate(job.config, progressed.step, job.steps)
     for group in optimise.param_groups:
         group["lr"] = rate
     batches = job.batches(progressed.step)
-    supervised = sum(b.supervised_tokens for b in batches)
-    with cast_once(job.model):
-        loss = sum(_backward(job, batch, supervised) for batch in batches)
-    norm = _clip(job)
+    tokens, supervised = map(int, _counted(job, batches))
+    if not supervised:
+        progressed.step += 1
+        return Warned(text=f"step {progressed.step} had nothing supervised in its rows, so nothing was learnt in it")
+    torch.manual_seed(draw_seed(job.config.seed, progressed.step, job.world.rank))
+    loss, norm = _gradients(job, batches, supervised)
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise NonFiniteLossError(_not_finite(job, progressed.step, loss, norm))
     optimise.step()
     optimise.zero_grad(set_to_none=True)
-    tokens = sum(b.tokens for b in batches)
     progressed.step += 1
     progressed.tokens += tokens
     progressed.supervised_tokens += supervised
@@ -102,7 +132,7 @@ def _step(job: Job, optimise: torch.optim.Optimizer, progressed: Progressed) -> 
     return Step(
         step=progressed.step,
         steps=job.steps,
-        epoch=progressed.step / job.steps_per_epoch,
+        epoch=job.epoch(progressed.step),
         loss=loss,
         learning_rate=rate,
         gradient_norm=norm,
@@ -115,14 +145,30 @@ def _step(job: Job, optimise: torch.optim.Optimizer, progressed: Progressed) -> 
     )
 
 
+def _counted(job: Job, batches: list[PackedBatch]) -> list[float]:
+    """Tokens, and supervised tokens, of all processes' batches."""
+    return job.world.sum(sum(b.tokens for b in batches), sum(b.supervised_tokens for b in batches))
+
+
+def _gradients(job: Job, batches: list[PackedBatch], supervised: int) -> tuple[float, float]:
+    """Leave the step's clipped gradient in the parameters; its mean loss, and the gradient's norm before clipping."""
+    idle = job.world.largest(len(batches)) - len(batches)  # asked first: passes over a sharded base are collective too
+    with cast_once(job.model):
+        loss = sum(_backward(job, batch, supervised) for batch in batches)
+        for _ in range(idle):
+            _backward(job, idle_batch(), math.inf)
+    sum_gradients(job.parameters.values(), job.world)
+    return job.world.sum(loss)[0], _clip(job)
+
+
 def _with_time_left(event: Step, job: Job, progressed: Progressed) -> Step:
     from dataclasses import replace
 
     return replace(event, seconds_left=progressed.seconds / progressed.step * (job.steps - progressed.step))
 
 
-def _backward(job: Job, batch: PackedBatch, supervised: int) -> float:
-    """Add a micro-batch's share of the step's gradient; its share of the mean loss."""
+def _backward(job: Job, batch: PackedBatch, supervised: float | int) -> float:
+    """Add a micro-batch's share of the step's gradient; its share of the mean loss over `supervised` tokens."""
     loss = job.objective(batch).loss_sum / supervised
     loss.backward()
     return float(loss.detach())
@@ -134,7 +180,7 @@ def _clip(job: Job) -> float:
 
 
 def _not_finite(job: Job, step: int, loss: float, norm: float) -> str:
-    kept = checkpoint.newest(job.checkpoints)
+    kept = job.world.on_main(lambda: checkpoint.newest(job.checkpoints))
     there = f"the last good checkpoint is {kept}" if kept else "no checkpoint was due before (checkpoint_every)"
     what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
     return f"step {step + 1} gave {what}, so training stopped before it could spoil the adapter; {there}; try a lower learning rate"

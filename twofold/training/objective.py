@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from twofold.base.batch import PackedBatch, pad
+from twofold.base.batch import PackedBatch, idle_batch, pad
 from twofold.base.blocks import Decoder, NotDescribed, describe, norm_of
 from twofold.events import Emit, Progress, silent
 from twofold.functional.loss import HeadLoss, head_loss, logits_loss
@@ -18,6 +18,7 @@ from twofold.functional.norm import rms_norm
 from twofold.layers.protocol import AdapterLayer
 from twofold.training.block import Trunk, asked_states
 from twofold.training.layout import lay_out
+from twofold.world import ALONE, World
 
 
 @runtime_checkable
@@ -120,12 +121,17 @@ def evaluate_loss(
     batches: list[PackedBatch],
     emit: Emit = silent,
     task: str = "evaluating",
+    world: World = ALONE,
 ) -> HeldOut:
-    """Run held-out batches through an objective."""
-    loss, correct, count = 0.0, 0, 0
-    for done, batch in enumerate(batches, start=1):
+    """Run held-out batches through an objective, dealt out among the processes; the figures are those of all."""
+    loss, correct, count = 0.0, 0.0, 0.0
+    own = batches[world.rank :: world.size]
+    for done, batch in enumerate(own, start=1):
         found = objective(batch)
         loss, correct = loss + float(found.loss_sum), correct + int(found.correct)
         count += batch.supervised_tokens
-        emit(Progress(task=task, done=done, total=len(batches)))
-    return HeldOut(loss / count, correct / count, count)
+        emit(Progress(task=task, done=done, total=len(own)))
+    for _ in range(-(-len(batches) // world.size) - len(own)):
+        objective(idle_batch())
+    loss, correct, count = world.sum(loss, correct, count)
+    return HeldOut(loss / count, correct / count, int(count))

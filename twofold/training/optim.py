@@ -18,9 +18,10 @@ class TrainingConfig:
     """How an adapter is trained.
 
     Attributes:
-        batch_size: examples in one optimiser step.
+        batch_size: examples in one optimiser step, over all processes.
         micro_batch_size: examples in one forward pass; smaller ones are accumulated to a step, weighted by
-            supervised tokens. The whole batch at once when not given.
+            supervised tokens. The whole batch, or the process's share of it, at once when
+            not given.
         micro_batch_tokens: tokens in one forward pass, about; a step's examples are then packed into as few passes as
             hold them, longest first.
         epochs: passes over the data.
@@ -41,6 +42,8 @@ class TrainingConfig:
         checkpoint_every: steps between checkpoints; null for none.
         keep_checkpoints: how many of the newest stay on disk.
         seed: of the start, the order of the data and dropout.
+        parallel: what several processes (torchrun) share: `data` gives each a whole base and a share of every step's
+            examples; `shard` spreads the base over them as well (FSDP2), for one that no device holds alone.
     """
 
     batch_size: int = 16
@@ -63,6 +66,7 @@ class TrainingConfig:
     checkpoint_every: int | None = 200
     keep_checkpoints: int = 2
     seed: int = 0
+    parallel: Literal["data", "shard"] = "data"
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "micro_batch_size", "micro_batch_tokens", "epochs", "max_steps", "evaluate_every")

@@ -1,0 +1,101 @@
+"""What a training starts from: the base, the data and the pre-flight, on every process that takes part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from twofold.adapter.config import LoraConfig
+from twofold.adapter.files import open_adapter
+from twofold.base.load import Base, load_base, locate, renderer_for
+from twofold.base.sharded import bytes_per_process, load_sharded, local_parts
+from twofold.data.examples import Examples, load_examples
+from twofold.data.stream import Streamed, first_examples, open_stream
+from twofold.errors import DataError
+from twofold.events import Emit
+from twofold.machine import checked_device
+from twofold.recipes.adapters import check_base
+from twofold.recipes.preflight import Preflight, preflight
+from twofold.recipes.settings import TrainConfig, check_factors_only
+from twofold.world import World
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """`train` is the whole training data, or what `stream` begins with."""
+
+    base: Base
+    train: Examples
+    evaluation: Examples | None
+    lora: LoraConfig
+    stream: Streamed | None
+
+
+def is_sharded(config: TrainConfig, world: World) -> bool:
+    """Whether the base is spread over the processes of this training."""
+    return config.training.parallel == "shard" and world.size > 1
+
+
+def load(config: TrainConfig, emit: Emit, world: World) -> Loaded:
+    """The base and the data of a configuration; a mistake that one process meets is raised in all.
+
+    Raises:
+        UserError: anything about the configuration, the base or the data.
+    """
+    base = _load_base(config, emit, world)
+    return world.together(lambda: _load_data(config, base, emit, sharded=is_sharded(config, world)))
+
+
+def _load_base(config: TrainConfig, emit: Emit, world: World) -> Base:
+    world.together(lambda: world.checked_device(checked_device(config.device), config.device))
+    if world.size > 1:  # one process of a machine fills its cache, and the others find it full
+        world.together(lambda: locate(config.base, emit) if world.local_rank == 0 else None)
+    if is_sharded(config, world):
+        return load_sharded(config.base, config.dtype, config.device, world, emit)
+    return world.together(lambda: load_base(config.base, config.dtype, config.device, emit))
+
+
+def _load_data(config: TrainConfig, base: Base, emit: Emit, *, sharded: bool) -> Loaded:
+    lora = config.adapter.lora()
+    if config.adapter.init_from:
+        files = open_adapter(Path(config.adapter.init_from))
+        check_base(files, base, emit, allow_foreign=config.allow_foreign_base)
+    if sharded:
+        check_factors_only(lora)
+    template, data, training = config.data.chat_template(), config.data, config.training
+    if template is not None:
+        base = replace(base, renderer=renderer_for(base.model, base.tokenizer, template))
+    stream = open_stream(data, base.renderer, training.batch_size, training.seed) if data.streaming else None
+    train_set = first_examples(stream, emit) if stream else load_examples(data.train, data, base.renderer, emit)
+    held_out = load_examples(data.evaluation, data, base.renderer, emit) if data.evaluation else None
+    return Loaded(base, train_set, held_out, lora, stream)
+
+
+def foresee(config: TrainConfig, loaded: Loaded, world: World) -> Preflight:
+    """The pre-flight, with the memory of one process of those that train."""
+    found = preflight(loaded.base, loaded.lora, config.training, loaded.train, loaded.evaluation, world)
+    if not is_sharded(config, world):
+        return found
+    weights = bytes_per_process(loaded.base.model, world.size)
+    return replace(found, memory=replace(found.memory, weights=weights))
+
+
+def check_alike(foreseen: Preflight, world: World) -> None:
+    """Raises DataError unless all processes read the same base and data, which may lie on different machines."""
+    kinds = ("train", "evaluation", "base")
+    said = foreseen.as_json()
+    for rank, other in enumerate(world.gather([said[k] for k in kinds])):
+        differing = [k for k, value in zip(kinds, other, strict=True) if value != said[k]]
+        if differing:
+            raise DataError(
+                f"processes {world.rank} and {rank} of this training read different things under the same name "
+                f"({', '.join(differing)}); give every machine the same files"
+            )
+
+
+def own_tensors(config: TrainConfig, base: Base, world: World) -> nn.Module:
+    """What this process holds of the base: all of it, or its parts."""
+    return local_parts(base.model) if is_sharded(config, world) else cast(nn.Module, base.model)
