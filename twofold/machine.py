@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from functools import lru_cache
+from pathlib import Path
 
 import psutil
 import torch
@@ -58,6 +60,11 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
+    status = Path("/proc/self/status")
+    if status.is_file():  # the figure of getrusage below is inherited from whoever started this process
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -81,3 +88,13 @@ def memory_ran_out(error: BaseException | None) -> bool:
         return False
     said = any(words in str(error).lower() for words in ("allocate memory", "not enough memory", "bad_alloc"))
     return said or isinstance(error, MemoryError | torch.OutOfMemoryError) or memory_ran_out(error.__cause__)
+
+
+def memory_capacity(device: torch.device) -> int:
+    """The memory that there is: of the device on a GPU, of this machine or container on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    total = int(psutil.virtual_memory().total)
+    return total if allowed == "max" else min(total, int(allowed))

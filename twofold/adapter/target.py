@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -23,7 +23,7 @@ Kind = Literal["linear", "conv1d", "embedding", "other"]
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """A module as targets see it: its weight maps `in_features` to `out_features`, if it has one."""
+    """A module as targets see it: its weight maps `in_features` to `out_features`, if it has one; its bias is as wide as that."""
 
     kind: Kind
     in_features: int = 0
@@ -77,7 +77,8 @@ def _shape(module: nn.Module, head: bool, learned: Set[int]) -> ModuleShape:
         return ModuleShape("conv1d", module.nx, module.nf, bias, count, head)
     if isinstance(module, nn.Embedding):
         return ModuleShape("embedding", module.num_embeddings, module.embedding_dim, bias, count, head)
-    return ModuleShape("other", bias=bias, parameters=count, head=head)
+    width = cast(nn.Parameter, module.bias).numel() if bias else 0
+    return ModuleShape("other", 0, width, bias, count, head)
 
 
 def _computes_as_known(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from twofold import atomic
 from twofold.base.chat import Renderer
 from twofold.base.fingerprint import Fingerprint, fingerprint
+from twofold.base.known_shapes import KNOWN_SHAPES
 from twofold.downloads import cache_folder, wheel_file
 from twofold.errors import BaseError, did_you_mean
 from twofold.events import Emit, Warned, silent, working
@@ -180,7 +181,11 @@ def locate(reference: str, emit: Emit = silent) -> str:
         return str(path)
     if reference.count("/") == 1 and not reference.startswith((".", "/", "~")):
         return reference
-    hint = did_you_mean(reference, BUILT_IN)
+    if reference in KNOWN_SHAPES:
+        raise BaseError(
+            f"only the shape of {reference} is known here, for twofold plan; its weights are at {KNOWN_SHAPES[reference].hub_id}"
+        )
+    hint = did_you_mean(reference, [*BUILT_IN, *KNOWN_SHAPES])
     raise BaseError(f"no base at '{reference}'{hint} (a model folder, hub id, .gguf file, or {', '.join(BUILT_IN)})")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from twofold.base.known_shapes import KNOWN_SHAPES
 from twofold.base.load import BUILT_IN, pull
 from twofold.cli.flags import take
 from twofold.cli.main import print_json
@@ -29,4 +30,8 @@ def run(arguments: list[str]) -> int:
         return 0
     for entry in found:
         stdout.print("  ".join(entry.values()), soft_wrap=True)
+    if arguments == ["list"]:
+        stdout.print("\nshapes only, without weights, for twofold plan:")
+        for name, shape in KNOWN_SHAPES.items():
+            stdout.print(f"{name}  {shape.hub_id}", soft_wrap=True)
     return 0

@@ -1,138 +1,278 @@
 """How much memory a training step takes, term by term, before it is run.
 
-Bytes, for one micro-batch of T tokens, e bytes per value of the model's type. The activations are those that the fast
-path keeps for a layer: the inputs of the two norms (2 h), the two normed inputs (2 h), q, k, v after rotation as attention
-holds them and its output (2 d_q + 2 d_kv), gate, up and their product (3 m), h = x Aᵀ of every adapter (Σ r), the attention
-probabilities (heads · length). Models on the plain path keep more: PyTorch's own norm, rotation and activation double several
-of these. With gradient checkpointing a layer keeps its input only, and one layer is whole at a time.
+Every term is a formula over a few symbols (`SYMBOLS`), in bytes, for one micro-batch. What differs between training loops is
+what a layer keeps for its backward (`layer`), the temporaries while it runs (`passing`) and the logits; all else is common.
 
-The proof at the end finds free what a step took beside weights and adapter. It needs three sets of logits, a layer's
-merged weights, and one of them twice more in float32 while it is formed: its update and the sum. That is less, unless a
-weight as large as a vocabulary is adapted; what goes beyond is the term `proof`.
+Sources. The fast path: what twofold/layers/block.py saves. The stock loop: transformers' Llama with PEFT, as derived and
+checked in tests/planning/test_published_memory.py: two float32 copies for the norms, q, k, v, the attention's output and
+its row statistics, silu's input and output and up, and a float32 copy of each adapted module's input. Full fine-tuning in mixed
+precision: arXiv 1910.02054. NF4: arXiv 2305.14314.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 from twofold.functional.attention import KEEP_UP_TO
-from twofold.functional.loss import CHUNK_ELEMENTS
+from twofold.functional.loss import CHUNK_ELEMENTS, SLICE_ELEMENTS
+from twofold.functional.segments import CHUNK_MULTIPLE, CHUNK_SCORES
+from twofold.planning.architecture import Architecture, StepShape
+from twofold.planning.formulas import Term, symbols_in, worked_out
 from twofold.planning.parameters import ParameterPlan
 
-PLAIN_PATH = 2.2
-"""How much more the plain path keeps of a layer than the fast path does."""
-RUNTIME_BYTES = 600 << 20
-"""Interpreter, PyTorch, transformers and the thread pool's work space, before any weight: 0.5 to 0.7 GB measured."""
+Method: TypeAlias = Literal["full", "lora"]
+Quantization: TypeAlias = Literal["none", "int8", "nf4"]
+
+QUANTIZED_BYTES = {"int8": 1.0, "nf4": (4 + 8 / 64 + 32 / (64 * 256)) / 8}
+"""Bytes a weight: NF4 has 4 bits, an 8-bit scale for 64 of them and a 32-bit scale for 256 of those: 0.5159."""
+KERNELS = {"cpu": 184 << 20, "cuda": 500 << 20}
+"""What a model's code, kernels and threads add once they run; on a GPU the context, which is 0.3 to 1.4 GB."""
+SLACK = {"cpu": 0.12, "cuda": 0.0}
+"""Freed memory that the allocator can neither reuse nor return, as a share of what comes and goes: the activations once, a
+layer's blocks again and again. Fitted, with the kernels' bytes and the 14 below, on the first table of docs/planner.md;
+PyTorch's own allocator on a GPU showed none against PEFT's published runs."""
 PROOF_TOKENS = 512
 """Tokens that a proof is made on."""
 PROOF_LOGITS = 1 << 23
 """Logits that it compares at most: 64 MiB in float64."""
-UNCERTAINTY = (0.85, 1.25)
-"""From the expected total to low and high: allocator slack and kernels' work space."""
+EXACT = {"weights", "adapter", "gradients", "optimizer"}
+UNCERTAINTY = (0.85, 1.2)
+"""From the expected to low and high, for the terms that are not exact."""
+
+SYMBOLS = {
+    "P": "parameters of the base",
+    "P_linear": "of these, weights of linear layers but the head",
+    "P_train": "parameters that train",
+    "L": "layers",
+    "h": "hidden width",
+    "m": "MLP width",
+    "d_q": "width of the queries",
+    "d_kv": "width of the keys",
+    "heads": "attention heads",
+    "V": "vocabulary",
+    "R": "sum of all adapters' ranks",
+    "X": "sum of all adapted modules' input widths",
+    "T": "tokens in one forward pass",
+    "Y": "of these, supervised",
+    "S": "tokens of the longest example",
+    "s": "keys whose probabilities attention keeps, for each query on average",
+    "d_raw": "widths of products that a norm follows, so that they are kept before and after it",
+    "casts": "bytes of the factors in the base's type, kept with the layers; 0 where that is float32",
+    "e": "bytes of a value in the base's type",
+    "q": "bytes of a weight of a linear layer, which a quantised base has fewer of",
+    "master": "bytes of a float32 copy of a weight, 0 where the weights are float32",
+    "dequantised": "bytes of the largest weight, written out for its product; 0 when not quantised",
+    "chunk": "logits alive at once",
+    "widened": "of these, in float32",
+    "P_adapted": "values of the weights that are adapted",
+    "largest": "values of the largest of these",
+    "proved": "tokens that a proof is made on",
+    "compared": "logits that a proof compares at most",
+    "held": "bytes that this process holds without a base: interpreter and libraries",
+    "kernels": "bytes that the model's code, kernels and threads add; the context on a GPU",
+    "f": "share that the allocator loses",
+    "N": "devices",
+}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A training loop: bytes that a layer keeps, bytes passing while it runs, bytes of logits, bytes of a proof at the end."""
+
+    layer: str
+    passing: str
+    logits: str
+    proof: str
+
+
+PROOF = "8 * largest + e * max(largest, P_adapted / L) + 6 * e * min(proved * V, compared)"
+"""A layer's merged weights, one of them twice more in float32 while it is formed (its update and the sum), and three sets of
+logits. A proof finds free what a step took beside weights and adapter; the term is what goes beyond."""
+FAST = Loop(
+    layer="T * e * (2 * h + 2 * d_q + 2 * d_kv + d_raw + 2 * m + heads * s + R / L) + casts / L",
+    passing="T * e * (5 * m + 2 * h)",
+    logits="e * min(Y * V, chunk) + 4 * min(Y * V, widened)",
+    proof=PROOF,
+)
+PLAIN = Loop(
+    layer="T * (8 * h + e * (2 * h + 3 * d_q + 2 * d_kv + 4 * m + R / L))",
+    passing="T * 5 * e * m",
+    logits="Y * V * (12 + e)",
+    proof=PROOF,
+)
+STOCK = Loop(
+    layer="T * (8 * h + e * (2 * d_q + 2 * d_kv + 3 * m) + 4 * heads + 4 * X / L)",
+    passing="0",
+    logits="T * V * (12 + e)",
+    proof="0",
+)
+STOCK_FULL = Loop(
+    layer="T * (8 * h + e * (4 * h + 2 * d_q + 2 * d_kv + 4 * m) + 4 * heads)",
+    passing="0",
+    logits="T * V * (12 + e)",
+    proof="0",
+)
+
+WHOLE = Term("weights", "e * (P - P_linear) + q * P_linear")
+GATHERED = "e * (P - P_linear) + 2 * q * P_linear / L"
+STATE: dict[Method, tuple[Term, ...]] = {
+    "lora": (Term("adapter", "4 * P_train"), Term("gradients", "4 * P_train"), Term("optimizer", "8 * P_train")),
+    "full": (Term("adapter", "0"), Term("gradients", "e * P"), Term("optimizer", "(8 + master) * P")),
+}
+KEPT = {False: "L * layer", True: "L * T * h * e + layer"}
+"""Activations without and with gradient checkpointing."""
+COMMON = (
+    Term("workspace", "max(0, passing + dequantised - logits)"),
+    Term("runtime", "held + kernels"),
+    Term("slack", "f * (activations + 14 * layer)"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """The sizes of a decoder that its activations depend on."""
+class Setup:
+    """What surrounds the step.
 
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    q_width: int
-    kv_width: int
-    vocabulary: int
-    fast_path: bool
+    Attributes:
+        loop: which training loop.
+        method: all parameters, or an adapter's.
+        quantization: of the base's linear layers.
+        device: `cpu` or `cuda`.
+        held: bytes that the process holds without a base.
+        devices: how many hold parts of the model.
+    """
 
-
-def architecture(config: Any, *, fast_path: bool) -> Architecture:
-    """The sizes, from a transformers config."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    return Architecture(
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        heads=heads,
-        q_width=heads * head_dim,
-        kv_width=kv_heads * head_dim,
-        vocabulary=text.vocab_size,
-        fast_path=fast_path,
-    )
+    loop: Loop
+    method: Method = "lora"
+    quantization: Quantization = "none"
+    device: str = "cpu"
+    held: int = 0
+    devices: int = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepShape:
-    """One forward and backward pass: T tokens in examples of at most `length`, of which some are supervised."""
-
-    tokens: int
-    length: int
-    supervised_tokens: int
-    element_bytes: int
-    recompute: bool
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by term."""
+    """Bytes by term, with the formulas that gave them and the values of their symbols; `layer` is what one layer keeps."""
 
-    weights: int
-    adapter: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    proof: int
-    runtime: int
+    terms: dict[str, int]
+    layer: float
+    formulas: tuple[Term, ...]
+    symbols: dict[str, float]
 
     @property
     def expected(self) -> int:
-        return sum(asdict(self).values())
+        return sum(self.terms.values())
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Low and high."""
+        exact = sum(v for k, v in self.terms.items() if k in EXACT)
+        low, high = (round(exact + u * (self.expected - exact)) for u in UNCERTAINTY)
+        return low, high
 
     def as_json(self) -> dict[str, Any]:
-        low, high = (int(self.expected * u) for u in UNCERTAINTY)
-        return {**asdict(self), "total": {"low": low, "expected": self.expected, "high": high}}
+        low, high = self.bounds
+        return {**self.terms, "total": {"low": low, "expected": self.expected, "high": high}}
+
+    def explained(self) -> dict[str, Any]:
+        """The formula of every term, and what each symbol in them means and is here."""
+        used = symbols_in(self.formulas)
+        return {
+            "formulas": {t.name: t.shown() for t in self.formulas},
+            "symbols": {k: {"value": v, "meaning": SYMBOLS[k]} for k, v in self.symbols.items() if k in used},
+        }
 
 
-def plan_memory(parameters: ParameterPlan, shape: Architecture, step: StepShape, ranks: int) -> MemoryPlan:
-    """The terms of a training step; `ranks` is the sum of all adapters' ranks."""
-    master = 4 * parameters.trainable
-    activations, logits = _activations(shape, step, ranks), _logits(shape, step)
-    return MemoryPlan(
-        weights=parameters.base * step.element_bytes,
-        adapter=master,
-        gradients=master,
-        optimizer=2 * master,
-        activations=activations,
-        logits=logits,
-        proof=max(0, _proof(parameters, shape, step) - 3 * master - activations - logits),
-        runtime=RUNTIME_BYTES,
+def plan_memory(parameters: ParameterPlan, shape: Architecture, step: StepShape, setup: Setup) -> MemoryPlan:
+    """The terms of a training step on a device that holds the whole model."""
+    terms = memory_terms(setup.loop, step.recompute, WHOLE, *STATE[setup.method])
+    return _plan(terms, parameters, shape, step, setup)
+
+
+def plan_sharded(parameters: ParameterPlan, shape: Architecture, step: StepShape, setup: Setup) -> MemoryPlan:
+    """The same on one of N devices that share the base: each holds an N-th of it and gathers the embedding, the head and,
+    while they run, two layers (one at work and the next on its way: FSDP, arXiv 2304.11277).
+
+    An adapter is small enough for every device to hold it whole; in full fine-tuning the state is shared out like the weights.
+    """
+    shared = STATE[setup.method]
+    if setup.method == "full":
+        shared = tuple(Term(t.name, f"({t.formula}) / N") for t in shared)
+    held = (Term(WHOLE.name, f"({WHOLE.formula}) / N"), Term("gathered", GATHERED))
+    return _plan(memory_terms(setup.loop, step.recompute, *held, *shared), parameters, shape, step, setup)
+
+
+def memory_terms(loop: Loop, recompute: bool, *held: Term) -> tuple[Term, ...]:
+    """The terms in the order in which they are worked out; `layer` and `passing` are parts of others."""
+    return (
+        Term("layer", loop.layer),
+        Term("passing", loop.passing),
+        *held,
+        Term("activations", KEPT[recompute]),
+        Term("logits", loop.logits),
+        *COMMON,
+        Term("proof", f"max(0, {loop.proof} - gradients - optimizer - activations - logits - workspace - slack)"),
     )
 
 
-def _activations(shape: Architecture, step: StepShape, ranks: int) -> int:
-    values = 4 * shape.hidden + 2 * shape.q_width + 2 * shape.kv_width + 3 * shape.intermediate
-    if step.length <= KEEP_UP_TO:
-        values += shape.heads * step.length
-    layer = step.tokens * (values * (1 if shape.fast_path else PLAIN_PATH) + ranks / shape.layers) * step.element_bytes
-    if step.recompute:
-        return int(shape.layers * step.tokens * shape.hidden * step.element_bytes + layer)
-    return int(shape.layers * layer)
+def _plan(
+    formulas: Sequence[Term], parameters: ParameterPlan, shape: Architecture, step: StepShape, setup: Setup
+) -> MemoryPlan:
+    symbols = symbol_values(parameters, shape, step, setup)
+    values = worked_out(formulas, symbols)
+    terms = {name: round(v) for name, v in values.items() if name not in ("layer", "passing")}
+    return MemoryPlan(terms, values["layer"], tuple(formulas), symbols)
 
 
-def _logits(shape: Architecture, step: StepShape) -> int:
-    """The fast path holds one chunk in float32 and in the model's type; the plain path all rows, several times."""
-    rows = step.supervised_tokens
-    if shape.fast_path:
-        return int(min(rows * shape.vocabulary, CHUNK_ELEMENTS) * (4 + 4 + step.element_bytes))
-    return rows * shape.vocabulary * (3 * 4 + step.element_bytes)
+def symbol_values(parameters: ParameterPlan, shape: Architecture, step: StepShape, setup: Setup) -> dict[str, float]:
+    """The value of each of `SYMBOLS`."""
+    e = step.element_bytes
+    quantized = setup.quantization != "none"
+    values: dict[str, float] = {
+        "P": parameters.base,
+        "P_linear": parameters.linear,
+        "P_train": parameters.base if setup.method == "full" else parameters.trainable,
+        "L": shape.layers,
+        "h": shape.hidden,
+        "m": shape.intermediate,
+        "d_q": shape.q_width,
+        "d_kv": shape.kv_width,
+        "heads": shape.heads,
+        "V": shape.vocabulary,
+        "R": parameters.ranks,
+        "X": parameters.adapted_inputs,
+        "T": step.tokens,
+        "Y": step.supervised_tokens,
+        "S": step.length,
+        "s": kept_keys(step, shape.heads),
+        "d_raw": shape.normed_twice,
+        "casts": e * parameters.trainable if e < 4 else 0,
+        "e": e,
+        "q": QUANTIZED_BYTES[setup.quantization] if quantized else e,
+        "master": 4 if e < 4 else 0,
+        "dequantised": e * shape.hidden * shape.intermediate if quantized else 0,
+        "chunk": CHUNK_ELEMENTS,
+        "widened": SLICE_ELEMENTS if setup.device == "cpu" else CHUNK_ELEMENTS,
+        "P_adapted": parameters.adapted_base,
+        "largest": parameters.largest,
+        "proved": PROOF_TOKENS,
+        "compared": PROOF_LOGITS,
+        "held": setup.held if setup.device == "cpu" else 0,
+        "kernels": KERNELS[setup.device],
+        "f": SLACK[setup.device],
+        "N": setup.devices,
+    }
+    return {name: float(value) for name, value in values.items()}
 
 
-def _proof(parameters: ParameterPlan, shape: Architecture, step: StepShape) -> int:
-    """What the proof takes beside weights and adapter."""
-    layer = max(parameters.largest, parameters.adapted_base // shape.layers)
-    formed = parameters.largest * (4 + 4) + layer * step.element_bytes
-    return formed + 3 * min(PROOF_TOKENS * shape.vocabulary, PROOF_LOGITS) * 2 * step.element_bytes
+def kept_keys(step: StepShape, heads: int) -> float:
+    """Keys whose probabilities the fast path keeps, for each query on average (`functional/segments.py`).
+
+    Queries come in chunks, each of which sees the keys up to its own end, and keeps what it saw if that is not too much.
+    """
+    chunk = min(
+        step.length, max(CHUNK_MULTIPLE, CHUNK_SCORES // (step.tokens * heads) // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
+    )
+    whole_chunks = min(step.length, KEEP_UP_TO // chunk * chunk)
+    return whole_chunks / step.length * (whole_chunks + chunk) / 2

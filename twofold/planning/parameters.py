@@ -16,15 +16,21 @@ class ParameterPlan:
     Attributes:
         base: of the frozen model.
         trainable: of the adapter, with modules that are trained whole.
-        adapted_base: of the weights that get factors.
+        linear: weights of the base's linear layers but its head: what 4-bit and 8-bit bases quantise.
         modules: adapted modules.
-        largest: values in the largest weight that gets factors.
+        ranks: the sum of their ranks.
+        adapted_inputs: the sum of their input widths.
+        adapted_base: values of the weights that get factors.
+        largest: values of the largest of these.
     """
 
     base: int
     trainable: int
-    adapted_base: int
+    linear: int
     modules: int
+    ranks: int
+    adapted_inputs: int
+    adapted_base: int
     largest: int
 
     @property
@@ -39,15 +45,21 @@ def plan_parameters(config: LoraConfig, shapes: Mapping[str, ModuleShape], base:
         TargetError: an entry of the config matches nothing.
     """
     targets = find_targets(config, shapes)
-    factors = sum(lora_parameters(resolve(config, n).r, s) for n, s in targets.adapted.items())
+    ranks = {name: resolve(config, name).r for name in targets.adapted}
+    factors = sum(lora_parameters(ranks[n], s) for n, s in targets.adapted.items())
     biases = sum(s.out_features for s in targets.adapted.values() if s.bias and config.bias != "none")
+    biases += sum(shapes[n].out_features for n in targets.biased)
     saved = sum(shapes[n].parameters for n in targets.saved)
+    linear = [s for s in shapes.values() if s.kind in ("linear", "conv1d") and not s.head]
     adapted = [s.in_features * s.out_features for s in targets.adapted.values()]
     return ParameterPlan(
         base=base,
         trainable=factors + biases + saved,
-        adapted_base=sum(adapted),
+        linear=sum(s.in_features * s.out_features for s in linear),
         modules=len(adapted),
+        ranks=sum(ranks.values()),
+        adapted_inputs=sum(s.in_features for s in targets.adapted.values()),
+        adapted_base=sum(adapted),
         largest=max(adapted, default=0),
     )
 

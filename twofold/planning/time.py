@@ -1,41 +1,108 @@
-"""How long a training step takes: its operations over the rate that this machine's products reach."""
+"""How long a training step takes: its operations, and the bytes it moves, over what this machine reaches.
+
+A step multiplies, and between the products it walks over what it keeps: seconds = operations / products a second
++ passes · activations / bytes a second. Both rates are measured here in under two seconds; how many passes a loop makes
+over its activations is a constant of the loop.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from twofold.planning.memory import Architecture, StepShape
-from twofold.planning.parameters import ParameterPlan
+from twofold.planning.architecture import Architecture, StepShape
+from twofold.planning.formulas import Term, worked_out
+from twofold.planning.memory import MemoryPlan, Method
 
-EFFICIENCY = 0.6
-"""Share of the step's time that its matrix products account for on the fast path: 0.55 to 0.7 measured."""
+PASSES = 20.0
+"""How often a step walks over its activations outside of products: 20 and 21 measured, of two models on this project's CPU."""
+SECONDS = 0.7
+"""For each of the two measurements."""
+WIDEST = 4096
+"""Larger layers are measured at this width: the rate no longer depends on it."""
+
+OPERATIONS: dict[Method, tuple[Term, ...]] = {
+    "lora": (
+        Term("layers", "(4 + 2 * again) * T * P_linear"),
+        Term("factors", "(6 + 2 * again) * T * P_train"),
+        Term("attention", "(12 + 4 * again) * T * S * d_q * L"),
+        Term("head", "4 * Y * V * h"),
+    ),
+    "full": (
+        Term("layers", "(6 + 2 * again) * T * P_linear"),
+        Term("attention", "(12 + 4 * again) * T * S * d_q * L"),
+        Term("head", "6 * T * V * h"),
+    ),
+}
+"""Multiplications and additions: forward 2, input gradient 2, weight gradient 2 for each weight and token; `again` is 1 where
+gradient checkpointing runs the forward a second time."""
 
 
-def step_operations(parameters: ParameterPlan, shape: Architecture, step: StepShape) -> int:
-    """Multiply-adds of a step, times two: forward and input gradient of the layers (4 P a token), the factors' three
-    products (6 P_lora), the head at supervised rows (4 V d); recomputation adds a forward."""
-    layers = parameters.base - shape.vocabulary * shape.hidden
-    passes = 6 if step.recompute else 4
-    return (
-        step.tokens * (passes * layers + 6 * parameters.trainable)
-        + 4 * step.supervised_tokens * shape.vocabulary * shape.hidden
-    )
+@dataclass(frozen=True)
+class Rates:
+    """What this machine reaches: operations a second in products, bytes a second in elementwise work."""
+
+    products: float
+    bytes: float
 
 
-def product_rate(shape: Architecture, dtype: torch.dtype, device: torch.device, rows: int = 512) -> float:
-    """Operations a second of a product of this model's MLP size, measured in about a tenth of a second."""
-    x = torch.ones(rows, shape.hidden, dtype=dtype, device=device)
-    w = torch.ones(shape.intermediate, shape.hidden, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(8):
+@dataclass(frozen=True)
+class TimePlan:
+    """Seconds of one forward and backward pass, and where they come from."""
+
+    seconds: float
+    tokens: int
+    operations: dict[str, float]
+    rates: Rates
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "seconds_per_step": self.seconds,
+            "seconds_per_token": self.seconds / self.tokens,
+            "tokens_per_second": self.tokens / self.seconds,
+            "operations": self.operations,
+            "products_per_second": self.rates.products,
+            "bytes_per_second": self.rates.bytes,
+        }
+
+
+def measure_rates(shape: Architecture, dtype: torch.dtype, device: torch.device) -> Rates:
+    """Time a product of this model's MLP, with ever more rows, and its activation."""
+    hidden, wide = min(shape.hidden, WIDEST), min(shape.intermediate, WIDEST)
+    w = torch.ones(wide, hidden, dtype=dtype, device=device)
+    x = torch.ones(1024, hidden, dtype=dtype, device=device)
+    y = torch.ones(1024, wide, dtype=dtype, device=device)
+
+    def product(rows: int) -> float:
+        torch.nn.functional.linear(x[:rows], w)[-1, -1].item()
+        return 2.0 * rows * hidden * wide
+
+    def elementwise(rows: int) -> float:
+        torch.nn.functional.silu(y[:rows])[-1, -1].item()
+        return 2.0 * rows * wide * dtype.itemsize
+
+    return Rates(_best_rate(product), _best_rate(elementwise))
+
+
+def _best_rate(work: Callable[[int], float]) -> float:
+    """The most that `work(rows)` does in a second, from few rows to many, within the time allowed."""
+    best, began = 0.0, time.perf_counter()
+    for rows in (16, 64, 256, *[1024] * 20):
         start = time.perf_counter()
-        torch.nn.functional.linear(x, w).sum().item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * rows * shape.hidden * shape.intermediate / best
+        done = work(rows)
+        best = max(best, done / (time.perf_counter() - start))
+        if time.perf_counter() - began > SECONDS / 2:
+            break
+    return best
 
 
-def step_seconds(parameters: ParameterPlan, shape: Architecture, step: StepShape, rate: float) -> float:
-    """Seconds of one optimiser step's forward and backward."""
-    return step_operations(parameters, shape, step) / (rate * EFFICIENCY)
+def plan_time(memory: MemoryPlan, step: StepShape, method: Method, rates: Rates) -> TimePlan:
+    """Seconds of the step that `memory` was planned for."""
+    symbols = {**memory.symbols, "again": float(step.recompute)}
+    operations = worked_out(OPERATIONS[method], symbols)
+    moved = PASSES * memory.symbols["L"] * memory.layer
+    return TimePlan(sum(operations.values()) / rates.products + moved / rates.bytes, step.tokens, operations, rates)

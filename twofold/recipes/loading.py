@@ -80,7 +80,7 @@ def foresee(config: TrainConfig, loaded: Loaded, world: World) -> Preflight:
     if not is_sharded(config, world):
         return found
     weights = bytes_per_process(loaded.base.model, world.size)
-    return replace(found, memory=replace(found.memory, weights=weights))
+    return replace(found, memory=replace(found.memory, terms={**found.memory.terms, "weights": weights}))
 
 
 def check_alike(foreseen: Preflight, world: World) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from twofold.adapter.config import LoraConfig, resolve
-from twofold.adapter.target import ModuleShape, find_targets, module_shapes
-from twofold.base.batch import Example
+from twofold.adapter.config import LoraConfig
+from twofold.adapter.target import module_shapes
+from twofold.base.batch import Example, PackedBatch, pack
 from twofold.base.blocks import Decoder, NotDescribed, describe
 from twofold.base.load import Base
-from twofold.data.batches import steps_per_epoch
+from twofold.data.batches import micro_batches, step_indices, steps_per_epoch
 from twofold.data.examples import DataReport, Examples
-from twofold.planning.memory import MemoryPlan, StepShape, architecture, plan_memory
+from twofold.planning.advice import far_off
+from twofold.planning.architecture import StepShape, architecture
+from twofold.planning.memory import FAST, PLAIN, MemoryPlan, Setup, plan_memory
 from twofold.planning.parameters import ParameterPlan, plan_parameters
-from twofold.planning.time import product_rate, step_seconds
+from twofold.planning.time import measure_rates, plan_time
+from twofold.recipes.plan import HELD_BYTES
+from twofold.training.layout import lay_out
 from twofold.training.optim import TrainingConfig
 from twofold.world import ALONE, World
 
@@ -73,25 +76,25 @@ def preflight(
         TargetError: the adapter's targets match nothing.
     """
     described = describe(base.model)
-    fast = isinstance(described, Decoder)
-    shapes = module_shapes(base.model)
-    parameters = plan_parameters(config, shapes, sum(p.numel() for p in base.model.parameters()))
-    sizes = architecture(base.model.config, fast_path=fast)
-    micro = micro_step(train, training, base.dtype, world.size)
-    whole = step_shape(train, training.batch_size, training, base.dtype)
+    parameters = plan_parameters(config, module_shapes(base.model), sum(p.numel() for p in base.model.parameters()))
+    sizes = architecture(base.model)
+    loop = FAST if isinstance(described, Decoder) else PLAIN
+    setup = Setup(loop=loop, device=base.device.type, held=HELD_BYTES)
+    first = first_step(train, training, base.dtype)
+    of_first = plan_memory(parameters, sizes, first, setup)
+    seconds = plan_time(of_first, first, setup.method, measure_rates(sizes, base.dtype, base.device)).seconds
     steps = total_steps(train, training)
-    rate = product_rate(sizes, base.dtype, base.device)
     return Preflight(
         train=train.report,
         evaluation=evaluation.report if evaluation else None,
         base=base.fingerprint.as_json(),
         parameters=parameters,
-        memory=plan_memory(parameters, sizes, micro, sum_of_ranks(config, shapes)),
+        memory=plan_memory(parameters, sizes, micro_step(train, training, base.dtype, world.size), setup),
         path="fast path" if not isinstance(described, NotDescribed) else f"plain path: {described.reason}",
         steps=steps,
-        seconds=steps * step_seconds(parameters, sizes, whole, rate) / world.size,
+        seconds=steps * seconds / world.size,
         samples=[tokens_shown(base.tokenizer, e) for e in train.items[:2]],
-        warnings=warnings(train.report, base),
+        warnings=[*warnings(train.report, base), *far_off(training.learning_rate, config, sizes.hidden)],
     )
 
 
@@ -102,30 +105,28 @@ def total_steps(train: Examples, training: TrainingConfig) -> int:
 
 
 def micro_step(train: Examples, training: TrainingConfig, dtype: torch.dtype, processes: int) -> StepShape:
-    """The largest forward pass: as many of the longest examples as a micro-batch takes."""
+    """The largest forward pass that may occur: of a process's share of a step over the longest examples."""
     own = -(-training.batch_size // processes)
-    size = min(training.micro_batch_size or own, own, len(train.items))
-    longest = sorted(train.items, key=lambda e: -len(e.token_ids))[:size]
-    return _shape(longest, training, dtype, 1.0)
+    longest = sorted(train.items, key=lambda e: -len(e.token_ids))[:own]
+    passes = micro_batches(longest, training.micro_batch_size, training.micro_batch_tokens)
+    return _shape(max(passes, key=lambda b: b.tokens), training, dtype)
 
 
-def step_shape(train: Examples, size: int, training: TrainingConfig, dtype: torch.dtype) -> StepShape:
-    """An average optimiser step."""
-    return _shape(train.items, training, dtype, min(1.0, size / len(train.items)))
+def first_step(train: Examples, training: TrainingConfig, dtype: torch.dtype) -> StepShape:
+    """The first optimiser step, which stands for all."""
+    chosen = step_indices(len(train.items), training.batch_size, training.seed, 0)
+    return _shape(pack([train.items[i] for i in chosen]), training, dtype)
 
 
-def _shape(examples: Sequence[Example], training: TrainingConfig, dtype: torch.dtype, share: float) -> StepShape:
+def _shape(batch: PackedBatch, training: TrainingConfig, dtype: torch.dtype) -> StepShape:
+    """The rows that are computed: shared prefixes once, nothing behind the last prediction."""
     return StepShape(
-        tokens=round(share * sum(len(e.token_ids) for e in examples)),
-        length=max(len(e.token_ids) for e in examples),
-        supervised_tokens=round(share * sum(e.supervised_tokens for e in examples)),
+        tokens=lay_out(batch, share=training.share_prefixes).rows,
+        length=max(batch.lengths),
+        supervised_tokens=batch.supervised_tokens,
         element_bytes=dtype.itemsize,
         recompute=training.gradient_checkpointing,
     )
-
-
-def sum_of_ranks(config: LoraConfig, shapes: dict[str, ModuleShape]) -> int:
-    return sum(resolve(config, name).r for name in find_targets(config, shapes).adapted)
 
 
 def tokens_shown(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:

@@ -1,0 +1,54 @@
+"""What a run warns about before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twofold.data.examples import DataConfig
+from twofold.recipes.preflight import Preflight
+from twofold.recipes.settings import AdapterSettings, TrainConfig
+from twofold.recipes.train import dry_run
+from twofold.training.optim import TrainingConfig
+
+pytest_plugins = ("tiny_fixtures",)
+
+
+def foreseen(base: Path, data: Path, adapter: dict[str, Any], **training: Any) -> Preflight:
+    return dry_run(
+        TrainConfig(
+            base=str(base),
+            data=DataConfig(train=str(data)),
+            adapter=AdapterSettings(**adapter),
+            training=TrainingConfig(batch_size=4, **training),
+            dtype="float32",
+            device="cpu",
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("adapter", "rate", "said"),
+    [
+        ({"r": 16, "lora_alpha": 32}, 2e-3, []),
+        ({"r": 16, "lora_alpha": 32}, 1e-6, ["learning_rate 1e-06"]),
+        ({"r": 16, "lora_alpha": 32}, 1.0, ["learning_rate 1 "]),
+        ({"r": 64, "lora_alpha": 2}, 2e-2, ["2312.03732"]),
+    ],
+)
+def test_settings_far_from_known_good_ones_are_named(
+    llama_base: Path, train_file: Path, adapter: dict[str, Any], rate: float, said: list[str]
+) -> None:
+    found = foreseen(llama_base, train_file, adapter, learning_rate=rate).warnings
+    assert len(found) == len(said)
+    assert all(s in f for s, f in zip(said, found, strict=True))
+
+
+def test_the_micro_batch_decides_the_memory_and_the_batch_the_time(llama_base: Path, train_file: Path) -> None:
+    whole = foreseen(llama_base, train_file, {})
+    halves = foreseen(llama_base, train_file, {}, micro_batch_size=2)
+    assert halves.memory.terms["activations"] < whole.memory.terms["activations"]
+    assert halves.memory.terms["weights"] == whole.memory.terms["weights"]
+    assert halves.seconds > 0
