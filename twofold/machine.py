@@ -73,3 +73,11 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def memory_ran_out(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is want of memory, which PyTorch on a CPU says in words alone."""
+    if error is None:
+        return False
+    said = any(words in str(error).lower() for words in ("allocate memory", "not enough memory", "bad_alloc"))
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError) or memory_ran_out(error.__cause__)

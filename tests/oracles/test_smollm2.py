@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from twofold.adapter.attach import attach, detach
+from twofold.adapter.attach import attach, detach, folding, merge, unmerge
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import save_adapter
 from twofold.base.batch import Example, PackedBatch, pack
@@ -18,7 +19,7 @@ from twofold.base.blocks import NotDescribed
 from twofold.base.load import DEFAULT_BASE, Base, load_base, locate
 from twofold.engine.engine import Engine
 from twofold.engine.request import Request
-from twofold.recipes.proof import all_logits
+from twofold.recipes.proof import logits_at, wide_logits
 from twofold.training.objective import FastObjective, objective_for, plain_objective
 
 QUESTIONS = ("What is the capital of France?", "Name three fruits.", "Write one short sentence about the sea.")
@@ -50,9 +51,27 @@ def test_peft_reads_our_adapter_and_gives_the_same_logits(base: Base, adapted: A
     save_adapter(adapted, tmp_path / "adapter")
     fresh = AutoModelForCausalLM.from_pretrained(locate(DEFAULT_BASE), dtype=torch.float32)
     theirs = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
-    ours, found = all_logits(adapted, batch(base), 0), all_logits(theirs, batch(base), 0)
+    rows = torch.arange(batch(base).tokens)
+    ours, found = (logits_at(model, batch(base), rows, 0) for model in (adapted, theirs))
     assert (ours - found).abs().max() < 2e-3
     assert torch.equal(ours.argmax(-1), found.argmax(-1))
+
+
+def test_it_says_widened_weight_by_weight_what_it_says_converted_whole(base: Base, adapted: Any) -> None:
+    """Apart, and folded as it runs against `merge`, in float64."""
+    short = pack(base.renderer.chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]))
+    rows = torch.arange(short.tokens)
+    apart = wide_logits(adapted, short, rows, 0)
+    with folding(adapted):
+        folded = wide_logits(adapted, short, rows, 0)
+    whole = copy.deepcopy(adapted)
+    merge(whole)
+    for layer in (m for m in whole.modules() if getattr(m, "merged", None) is not None):
+        layer.merged = layer.merged.double()
+    whole.double()
+    torch.testing.assert_close(folded, logits_at(whole, short, rows, 0), rtol=1e-11, atol=1e-10)
+    unmerge(whole)
+    torch.testing.assert_close(apart, logits_at(whole, short, rows, 0), rtol=1e-11, atol=1e-10)
 
 
 def test_the_fast_path_gives_the_gradients_of_the_models_own_forward(base: Base, adapted: Any) -> None:

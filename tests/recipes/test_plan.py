@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from twofold.adapter.config import LoraConfig
 from twofold.adapter.target import module_shapes
 from twofold.base.load import load_base
 from twofold.errors import BaseError, TargetError
-from twofold.planning.parameters import plan_parameters
+from twofold.planning.memory import Architecture, StepShape, plan_memory
+from twofold.planning.parameters import ParameterPlan, plan_parameters
 from twofold.recipes.plan import plan
 
 pytest_plugins = ("tiny_fixtures",)
@@ -85,6 +87,28 @@ def test_memory_follows_what_it_is_made_of(llama_base: Path) -> None:
     assert double["weights"] == one["weights"]
     less = planned(llama_base, LoraConfig(), gradient_checkpointing=True)["memory"]
     assert less["activations"] < one["activations"]
+
+
+def test_the_proof_counts_only_where_forming_a_merged_weight_outgrows_training() -> None:
+    """For a model of 8B in bfloat16; its head, 128,256 x 4096, takes 10 bytes a value while it is merged."""
+    shape = Architecture(
+        layers=32,
+        hidden=4096,
+        intermediate=14336,
+        heads=32,
+        q_width=4096,
+        kv_width=1024,
+        vocabulary=128256,
+        fast_path=True,
+    )
+    step = StepShape(tokens=256, length=256, supervised_tokens=200, element_bytes=2, recompute=False)
+    layers = ParameterPlan(
+        base=8_030_261_248, trainable=42_000_000, adapted_base=7 * 10**9, modules=224, largest=14336 * 4096
+    )
+    assert plan_memory(layers, shape, step, 3584).proof == 0
+    head = plan_memory(replace(layers, largest=128256 * 4096), shape, step, 3584)
+    freed = head.gradients + head.optimizer + head.activations + head.logits
+    assert head.proof + freed == pytest.approx(10 * 128256 * 4096, rel=0.05)
 
 
 def test_the_path_is_foretold(llama_base: Path, gpt2_base: Path) -> None:

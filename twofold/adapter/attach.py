@@ -260,6 +260,19 @@ def unmerge(model: nn.Module) -> None:
         layer.unmerge()
 
 
+@contextmanager
+def folding(model: nn.Module) -> Iterator[None]:
+    """What `merge` makes, for the length of a `with` block, but each weight formed when its layer runs and dropped after."""
+    layers = [layer for _, layer in adapter_layers(model)]
+    try:
+        for layer in layers:
+            layer.folding = True
+        yield
+    finally:
+        for layer in layers:
+            layer.folding = False
+
+
 def is_merged(model: nn.Module) -> bool:
     """Whether merged weights are in place."""
     return any(getattr(layer, "merged", None) is not None for _, layer in adapter_layers(model))

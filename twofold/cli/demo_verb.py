@@ -63,7 +63,9 @@ def _show_proof(report: dict[str, Any]) -> None:
         _show_comparison("PEFT's own loading of the adapter", report["peft"])
 
 
-def _show_comparison(what: str, found: dict[str, Any]) -> None:
+def _show_comparison(what: str, found: dict[str, Any] | None) -> None:
+    if found is None:
+        return stdout.print(f"  {what}: not compared, for memory ran out")
     stdout.print(
         f"  {what}: {'passed' if found['passed'] else 'FAILED'}; logits differ by at most "
         f"{found['max_abs_logit_difference']:.2g}, same likeliest token at {found['top1_agreement']:.1%} of positions"

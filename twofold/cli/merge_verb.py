@@ -41,7 +41,12 @@ def run(arguments: list[str]) -> int:
         return 0
     proof = found["verification"]
     stdout.print(
-        f"{found['output']} written in {duration(found['seconds'])}; read back, it differs from the adapter by at most "
-        f"{proof['max_abs_logit_difference']:.3g} in a logit (noise allows {proof['tolerance']:.3g})"
+        f"{found['output']} written in {duration(found['seconds'])}; "
+        + (
+            f"read back, it differs from the adapter by at most {proof['max_abs_logit_difference']:.3g} in a logit "
+            f"(noise allows {proof['tolerance']:.3g})"
+            if proof
+            else f"not proved: {found['verification_skipped']}"
+        )
     )
     return 0

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from twofold.functional.widen import in_own_precision
 from twofold.layers.protocol import AdapterLayer, Share
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.init import Factors
@@ -59,8 +60,8 @@ class LoraEmbedding(AdapterLayer):
 
     def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
         shares = self._shares_now()
-        if self.merged is not None and shares:
-            return F.embedding(ids, self.merged) * self._factor()
+        if shares and (self.merged is not None or self.folding):
+            return F.embedding(ids, in_own_precision(self._merged_now, self.weight)) * self._factor()
         y: Tensor = self.base(ids)
         for share in shares:
             update = share.low_rank()
@@ -75,9 +76,16 @@ class LoraEmbedding(AdapterLayer):
             total = total + share.low_rank().delta().T
         return total
 
+    @torch.no_grad()
+    def fold(self) -> Float[Tensor, "vocabulary dim"]:
+        """A new table with the active updates in it, rounded once to the base's type."""
+        return merged_weight(self.weight, [self.delta()])
+
+    def _merged_now(self) -> Float[Tensor, "vocabulary dim"]:
+        return self.fold() if self.merged is None else self.merged
+
     def merge(self) -> None:
-        with torch.no_grad():
-            self.merged = merged_weight(self.weight, [self.delta()])
+        self.merged = self.fold()
 
     def unmerge(self) -> None:
         self.merged = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import ConfigError
+from twofold.functional.widen import in_own_precision
 from twofold.layers.protocol import AdapterLayer, Share, bias_of
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.init import Factors
@@ -79,8 +80,8 @@ class LoraLinear(AdapterLayer):
     def projection(self) -> Projection:
         """Weight, bias and combined update as they stand now, for callers that fuse several layers."""
         shares = self.linear_shares()
-        if self.merged is not None:
-            return Projection(self.merged, self._effective_bias(shares), None)
+        if shares and (self.merged is not None or self.folding):
+            return Projection(in_own_precision(self._merged_now, self.weight), self._effective_bias(shares), None)
         cast_before = shares[0].cast if len(shares) == 1 else None
         return Projection(self.matrix(), self._effective_bias(shares), _combined(shares), cast_before)
 
@@ -103,9 +104,16 @@ class LoraLinear(AdapterLayer):
         update = _combined(self.linear_shares())
         return torch.zeros_like(self.matrix(), dtype=torch.float32) if update is None else update.delta()
 
+    @torch.no_grad()
+    def fold(self) -> Float[Tensor, "out in_"]:
+        """A new weight with the active updates in it, rounded once to the base's type."""
+        return merged_weight(self.matrix(), [self.delta()])
+
+    def _merged_now(self) -> Float[Tensor, "out in_"]:
+        return self.fold() if self.merged is None else self.merged
+
     def merge(self) -> None:
-        with torch.no_grad():
-            self.merged = merged_weight(self.matrix(), [self.delta()])
+        self.merged = self.fold()
 
     def unmerge(self) -> None:
         self.merged = None

@@ -35,17 +35,23 @@ class Share(nn.Module):
 
 
 class AdapterLayer(nn.Module):
-    """A frozen `base` module and its `shares`, by adapter name. `enabled` False runs the base alone."""
+    """A frozen `base` module and its `shares`, by adapter name.
+
+    Attributes:
+        enabled: False runs the base alone.
+        folding: True runs on a merged weight that is formed for each pass and not kept.
+    """
 
     base: nn.Module
     shares: nn.ModuleDict
     enabled: bool
+    folding: bool
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
         self.shares = nn.ModuleDict()
-        self.enabled = True
+        self.enabled, self.folding = True, False
         self.training = base.training
 
     def add(self, name: str, share: Share) -> None:

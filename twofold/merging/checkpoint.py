@@ -15,7 +15,6 @@ from twofold.layers.embedding import LoraEmbedding
 from twofold.layers.linear import LoraConv1D, LoraLinear
 from twofold.layers.protocol import AdapterLayer
 from twofold.layers.saved import TrainedBias, TrainedCopy
-from twofold.lowrank.factors import merged_weight
 
 
 def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str | None = None) -> Path:
@@ -63,12 +62,12 @@ def _folded(layer: AdapterLayer) -> dict[str, Tensor]:
     if not layer.active():
         return {}
     if isinstance(layer, LoraLinear):
-        weight = merged_weight(layer.matrix(), [layer.delta()])
+        weight = layer.fold()
         folded = {"weight": weight.T.contiguous() if isinstance(layer, LoraConv1D) else weight}
         bias = layer.projection().bias
         return folded if bias is None else folded | {"bias": bias.detach().clone()}
     if isinstance(layer, LoraEmbedding):
-        return {"weight": merged_weight(layer.weight, [layer.delta()])}
+        return {"weight": layer.fold()}
     if isinstance(layer, TrainedCopy | TrainedBias):
         saved = layer.active()[-1].saved(layer.base)
         return {key: value.to(layer.base.state_dict()[key].dtype) for key, value in saved.items()}

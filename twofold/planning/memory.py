@@ -5,6 +5,10 @@ path keeps for a layer: the inputs of the two norms (2 h), the two normed inputs
 holds them and its output (2 d_q + 2 d_kv), gate, up and their product (3 m), h = x Aᵀ of every adapter (Σ r), the attention
 probabilities (heads · length). Models on the plain path keep more: PyTorch's own norm, rotation and activation double several
 of these. With gradient checkpointing a layer keeps its input only, and one layer is whole at a time.
+
+The proof at the end finds free what a step took beside weights and adapter. It needs three sets of logits, a layer's
+merged weights, and one of them twice more in float32 while it is formed: its update and the sum. That is less, unless a
+weight as large as a vocabulary is adapted; what goes beyond is the term `proof`.
 """
 
 from __future__ import annotations
@@ -20,6 +24,10 @@ PLAIN_PATH = 2.2
 """How much more the plain path keeps of a layer than the fast path does."""
 RUNTIME_BYTES = 600 << 20
 """Interpreter, PyTorch, transformers and the thread pool's work space, before any weight: 0.5 to 0.7 GB measured."""
+PROOF_TOKENS = 512
+"""Tokens that a proof is made on."""
+PROOF_LOGITS = 1 << 23
+"""Logits that it compares at most: 64 MiB in float64."""
 UNCERTAINTY = (0.85, 1.25)
 """From the expected total to low and high: allocator slack and kernels' work space."""
 
@@ -77,6 +85,7 @@ class MemoryPlan:
     optimizer: int
     activations: int
     logits: int
+    proof: int
     runtime: int
 
     @property
@@ -91,13 +100,15 @@ class MemoryPlan:
 def plan_memory(parameters: ParameterPlan, shape: Architecture, step: StepShape, ranks: int) -> MemoryPlan:
     """The terms of a training step; `ranks` is the sum of all adapters' ranks."""
     master = 4 * parameters.trainable
+    activations, logits = _activations(shape, step, ranks), _logits(shape, step)
     return MemoryPlan(
         weights=parameters.base * step.element_bytes,
         adapter=master,
         gradients=master,
         optimizer=2 * master,
-        activations=_activations(shape, step, ranks),
-        logits=_logits(shape, step),
+        activations=activations,
+        logits=logits,
+        proof=max(0, _proof(parameters, shape, step) - 3 * master - activations - logits),
         runtime=RUNTIME_BYTES,
     )
 
@@ -118,3 +129,10 @@ def _logits(shape: Architecture, step: StepShape) -> int:
     if shape.fast_path:
         return int(min(rows * shape.vocabulary, CHUNK_ELEMENTS) * (4 + 4 + step.element_bytes))
     return rows * shape.vocabulary * (3 * 4 + step.element_bytes)
+
+
+def _proof(parameters: ParameterPlan, shape: Architecture, step: StepShape) -> int:
+    """What the proof takes beside weights and adapter."""
+    layer = max(parameters.largest, parameters.adapted_base // shape.layers)
+    formed = parameters.largest * (4 + 4) + layer * step.element_bytes
+    return formed + 3 * min(PROOF_TOKENS * shape.vocabulary, PROOF_LOGITS) * 2 * step.element_bytes

@@ -18,12 +18,14 @@ class ParameterPlan:
         trainable: of the adapter, with modules that are trained whole.
         adapted_base: of the weights that get factors.
         modules: adapted modules.
+        largest: values in the largest weight that gets factors.
     """
 
     base: int
     trainable: int
     adapted_base: int
     modules: int
+    largest: int
 
     @property
     def fraction(self) -> float:
@@ -40,11 +42,13 @@ def plan_parameters(config: LoraConfig, shapes: Mapping[str, ModuleShape], base:
     factors = sum(lora_parameters(resolve(config, n).r, s) for n, s in targets.adapted.items())
     biases = sum(s.out_features for s in targets.adapted.values() if s.bias and config.bias != "none")
     saved = sum(shapes[n].parameters for n in targets.saved)
+    adapted = [s.in_features * s.out_features for s in targets.adapted.values()]
     return ParameterPlan(
         base=base,
         trainable=factors + biases + saved,
-        adapted_base=sum(s.in_features * s.out_features for s in targets.adapted.values()),
-        modules=len(targets.adapted),
+        adapted_base=sum(adapted),
+        modules=len(adapted),
+        largest=max(adapted, default=0),
     )
 
 

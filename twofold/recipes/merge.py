@@ -10,9 +10,10 @@ from twofold.base.batch import Example
 from twofold.base.load import Base, load_base
 from twofold.errors import RunError
 from twofold.events import Emit, silent, working
+from twofold.functional.widen import move_buffers
 from twofold.machine import peak_memory_bytes
 from twofold.merging.checkpoint import write_merged
-from twofold.recipes.proof import Verification, pad_token, proof_batch, verify_merge
+from twofold.recipes.proof import Verification, pad_token, proof_batch, verify_merge, within_memory
 
 PROMPTS = ("What is the capital of France?", "Name three fruits.", "Write one sentence about the sea.", "2 + 2 =")
 """What a merge is proved on when no data is given."""
@@ -33,20 +34,27 @@ def merge_checkpoint(
     with working(f"merging into {output}", emit):
         write_merged(base.model, base.tokenizer, output, chat_template=base.renderer.template)
     seconds = time.perf_counter() - started
-    verification = verify_folder(base, output, examples, emit)
-    verification.require(str(output), emit)
+    verification, skipped = within_memory(lambda: verify_folder(base, output, examples, emit), emit)
+    if verification:
+        verification.require(str(output), emit)
     return {
         "output": str(output),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(base.device),
-        "verification": verification.as_json(),
+        "verification": verification.as_json() if verification else None,
+        "verification_skipped": skipped,
     }
 
 
 def verify_folder(base: Base, folder: Path, examples: list[Example] | None, emit: Emit) -> Verification:
-    """The merged folder, read back, against the adapter."""
+    """The merged folder, read back, against the adapter.
+
+    It is loaded in the type it is stored in and on the CPU, so that its weights stay mapped from the file; each comes to the
+    base's device when it is used. A second model is never held.
+    """
     precision: Any = str(base.dtype).removeprefix("torch.")
-    merged = load_base(str(folder), precision, str(base.device), emit)
+    merged = load_base(str(folder), precision, "cpu", emit)
+    move_buffers(merged.model, base.device)
     batch = proof_batch(examples or prompts(base), base.device)
     return verify_merge(base.model, batch, pad_token(base), merged.model)
 

@@ -5,30 +5,36 @@ merged weight once, shows when both are run with their weights widened (bfloat16
 else is rounded that much. The tolerance is not chosen but measured: how far the adapter's logits move between the model's
 own precision and the wide one, plus how far the merged model's do; the noise that serving the two in that precision brings
 anyway. A control, the adapter at scale 0, must fail the same comparison: a proof that anything passes proves nothing.
+
+A proof must fit where training fitted. Weights are widened, and merged, one at a time as they are used; logits are compared
+at as many rows as `PROOF_LOGITS` allows, spread evenly, and at most three sets of them are alive. The largest part left is
+one merged weight while it is formed, which `planning.memory` knows of.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from twofold.adapter.attach import adapter_layers, disabled, merge, unmerge
+from twofold.adapter.attach import adapter_layers, disabled, folding
 from twofold.base.batch import Example, PackedBatch, pack, pad
 from twofold.base.blocks import Decoder, describe
 from twofold.base.load import Base
 from twofold.errors import ProofError
 from twofold.events import Emit, Warned, silent
-from twofold.layers.embedding import LoraEmbedding
-from twofold.layers.linear import LoraLinear
+from twofold.functional.widen import Widened
+from twofold.machine import memory_ran_out
+from twofold.planning.memory import PROOF_LOGITS, PROOF_TOKENS
 from twofold.training.block import all_states
+from twofold.training.objective import head_shown
 
-EXAMPLES, TOKENS = 8, 512
+EXAMPLES = 8
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 
@@ -77,13 +83,13 @@ class Verification:
 
 
 def proof_batch(examples: Sequence[Example], device: torch.device) -> PackedBatch:
-    """A few short examples, whose every position is compared."""
+    """A few short examples to compare logits on."""
     chosen: list[Example] = []
     tokens = 0
     for example in sorted(examples, key=lambda e: len(e.token_ids))[:: max(1, len(examples) // EXAMPLES)]:
-        if chosen and (len(chosen) == EXAMPLES or tokens + len(example.token_ids) > TOKENS):
+        if chosen and (len(chosen) == EXAMPLES or tokens + len(example.token_ids) > PROOF_TOKENS):
             break
-        chosen.append(Example(example.token_ids[:TOKENS], example.supervised[:TOKENS]))
+        chosen.append(Example(example.token_ids[:PROOF_TOKENS], example.supervised[:PROOF_TOKENS]))
         tokens += len(example.token_ids)
     return pack(chosen).to(device)
 
@@ -94,81 +100,93 @@ def pad_token(base: Base) -> int:
 
 
 @torch.no_grad()
-def all_logits(model: Any, batch: PackedBatch, pad_id: int) -> Tensor:
-    """Logits (rows, vocabulary) of every token of a packed batch, in float32 or wider."""
+def logits_at(model: Any, batch: PackedBatch, rows: Tensor, pad_id: int) -> Tensor:
+    """Logits (rows, vocabulary) at these tokens of a packed batch, in float32 or wider."""
     described = describe(model)
     if isinstance(described, Decoder):
-        logits = described.logits(all_states(described, batch.to(torch.device("cpu"))))
+        logits: Tensor = described.logits(all_states(described, batch.to(torch.device("cpu")))[rows])
     else:
         padded = pad(batch, pad_id)
-        found = model(input_ids=padded.token_ids, attention_mask=padded.attention_mask, use_cache=False).logits
-        logits = found[padded.attention_mask.bool()]
+        with head_shown(model, padded.attention_mask.flatten().nonzero()[rows, 0]):
+            found = model(input_ids=padded.token_ids, attention_mask=padded.attention_mask, use_cache=False)
+        logits = found.logits[0]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def compared_rows(model: Any, batch: PackedBatch) -> Tensor:
+    """Every token of a batch, or as many, spread evenly, as keep one set of logits small; always the last."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    count = min(batch.tokens, max(1, PROOF_LOGITS // vocabulary))
+    return torch.arange(1, count + 1, device=batch.token_ids.device) * batch.tokens // count - 1
+
+
 def verify_merge(model: Any, batch: PackedBatch, pad_id: int, merged: Any | None = None) -> Verification:
-    """Compare the active adapter with the merged model: the one given, or weights merged in memory for the purpose."""
+    """Compare the active adapter with the merged model: the one given, or weights merged as they are used."""
     if merged is not None:
         return compare(model, both_logits(merged, batch, pad_id), batch, pad_id)
-    merge(model)
-    try:
+    with folding(model):
         folded = both_logits(model, batch, pad_id)
-    finally:
-        unmerge(model)
     return compare(model, folded, batch, pad_id)
 
 
 class BothLogits(NamedTuple):
-    """One model's logits (rows, vocabulary) over a batch, in its own precision and with every weight widened."""
+    """One model's logits (rows, vocabulary) with every weight widened, and how far its own precision moves any of them."""
 
-    served: Tensor
     wide: Tensor
-
-    @property
-    def noise(self) -> float:
-        return _largest(self.served, self.wide)
+    noise: float
 
 
 def both_logits(model: Any, batch: PackedBatch, pad_id: int) -> BothLogits:
-    """Run a batch twice."""
-    served = all_logits(model, batch, pad_id)
-    with widened(model):
-        return BothLogits(served, all_logits(model, batch, pad_id))
+    """Run a batch twice, where the batch is; the model's weights may be elsewhere, and come when used."""
+    rows = compared_rows(model, batch)
+    device, dtype = batch.token_ids.device, own_dtype(model)
+    with nullcontext() if model.device == device else Widened(dtype, device):
+        served = logits_at(model, batch, rows, pad_id)
+    wide = wide_logits(model, batch, rows, pad_id)
+    return BothLogits(wide, _largest(served, wide))
+
+
+def wide_logits(model: Any, batch: PackedBatch, rows: Tensor, pad_id: int) -> Tensor:
+    """`logits_at` with every weight in the next wider type."""
+    with Widened(WIDER[own_dtype(model)], batch.token_ids.device):
+        return logits_at(model, batch, rows, pad_id)
+
+
+def own_dtype(model: nn.Module) -> torch.dtype:
+    """The type of a model's first weight that is no packed integer."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def compare(model: Any, other: BothLogits, batch: PackedBatch, pad_id: int) -> Verification:
     """The active adapter's logits against another model's over the same batch."""
-    apart = both_logits(model, batch, pad_id)
-    with disabled(model), widened(model):
-        control = all_logits(model, batch, pad_id)
-    agreement = (apart.wide.argmax(-1) == other.wide.argmax(-1)).double().mean()
-    tolerance = apart.noise + other.noise
-    return Verification(_largest(apart.wide, other.wide), float(agreement), tolerance, _largest(control, other.wide))
+    apart, noise = both_logits(model, batch, pad_id)
+    difference = _largest(apart, other.wide)
+    agreement = float((apart.argmax(-1) == other.wide.argmax(-1)).double().mean())
+    del apart
+    with disabled(model):
+        control = wide_logits(model, batch, compared_rows(model, batch), pad_id)
+    return Verification(difference, agreement, noise + other.noise, _largest(control, other.wide))
 
 
 def _largest(a: Tensor, b: Tensor) -> float:
-    return float((a.double() - b.double()).abs().max())
+    """The largest difference, taken a few rows at a time; NaN where either holds one."""
+    pairs = zip(a.split(8), b.split(8), strict=True)
+    return float(torch.stack([(x.double() - y.double()).abs().max() for x, y in pairs]).max())
 
 
-@contextmanager
-def widened(model: nn.Module) -> Iterator[None]:
-    """The model with every weight in the next wider type, for the length of a `with` block; then its own bits again."""
-    parameters = [(p, p.data) for p in model.parameters()]
-    wide = WIDER[parameters[0][1].dtype]
-    folded = [
-        (layer, layer.merged) for _, layer in adapter_layers(model) if isinstance(layer, LoraLinear | LoraEmbedding)
-    ]
+Proved = TypeVar("Proved")
+
+
+def within_memory(prove: Callable[[], Proved], emit: Emit) -> tuple[Proved | None, str | None]:
+    """What `prove` returns, or why memory did not suffice for it: hours of training are not lost for want of a proof."""
     try:
-        for parameter, data in parameters:
-            parameter.data = data.to(torch.promote_types(data.dtype, wide))
-        for layer, merged in folded:
-            layer.merged = None if merged is None else merged.to(wide)
-        yield
-    finally:
-        for parameter, data in parameters:
-            parameter.data = data
-        for layer, merged in folded:
-            layer.merged = merged
+        return prove(), None
+    except Exception as error:
+        if not memory_ran_out(error):
+            raise
+        reason = f"memory ran out in the proof ({(str(error) or type(error).__name__).splitlines()[0]})"
+    emit(Warned(text=f"nothing is proved: {reason}; what was written stays, and `twofold merge` proves it again"))
+    return None, reason
 
 
 def base_digest(model: nn.Module) -> str:

@@ -288,7 +288,8 @@ def proof(report: Json) -> Proved:
     if failed:
         return Proved("failed", f"Proof FAILED: {'; '.join(failed)}.", tables)
     if not made:
-        return Proved("absent", "Not proved: no verification was run, so no logits were compared.", tables)
+        why = report.get("verification_skipped") or "no verification was run, so no logits were compared"
+        return Proved("absent", f"Not proved: {why}.", tables)
     what = f"{' and '.join(made)} say{'s' * (len(made) == 1)} what the adapter says"
     intact = ", and the base is bit for bit what it was" if report.get("base_unchanged") else ""
     return Proved("passed", f"Proof passed: {what}{intact}.", tables)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from twofold import atomic
-from twofold.adapter.attach import attach, merge, unmerge
+from twofold.adapter.attach import attach, folding
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import Provenance, load_adapter, open_adapter, save_adapter
 from twofold.base.chat import Renderer
@@ -21,7 +21,7 @@ from twofold.events import Emit, Event, Message, Warned, fan_out, silent, workin
 from twofold.machine import checked_device, fastest_dtype, peak_memory_bytes
 from twofold.recipes.adapters import check_base
 from twofold.recipes.preflight import Preflight, preflight, total_steps
-from twofold.recipes.proof import Verification, base_digest, pad_token, proof_batch, verify_merge
+from twofold.recipes.proof import Verification, base_digest, pad_token, proof_batch, verify_merge, within_memory
 from twofold.recipes.report import write_page
 from twofold.recipes.runs import EventLog, RunFolder, as_begun, open_new, open_resumed, trackers
 from twofold.recipes.settings import TrainConfig, continued
@@ -137,7 +137,7 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit)
     floor = measured_floor(job.objective, times, job.batches)
     _save(config, run, loaded, job, progressed)
     evaluation["adapter"] = _evaluated("adapter", loaded, emit)
-    evaluation["merged"], verification = _prove(config, loaded, emit)
+    evaluation["merged"], verification, skipped = _prove(config, loaded, emit)
     report = {
         **_figures(config, run, progressed),
         "peak_memory_bytes": peak,
@@ -146,6 +146,7 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit)
         "predicted": {"seconds": foreseen.seconds, "memory": foreseen.memory.as_json()},
         "evaluation": evaluation,
         "verification": verification.as_json() if verification else None,
+        "verification_skipped": skipped,
         "base_unchanged": base_digest(model) == before,
     }
     write_page(run.page, report, foreseen.as_json(), run.recorded())
@@ -245,18 +246,28 @@ def _provenance(config: TrainConfig, loaded: _Loaded, progressed: Progressed) ->
     )
 
 
-def _prove(config: TrainConfig, loaded: _Loaded, emit: Emit) -> tuple[dict[str, Any] | None, Verification | None]:
+class _Proof(NamedTuple):
+    """The proof, or why there is none (memory ran out), and the merged model's held-out figures."""
+
+    evaluation: dict[str, Any] | None = None
+    verification: Verification | None = None
+    skipped: str | None = None
+
+
+def _prove(config: TrainConfig, loaded: _Loaded, emit: Emit) -> _Proof:
     if not config.verify:
-        return None, None
-    base = loaded.base
-    batch = proof_batch((loaded.evaluation or loaded.train).items, base.device)
-    with working("proving that the merged model says what the adapter says", emit):
-        verification = verify_merge(base.model, batch, pad_token(base))
-    merge(base.model)
-    try:
-        return _evaluated("merged", loaded, emit), verification
-    finally:
-        unmerge(base.model)
+        return _Proof()
+
+    def prove() -> _Proof:
+        base = loaded.base
+        batch = proof_batch((loaded.evaluation or loaded.train).items, base.device)
+        with working("proving that the merged model says what the adapter says", emit):
+            verification = verify_merge(base.model, batch, pad_token(base))
+        with folding(base.model):
+            return _Proof(_evaluated("merged", loaded, emit), verification)
+
+    proof, skipped = within_memory(prove, emit)
+    return proof or _Proof(skipped=skipped)
 
 
 def _figures(config: TrainConfig, run: RunFolder, progressed: Progressed) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -65,18 +67,24 @@ class PlainObjective:
     def __call__(self, batch: PackedBatch) -> HeadLoss:
         padded = pad(batch.to(self.model.device), self.pad_id)
         inputs = {"input_ids": padded.token_ids, "attention_mask": padded.attention_mask}
-        head = self.model.get_output_embeddings()
-
-        def supervised_rows(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden, *rest = arguments
-            return hidden.flatten(0, 1)[padded.rows][None], *rest
-
-        handle = head.register_forward_pre_hook(supervised_rows)
-        try:
+        with head_shown(self.model, padded.rows):
             logits: Tensor = self.model(**inputs, use_cache=False).logits
-        finally:
-            handle.remove()
         return logits_loss(logits[0], padded.labels)
+
+
+@contextmanager
+def head_shown(model: Any, rows: Tensor) -> Iterator[None]:
+    """Within, the output head sees these rows (example * length + position) alone, as if of one example: (1, rows, d)."""
+
+    def chosen(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *rest = arguments
+        return hidden.flatten(0, 1)[rows][None], *rest
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(chosen)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def objective_for(
