@@ -18,6 +18,7 @@ from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbeddin
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.models.llama4.modeling_llama4 import Llama4Router
+from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from twofold.adapter.attach import adapter_layers, attach
@@ -218,6 +219,7 @@ class Inheriting(nn.Linear):
 STRANGE = {
     "doubling": lambda: Doubling(4, 4),
     "router": lambda: Llama4Router(Llama4TextConfig(hidden_size=4, num_local_experts=4)),
+    "scaled_but_for_images": lambda: T5Gemma2TextScaledWordEmbedding(4, 4, 0),
     "positions": lambda: BartLearnedPositionalEmbedding(4, 4),
     "attention.out_proj": lambda: nn.MultiheadAttention(4, 1),
 }
