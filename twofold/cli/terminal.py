@@ -129,6 +129,11 @@ def show_preflight(found: Preflight, console: Console = stderr) -> None:
         f"  cost        about {gigabytes(memory['expected'])} of memory ({gigabytes(memory['low'])} to "
         f"{gigabytes(memory['high'])}), about {duration(found.seconds)} for {found.steps} steps; {found.path}"
     )
+    remembered = f"; states of frozen layers take up to {gigabytes(found.remembered)}" if found.remembered else ""
+    console.print(
+        f"  sharing     {found.rows:,} of the first step's {found.tokens:,} tokens are computed: what examples begin with alike "
+        f"once, and nothing behind the last prediction{remembered}"
+    )
     for sample in found.samples:
         show_tokens(sample, console)
 

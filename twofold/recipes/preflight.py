@@ -33,6 +33,9 @@ class Preflight:
         base: the base's fingerprint.
         path: which path the model trains on, and why.
         seconds: predicted for all steps.
+        tokens, rows: of the first step, and how many of them are computed: what examples begin with alike once, and nothing
+            behind the last prediction.
+        remembered: bytes of the states that `training.cache_frozen` keeps, at most.
         samples: two examples, token by token, each token with whether it is supervised.
     """
 
@@ -44,6 +47,9 @@ class Preflight:
     path: str
     steps: int
     seconds: float
+    tokens: int
+    rows: int
+    remembered: int
     samples: list[list[tuple[str, bool]]]
     warnings: list[str]
 
@@ -57,6 +63,8 @@ class Preflight:
             "path": self.path,
             "steps": self.steps,
             "seconds": self.seconds,
+            "first_step": {"tokens": self.tokens, "rows": self.rows},
+            "remembered_bytes": self.remembered,
             "samples": self.samples,
             "warnings": self.warnings,
         }
@@ -80,7 +88,8 @@ def preflight(
     sizes = architecture(base.model)
     loop = FAST if isinstance(described, Decoder) else PLAIN
     setup = Setup(loop=loop, device=base.device.type, held=HELD_BYTES)
-    first = first_step(train, training, base.dtype)
+    batch = first_batch(train, training)
+    first = _shape(batch, training, base.dtype)
     of_first = plan_memory(parameters, sizes, first, setup)
     seconds = plan_time(of_first, first, setup.method, measure_rates(sizes, base.dtype, base.device)).seconds
     steps = total_steps(train, training)
@@ -93,6 +102,11 @@ def preflight(
         path="fast path" if not isinstance(described, NotDescribed) else f"plain path: {described.reason}",
         steps=steps,
         seconds=steps * seconds / world.size,
+        tokens=batch.tokens,
+        rows=lay_out(batch, share=training.share_prefixes).computed if loop is FAST else batch.tokens,
+        remembered=remembered_bytes(train, evaluation, sizes.hidden * base.dtype.itemsize)
+        if training.cache_frozen
+        else 0,
         samples=[tokens_shown(base.tokenizer, e) for e in train.items[:2]],
         warnings=[*warnings(train.report, base), *far_off(training.learning_rate, config, sizes.hidden)],
     )
@@ -112,10 +126,14 @@ def micro_step(train: Examples, training: TrainingConfig, dtype: torch.dtype, pr
     return _shape(max(passes, key=lambda b: b.tokens), training, dtype)
 
 
-def first_step(train: Examples, training: TrainingConfig, dtype: torch.dtype) -> StepShape:
+def first_batch(train: Examples, training: TrainingConfig) -> PackedBatch:
     """The first optimiser step, which stands for all."""
-    chosen = step_indices(len(train.items), training.batch_size, training.seed, 0)
-    return _shape(pack([train.items[i] for i in chosen]), training, dtype)
+    return pack([train.items[i] for i in step_indices(len(train.items), training.batch_size, training.seed, 0)])
+
+
+def remembered_bytes(train: Examples, evaluation: Examples | None, bytes_per_token: int) -> int:
+    """One state for every token of the data."""
+    return bytes_per_token * (train.report.tokens + (evaluation.report.tokens if evaluation else 0))
 
 
 def _shape(batch: PackedBatch, training: TrainingConfig, dtype: torch.dtype) -> StepShape:

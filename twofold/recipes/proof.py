@@ -71,7 +71,8 @@ class Verification:
         if self.max_abs_logit_difference > self.tolerance:
             found = f"{self.max_abs_logit_difference:.3g} over {self.tolerance:.3g}"
             raise ProofError(
-                f"{what} differs from the adapter by more than the model's own noise ({found}); do not use it"
+                f"{what} differs from the adapter by more than the model's own noise ({found}): its weights round away too much of "
+                "so small an update; do not use it, but the adapter apart, or merge into float32"
             )
         if self.inconclusive:
             emit(
