@@ -16,7 +16,7 @@ from twofold.data.batches import micro_batches, step_indices, steps_per_epoch
 from twofold.data.examples import DataReport, Examples
 from twofold.planning.advice import far_off
 from twofold.planning.architecture import StepShape, architecture
-from twofold.planning.memory import FAST, PLAIN, MemoryPlan, Setup, plan_memory
+from twofold.planning.memory import FAST, PLAIN, Loop, MemoryPlan, Setup, plan_memory
 from twofold.planning.parameters import ParameterPlan, plan_parameters
 from twofold.planning.time import measure_rates, plan_time
 from twofold.recipes.plan import HELD_BYTES
@@ -89,7 +89,7 @@ def preflight(
     loop = FAST if isinstance(described, Decoder) else PLAIN
     setup = Setup(loop=loop, device=base.device.type, held=HELD_BYTES)
     batch = first_batch(train, training)
-    first = _shape(batch, training, base.dtype)
+    first = _shape(batch, training, base.dtype, loop)
     of_first = plan_memory(parameters, sizes, first, setup)
     seconds = plan_time(of_first, first, setup.method, measure_rates(sizes, base.dtype, base.device)).seconds
     steps = total_steps(train, training)
@@ -98,7 +98,7 @@ def preflight(
         evaluation=evaluation.report if evaluation else None,
         base=base.fingerprint.as_json(),
         parameters=parameters,
-        memory=plan_memory(parameters, sizes, micro_step(train, training, base.dtype, world.size), setup),
+        memory=plan_memory(parameters, sizes, micro_step(train, training, base.dtype, loop, world.size), setup),
         path="fast path" if not isinstance(described, NotDescribed) else f"plain path: {described.reason}",
         steps=steps,
         seconds=steps * seconds / world.size,
@@ -118,12 +118,12 @@ def total_steps(train: Examples, training: TrainingConfig) -> int:
     return training.max_steps or steps if train.report.streamed else min(steps, training.max_steps or steps)
 
 
-def micro_step(train: Examples, training: TrainingConfig, dtype: torch.dtype, processes: int) -> StepShape:
+def micro_step(train: Examples, training: TrainingConfig, dtype: torch.dtype, loop: Loop, processes: int) -> StepShape:
     """The largest forward pass that may occur: of a process's share of a step over the longest examples."""
     own = -(-training.batch_size // processes)
     longest = sorted(train.items, key=lambda e: -len(e.token_ids))[:own]
     passes = micro_batches(longest, training.micro_batch_size, training.micro_batch_tokens)
-    return _shape(max(passes, key=lambda b: b.tokens), training, dtype)
+    return _shape(max(passes, key=lambda b: b.tokens), training, dtype, loop)
 
 
 def first_batch(train: Examples, training: TrainingConfig) -> PackedBatch:
@@ -136,10 +136,11 @@ def remembered_bytes(train: Examples, evaluation: Examples | None, bytes_per_tok
     return bytes_per_token * (train.report.tokens + (evaluation.report.tokens if evaluation else 0))
 
 
-def _shape(batch: PackedBatch, training: TrainingConfig, dtype: torch.dtype) -> StepShape:
-    """The rows that are computed: shared prefixes once, nothing behind the last prediction."""
+def _shape(batch: PackedBatch, training: TrainingConfig, dtype: torch.dtype, loop: Loop) -> StepShape:
+    """The rows that are computed: all, padded, or on the fast path shared prefixes once and nothing behind the last prediction."""
+    padded = len(batch.lengths) * max(batch.lengths)
     return StepShape(
-        tokens=lay_out(batch, share=training.share_prefixes).rows,
+        tokens=lay_out(batch, share=training.share_prefixes).rows if loop is FAST else padded,
         length=max(batch.lengths),
         supervised_tokens=batch.supervised_tokens,
         element_bytes=dtype.itemsize,
