@@ -25,7 +25,7 @@ from twofold.functional import attention
 from twofold.functional.attention import Scoring, attention_backward, attention_forward, cached_attention
 from twofold.functional.gated import ACTIVATIONS, gated_backward
 from twofold.functional.loss import head_loss, logits_loss
-from twofold.functional.norm import Norm, rms_norm, rms_norm_backward
+from twofold.functional.norm import Norm, reciprocal_rms, rms_norm, rms_norm_backward
 from twofold.functional.rope import Angles, rotate
 from twofold.functional.segments import AttentionPlan, Bucket, Heads, Segment, plan_attention
 from twofold.layers.block import Rows, block_backward, block_forward
@@ -138,7 +138,8 @@ def test_group_forward_and_backward(dtype: torch.dtype, dropout: float) -> None:
 def test_norm_rotation_gate_and_losses(dtype: torch.dtype, softcap: float | None) -> None:
     x = gpu(9, 8, dtype=dtype)
     for weight in (gpu(8, dtype=dtype), gpu(8)):
-        on_gpu(rms_norm(x, Norm(weight, 1e-5)), rms_norm_backward(x, x, Norm(weight, 1e-5)))
+        norm = Norm(weight, 1e-5)
+        on_gpu(rms_norm(x, norm), rms_norm_backward(x, x, reciprocal_rms(x, norm), norm))
     for f in ACTIVATIONS.values():
         on_gpu(*gated_backward(x, x, x, f.forward(x), f))
     for turned in (4, 2, 0):

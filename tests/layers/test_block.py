@@ -281,6 +281,7 @@ def expected_bytes(layer: Layer) -> int:
     asked = every if layer.asked is None else len(layer.asked)
     numbers = every * D + asked * WIDE + 2 * every * NARROW  # x, q, k and v
     numbers += asked * (WIDE + D + 2 * FF)  # the output of attention, a, gate and up
+    numbers += every + asked  # 1 / rms of x and a
     for group in case.groups:
         for name in group:
             rows = every if name in ("k", "v", "qkv") else asked

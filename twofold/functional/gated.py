@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from twofold.functional.fusing import fusible
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -29,6 +31,22 @@ ACTIVATIONS = {
 """By the names that transformers' configurations use."""
 
 
+@fusible
+def gated(gate: Float[Tensor, "rows d"], up: Float[Tensor, "rows d"], f: Activation) -> Float[Tensor, "rows d"]:
+    """f(gate) · up."""
+    return f.forward(gate).mul_(up)
+
+
+@fusible
+def gated_again(
+    gate: Float[Tensor, "rows d"], up: Float[Tensor, "rows d"], f: Activation
+) -> tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"]]:
+    """f(gate), which the gradient needs, and f(gate) · up."""
+    activated = f.forward(gate)
+    return activated, activated * up
+
+
+@fusible
 def gated_backward(
     dy: Float[Tensor, "rows d"],
     gate: Float[Tensor, "rows d"],

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from twofold.functional.fusing import fusible
+
 CHUNK_ELEMENTS = 1 << 24
 """Logits alive at once, in the type of the products."""
 SLICE_ELEMENTS = 1 << 21
@@ -24,7 +26,7 @@ ROW_MULTIPLE = 32
 
 
 class HeadLoss(NamedTuple):
-    """Sum of the token losses (float32 or wider), and how many tokens were predicted right."""
+    """Sum of the token losses (float32 or wider), and how many tokens were predicted right: no other has a larger logit."""
 
     loss_sum: Float[Tensor, ""]
     correct: Int[Tensor, ""]
@@ -36,18 +38,19 @@ def chunk_rows(rows: int, vocabulary: int) -> int:
     return -(-rows // (max(1, chunks) * ROW_MULTIPLE)) * ROW_MULTIPLE
 
 
+@fusible
 def _slice_loss(logits: Tensor, labels: Tensor, softcap: float | None, *, gradient: bool) -> tuple[Tensor, Tensor]:
     """Loss sum and correct count of some rows of wide logits; with `gradient` they are overwritten by theirs."""
     bent = None if softcap is None else torch.tanh(logits.div_(softcap))
     if bent is not None and softcap is not None:
         torch.mul(bent, softcap, out=logits)
-    top = logits.max(-1, keepdim=True)
+    top = logits.amax(-1, keepdim=True)
     at = labels[:, None]
     picked = logits.gather(-1, at)
-    correct = (top.indices == at).sum()
-    exponentials = logits.sub_(top.values).exp_()
+    correct = (picked == top).sum()
+    exponentials = logits.sub_(top).exp_()
     total = exponentials.sum(-1, keepdim=True)
-    loss = (total.log() + top.values - picked).sum()
+    loss = (total.log() + top - picked).sum()
     if gradient:
         exponentials.div_(total).scatter_add_(-1, at, torch.full_like(picked, -1.0))
         if bent is not None:
@@ -109,4 +112,5 @@ def head_loss(
 def logits_loss(logits: Float[Tensor, "rows vocabulary"], labels: Int[Tensor, " rows"]) -> HeadLoss:
     """The same from logits that a model made itself, by autograd."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return HeadLoss(F.cross_entropy(wide, labels, reduction="sum"), (wide.argmax(-1) == labels).sum())
+    picked = wide.gather(-1, labels[:, None])
+    return HeadLoss(F.cross_entropy(wide, labels, reduction="sum"), (picked == wide.amax(-1, keepdim=True)).sum())

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from twofold.functional.fusing import fusible
+
 
 class Angles(NamedTuple):
     """Cosines and sines of each row's angles, both halves written out, the first half of the sines negated."""
@@ -26,6 +28,7 @@ class Angles(NamedTuple):
         return Angles(self.cos, -self.sin)
 
 
+@fusible
 def rotate(x: Float[Tensor, "rows heads d"], angles: Angles) -> Float[Tensor, "rows heads d"]:
     """Turn each pair (x_i, x_{i + turned/2}) by its row's angles; values behind the turned ones stay as they are."""
     turned = angles.cos.shape[-1]

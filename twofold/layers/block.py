@@ -3,9 +3,9 @@
     a = x + post(o(attention(q, k, v of norm(x))))          y = a + post(down(f(gate) · up of norm(a)))
 
 with low-rank updates on any of the seven projections. What autograd would keep of this is several times what its gradient
-needs. Kept here, a row: x, q, k and v as attention takes them, its output, a, gate and up, and the rank columns of the
-updates. The normed inputs and the gated activation are cheap to compute again; the base's weights are only referred to. No gradient
-is computed that nobody asks for: below the lowest adapted projection the backward stops.
+needs. Kept here, a row: x, q, k and v as attention takes them, its output, a, gate and up, the rank columns of the updates, and
+1 / rms of x and a. The normed inputs and the gated activation are cheap to compute again; the base's weights are only referred
+to. No gradient is computed that nobody asks for: below the lowest adapted projection the backward stops.
 
 The last layer of a model is only asked for some rows, those whose next token counts. Keys and values are needed of all rows,
 but queries, the output projection and the MLP of the asked ones only.
@@ -22,11 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twofold.functional.attention import Scoring, attention_backward, attention_forward
-from twofold.functional.gated import Activation, gated_backward
-from twofold.functional.norm import Norm, rms_norm_backward, rms_norm_forward
+from twofold.functional.gated import Activation, gated, gated_again, gated_backward
+from twofold.functional.norm import Norm, normed, reciprocal_rms, rms_norm_backward, rms_norm_forward
 from twofold.functional.rope import Angles, rotate
 from twofold.functional.segments import AttentionPlan
-from twofold.lowrank.linear import Group, Kept, drop, group_backward, group_forward
+from twofold.lowrank.linear import Group, Kept, drop, group_backward, group_forward, typed
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Saved(NamedTuple):
     """What a layer's backward needs besides its tensors; None where there is no such thing."""
 
     x: Tensor
+    rho_x: Tensor
     q_raw: Tensor | None
     k_raw: Tensor | None
     q: Tensor
@@ -90,6 +91,7 @@ class Saved(NamedTuple):
     attended: Tensor
     o_raw: Tensor | None
     a: Tensor
+    rho_a: Tensor
     gate: Tensor
     up: Tensor
     down_raw: Tensor | None
@@ -112,7 +114,8 @@ def block_forward(
     x: Float[Tensor, "rows d"], t: BlockTensors, rows: Rows, attend: Attend
 ) -> tuple[Float[Tensor, "queries d"], Saved, list[Tensor | None]]:
     """The layer's output at the asked rows, and what the backward needs."""
-    n = rms_norm_forward(x, t.attention_norm)
+    rho_x = reciprocal_rms(x, t.attention_norm)
+    n = normed(x, rho_x, t.attention_norm)
     dropped = drop(n, t.qkv.dropout)
     q_raw, k_raw, v_raw, h_q, h_qkv = _qkv_forward(n, dropped, t, rows)
     q = rotate(_by_head(q_raw, t.q_norm, t), rows.asked_angles())
@@ -123,17 +126,18 @@ def block_forward(
     dropped_o = drop(attended, t.o.dropout)
     (o,), h_o = group_forward(attended, dropped_o, t.o)
     a = rows.of_asked(x) + (o if t.attention_post is None else rms_norm_forward(o, t.attention_post))
-    n = rms_norm_forward(a, t.mlp_norm)
+    rho_a = reciprocal_rms(a, t.mlp_norm)
+    n = normed(a, rho_a, t.mlp_norm)
     dropped_gate_up = drop(n, t.gate_up.dropout)
     both, h_gate_up = group_forward(n, dropped_gate_up, t.gate_up)
     gate, up = both if len(both) == 2 else both[0].chunk(2, -1)
-    product = t.activation.forward(gate).mul_(up)
+    product = gated(gate, up, t.activation)
     dropped_down = drop(product, t.down.dropout)
     (down,), h_down = group_forward(product, dropped_down, t.down)
     y = a + (down if t.mlp_post is None else rms_norm_forward(down, t.mlp_post))
     saved = Saved(
-        *(x, q_raw if t.q_norm else None, k_raw if t.k_norm else None, q, k, v, attended),
-        *(o if t.attention_post else None, a, gate, up, down if t.mlp_post else None),
+        *(x, rho_x, q_raw if t.q_norm else None, k_raw if t.k_norm else None, q, k, v, attended),
+        *(o if t.attention_post else None, a, rho_a, gate, up, down if t.mlp_post else None),
         *(h_q, h_qkv, h_o, h_gate_up, h_down),
         *(None if d is None else d.mask for d in (dropped, dropped_o, dropped_gate_up, dropped_down)),
     )
@@ -174,7 +178,7 @@ def block_backward(
     da, learned = _mlp_backward(dy, t, saved, below=into_attention or t.o.learns)
     if da is None:
         return None, learned
-    do = da if t.attention_post is None else rms_norm_backward(da, _there(saved.o_raw), t.attention_post)
+    do = da if t.attention_post is None else _norm_gradient(da, saved.o_raw, t.attention_post)
     dropped = _kept(saved.mask_o, t.o)
     dout, of_o = group_backward([do], saved.attended, dropped, saved.h_o, t.o, input_gradient=into_attention)
     learned = of_o + learned
@@ -187,7 +191,7 @@ def block_backward(
     dn, of_qkv = _qkv_backward(dq, dk, dv.flatten(1), t, rows, saved, input_gradient=input_gradient)
     if dn is None:
         return None, of_qkv + learned
-    dx = rms_norm_backward(dn, saved.x, t.attention_norm)
+    dx = rms_norm_backward(dn, saved.x, saved.rho_x, t.attention_norm)
     dx = dx.add_(da) if rows.asked is None else dx.index_add_(0, rows.asked, da)
     return dx, of_qkv + learned
 
@@ -198,19 +202,19 @@ def _mlp_backward(
     """da, the gradient of the MLP's input and residual together, if anything below needs it."""
     into_mlp = below or t.gate_up.learns
     gate, up = saved.gate, saved.up
-    activated = t.activation.forward(gate)
-    ddown = dy if t.mlp_post is None else rms_norm_backward(dy, _there(saved.down_raw), t.mlp_post)
+    activated, product = gated_again(gate, up, t.activation)
+    ddown = dy if t.mlp_post is None else _norm_gradient(dy, saved.down_raw, t.mlp_post)
     dropped = _kept(saved.mask_down, t.down)
-    dproduct, of_down = group_backward([ddown], activated * up, dropped, saved.h_down, t.down, input_gradient=into_mlp)
+    dproduct, of_down = group_backward([ddown], product, dropped, saved.h_down, t.down, input_gradient=into_mlp)
     if dproduct is None:
         return None, of_down
     gradients = gated_backward(dproduct, gate, up, activated, t.activation)
     both = gradients if len(t.gate_up.members) == 2 else [torch.cat(gradients, -1)]
-    n, dropped = rms_norm_forward(saved.a, t.mlp_norm), _kept(saved.mask_gate_up, t.gate_up)
+    n, dropped = normed(saved.a, saved.rho_a, t.mlp_norm), _kept(saved.mask_gate_up, t.gate_up)
     dn, of_gate_up = group_backward(both, n, dropped, saved.h_gate_up, t.gate_up, input_gradient=below)
     if dn is None:
         return None, of_gate_up + of_down
-    return rms_norm_backward(dn, saved.a, t.mlp_norm).add_(dy), of_gate_up + of_down
+    return rms_norm_backward(dn, saved.a, saved.rho_a, t.mlp_norm).add_(dy), of_gate_up + of_down
 
 
 def _head_gradient(
@@ -219,14 +223,14 @@ def _head_gradient(
     """From the gradient of turned heads' input to that of the projection's output."""
     if norm is None or raw is None:
         return d.flatten(1)
-    return rms_norm_backward(d.flatten(0, 1), raw.reshape(-1, d.shape[-1]), norm).view(len(d), -1)
+    return _norm_gradient(d.flatten(0, 1), raw.reshape(-1, d.shape[-1]), norm).view(len(d), -1)
 
 
 def _qkv_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, t: BlockTensors, rows: Rows, saved: Saved, *, input_gradient: bool
 ) -> tuple[Float[Tensor, "rows d"] | None, list[Tensor]]:
     """The gradient of the normed input, and of what q, k and v learn."""
-    n, dropped = rms_norm_forward(saved.x, t.attention_norm), _kept(saved.mask_qkv, t.qkv)
+    n, dropped = normed(saved.x, saved.rho_x, t.attention_norm), _kept(saved.mask_qkv, t.qkv)
     if rows.asked is None or len(t.qkv.members) == 1:
         dq = dq if rows.asked is None else dq.new_zeros(len(dk), dq.shape[1]).index_add_(0, rows.asked, dq)
         gradients = [dq, dk, dv] if len(t.qkv.members) == 3 else [torch.cat((dq, dk, dv), -1)]
@@ -244,10 +248,10 @@ def _kept(mask: Tensor | None, group: Group) -> Kept | None:
     return None if mask is None else Kept(mask, 1 - group.dropout)
 
 
-def _there(x: Tensor | None) -> Tensor:
+def _norm_gradient(dy: Tensor, x: Tensor | None, norm: Norm) -> Tensor:
     if x is None:
         raise RuntimeError("a norm's input was not saved")
-    return x
+    return rms_norm_backward(dy, x, reciprocal_rms(x, norm), norm)
 
 
 class _BlockFunction(torch.autograd.Function):
@@ -270,7 +274,7 @@ class _BlockFunction(torch.autograd.Function):
         saved, kept = Saved(*tensors[:fields]), list(tensors[fields:])
         t, rows, plan = ctx.batch
         dx, found = block_backward(gradients[0], t, rows, plan, saved, kept, input_gradient=ctx.needs_input_grad[0])
-        return dx, None, None, None, *(f.to(d).contiguous() for f, d in zip(found, ctx.dtypes, strict=True))
+        return dx, None, None, None, *typed(found, ctx.dtypes)
 
 
 def run_block(

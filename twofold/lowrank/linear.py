@@ -30,6 +30,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from twofold.lowrank.factors import LowRank
+from twofold.lowrank.frozen import Frozen, product, product_gradient
 
 
 class Projection(NamedTuple):
@@ -40,7 +41,7 @@ class Projection(NamedTuple):
         cast: A and B of the update in the type of the products, where that was made before.
     """
 
-    weight: Tensor
+    weight: Tensor | Frozen
     bias: Tensor | None
     update: LowRank | None
     cast: tuple[Tensor, Tensor] | None = None
@@ -65,7 +66,7 @@ class Kept(NamedTuple):
 class Member:
     """One projection of a group: its rank columns in h, None where it is not adapted."""
 
-    weight: Float[Tensor, "out in_"]
+    weight: Float[Tensor, "out in_"] | Frozen
     bias: Float[Tensor, " out"] | None
     B: Float[Tensor, "out r"] | None
     scale: float
@@ -130,7 +131,7 @@ def group_forward(
     x: Float[Tensor, "rows in_"], kept: Kept | None, group: Group
 ) -> tuple[list[Tensor], Float[Tensor, "rows ranks"] | None]:
     """The outputs (rows, out_i) of each member, and h = x̃ Aᵀ to keep for the backward."""
-    outputs = [F.linear(x, m.weight, m.bias) for m in group.members]
+    outputs = [product(m.weight, x, m.bias) for m in group.members]
     if group.A is None:
         return outputs, None
     h = F.linear(kept.apply(x) if kept else x, group.A)
@@ -150,7 +151,7 @@ def group_backward(
     input_gradient: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """dx (rows, in) and, member by member in the order of `Projection.learned`, dA (r, in), dB (out, r) and dbias (out,)."""
-    dx = _input_gradient(gradients, group.members) if input_gradient else None
+    dx = _into_input(gradients, group.members) if input_gradient else None
     dA = None
     if group.A is not None and h is not None:
         g = torch.empty_like(h)
@@ -169,11 +170,17 @@ def group_backward(
     return dx, learned
 
 
-def _input_gradient(gradients: Sequence[Tensor], members: Sequence[Member]) -> Tensor:
-    dx = gradients[0] @ members[0].weight
+def _into_input(gradients: Sequence[Tensor], members: Sequence[Member]) -> Tensor:
+    dx = product_gradient(members[0].weight, gradients[0])
     for dy, member in zip(gradients[1:], members[1:], strict=True):
-        dx.addmm_(dy, member.weight)
+        dx = product_gradient(member.weight, dy, dx)
     return dx
+
+
+def typed(gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """Gradients as autograd takes them: in the types of what learns, and without gaps."""
+    whole = torch.contiguous_format
+    return [g.to(d, memory_format=whole).contiguous() for g, d in zip(gradients, dtypes, strict=True)]
 
 
 class _GroupProduct(torch.autograd.Function):
@@ -192,7 +199,7 @@ class _GroupProduct(torch.autograd.Function):
         x, h, mask = ctx.saved_tensors
         kept = None if mask is None else Kept(mask, ctx.probability)
         dx, found = group_backward(gradients, x, kept, h, ctx.group, input_gradient=ctx.needs_input_grad[0])
-        return dx, None, None, *(f.to(d) for f, d in zip(found, ctx.dtypes, strict=True))
+        return dx, None, None, *typed(found, ctx.dtypes)
 
 
 def group_product(

@@ -23,6 +23,7 @@ from twofold.functional.attention import KEEP_UP_TO
 from twofold.functional.loss import chunk_rows
 from twofold.functional.segments import AttentionPlan
 from twofold.layers.block import BlockTensors
+from twofold.lowrank.frozen import product, product_gradient
 from twofold.lowrank.linear import Group
 from twofold.machine import synchronise
 from twofold.training.block import plans_of
@@ -140,10 +141,10 @@ def _block_products(
 def _group_products(group: Group, rows: int, some: _Operands, *, input_gradient: bool) -> None:
     x = some(rows, group.members[0].weight.shape[1])
     for m in group.members:
-        dy = some(rows, len(m.weight))
-        F.linear(x, m.weight)
+        dy = some(rows, m.weight.shape[0])
+        product(m.weight, x)
         if input_gradient:
-            torch.mm(dy, m.weight)
+            product_gradient(m.weight, dy)
         if m.B is not None:
             h = some(rows, m.B.shape[1])
             torch.mm(h, m.B.T)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from twofold.base.batch import PackedBatch, idle_batch
 from twofold.errors import NonFiniteLossError
 from twofold.events import Checkpointed, Emit, Evaluated, Message, Step, Warned
+from twofold.functional.fusing import fused_kernels
 from twofold.layers.linear import cast_once
 from twofold.machine import memory_bytes
 from twofold.training import checkpoint
@@ -57,6 +59,11 @@ def train(job: Job, emit: Emit, resume_from: Path | None = None) -> Progressed:
     Raises:
         NonFiniteLossError: a loss or gradient is NaN or infinite; checkpoints up to then are kept.
     """
+    with fused_kernels(job.device) if job.config.compile else nullcontext():
+        return _train(job, emit, resume_from)
+
+
+def _train(job: Job, emit: Emit, resume_from: Path | None) -> Progressed:
     start_alike(job.parameters.values(), job.world)
     optimise = optimiser(list(job.parameters.values()), job.config)
     progressed = _resumed(job, optimise, resume_from, emit) if resume_from else Progressed()
