@@ -191,6 +191,17 @@ def test_bfloat16_trains_and_its_proof_has_the_tolerance_of_bfloat16(config: Tra
     assert all(t.dtype == torch.float32 for t in adapter_tensors(narrow["adapter"]).values())
 
 
+def test_an_adapter_too_weak_to_be_merged_in_bfloat16_is_a_finished_run_and_a_warning(config: TrainConfig) -> None:
+    """Rounding the merged weights loses more of it than the model's own noise; the adapter apart is as good as any."""
+    heard = Heard()
+    weak = changed(config, learning_rate=1e-4, max_steps=2)
+    report = train(replace(weak, dtype="bfloat16"), heard)
+    assert not report["verification"]["passed"]
+    assert (Path(report["run"]) / "report.json").exists()
+    (warned,) = [w.text for w in heard.of(Warned) if "a merged model" in w.text]
+    assert "merge into float32" in warned or "nothing is proved" in warned
+
+
 def test_the_adapter_loads_over_a_fresh_base(config: TrainConfig, llama_base: Path) -> None:
     report = train(config)
     fresh = load_base(str(llama_base), "float32", "cpu")

@@ -56,7 +56,12 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        return self.max_abs_logit_difference <= self.tolerance < self.control_difference
+        return not self.differs and not self.inconclusive
+
+    @property
+    def differs(self) -> bool:
+        """By more than noise, or by NaN."""
+        return not self.max_abs_logit_difference <= self.tolerance
 
     @property
     def inconclusive(self) -> bool:
@@ -66,21 +71,28 @@ class Verification:
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "passed": self.passed, "inconclusive": self.inconclusive}
 
-    def require(self, what: str, emit: Emit = silent) -> Verification:
-        """Raises ProofError if `what` differs from the adapter; warns if the adapter is too weak for a proof."""
-        if self.max_abs_logit_difference > self.tolerance:
-            found = f"{self.max_abs_logit_difference:.3g} over {self.tolerance:.3g}"
-            raise ProofError(
+    def complaint(self, what: str) -> str | None:
+        """What is wrong with `what`, or with the proof; None where it passed."""
+        found = f"{self.max_abs_logit_difference:.3g} over {self.tolerance:.3g}"
+        if self.differs:
+            return (
                 f"{what} differs from the adapter by more than the model's own noise ({found}): its weights round away too much of "
                 "so small an update; do not use it, but the adapter apart, or merge into float32"
             )
         if self.inconclusive:
-            emit(
-                Warned(
-                    text=f"nothing is proved of {what}: the adapter changes no logit by more than {self.tolerance:.3g}"
-                )
-            )
-        return self
+            return f"nothing is proved of {what}: the adapter changes no logit by more than {self.tolerance:.3g}"
+        return None
+
+    def require(self, what: str, emit: Emit = silent) -> None:
+        """Raises ProofError if `what` differs from the adapter; warns if the adapter is too weak for a proof."""
+        if self.differs:
+            raise ProofError(self.complaint(what))
+        self.warn(what, emit)
+
+    def warn(self, what: str, emit: Emit) -> None:
+        """Say what is wrong, where nothing depends on it yet."""
+        if complaint := self.complaint(what):
+            emit(Warned(text=complaint))
 
 
 def proof_batch(examples: Sequence[Example], device: torch.device) -> PackedBatch:

@@ -56,7 +56,7 @@ def train(config: TrainConfig, emit: Emit = silent, *, resume: bool = False) -> 
         UserError: anything about the configuration, the base or the data; nothing was trained then.
         NonFiniteLossError: a loss that is NaN or infinite; checkpoints are kept.
         LostProcessError: another process of the training is gone; checkpoints are kept.
-        ProofError: the base changed, or merging does not give what the adapter gives.
+        ProofError: the base changed.
     """
     with joined() as world:
         config, run, newest = world.on_main(lambda: _begin(config, resume=resume))
@@ -152,7 +152,7 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit,
     if not report["base_unchanged"]:
         raise ProofError("the base's tensors changed in training, which must never happen; do not use this adapter")
     if verification:
-        verification.require("the merged model", emit)
+        verification.warn("a merged model", emit)
     return report
 
 
