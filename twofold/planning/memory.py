@@ -29,6 +29,9 @@ QUANTIZED_BYTES = {"int8": 1.0, "nf4": (4 + 8 / 64 + 32 / (64 * 256)) / 8}
 """Bytes a weight: NF4 has 4 bits, an 8-bit scale for 64 of them and a 32-bit scale for 256 of those: 0.5159."""
 KERNELS = {"cpu": 184 << 20, "cuda": 500 << 20}
 """What a model's code, kernels and threads add once they run; on a GPU the context, which is 0.3 to 1.4 GB."""
+SHAPE_KERNELS = {"cpu": 13 << 20, "cuda": 0}
+"""What each further number of rows adds, for which a CPU's back end prepares kernels of its own and keeps them: the mean of eleven
+numbers of rows that a training of SmolLM2-135M went through one after the other, from 224 to 608."""
 SLACK = {"cpu": 0.12, "cuda": 0.0}
 """Freed memory that the allocator can neither reuse nor return, as a share of what comes and goes: the activations once, a
 layer's blocks again and again. Fitted, with the kernels' bytes and the 14 below, on the first table of docs/planner.md;
@@ -72,6 +75,8 @@ SYMBOLS = {
     "compared": "logits that a proof compares at most",
     "held": "bytes that this process holds without a base: interpreter and libraries",
     "kernels": "bytes that the model's code, kernels and threads add; the context on a GPU",
+    "shapes": "numbers of rows that occur in a run",
+    "k_shape": "bytes of kernels that each further one adds",
     "f": "share that the allocator loses",
     "N": "devices",
 }
@@ -125,7 +130,7 @@ KEPT = {False: "L * layer", True: "L * T * h * e + layer"}
 """Activations without and with gradient checkpointing."""
 COMMON = (
     Term("workspace", "max(0, passing + dequantised - logits)"),
-    Term("runtime", "held + kernels"),
+    Term("runtime", "held + kernels + (shapes - 1) * k_shape"),
     Term("slack", "f * (activations + 14 * layer)"),
 )
 
@@ -141,6 +146,7 @@ class Setup:
         device: `cpu` or `cuda`.
         held: bytes that the process holds without a base.
         devices: how many hold parts of the model.
+        shapes: numbers of rows that occur in a run.
     """
 
     loop: Loop
@@ -149,6 +155,7 @@ class Setup:
     device: str = "cpu"
     held: int = 0
     devices: int = 1
+    shapes: int = 1
 
 
 @dataclass(frozen=True)
@@ -260,6 +267,8 @@ def symbol_values(parameters: ParameterPlan, shape: Architecture, step: StepShap
         "compared": PROOF_LOGITS,
         "held": setup.held if setup.device == "cpu" else 0,
         "kernels": KERNELS[setup.device],
+        "shapes": setup.shapes,
+        "k_shape": SHAPE_KERNELS[setup.device],
         "f": SLACK[setup.device],
         "N": setup.devices,
     }

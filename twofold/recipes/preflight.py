@@ -24,6 +24,9 @@ from twofold.training.layout import lay_out
 from twofold.training.optim import TrainingConfig
 from twofold.world import ALONE, World
 
+SHAPE_STEPS = 64
+"""Steps that are looked through for their numbers of rows."""
+
 
 @dataclass(frozen=True)
 class Preflight:
@@ -87,7 +90,8 @@ def preflight(
     parameters = plan_parameters(config, module_shapes(base.model), sum(p.numel() for p in base.model.parameters()))
     sizes = architecture(base.model)
     loop = FAST if isinstance(described, Decoder) else PLAIN
-    setup = Setup(loop=loop, device=base.device.type, held=HELD_BYTES)
+    shapes = numbers_of_rows(train, training, base.dtype, loop)
+    setup = Setup(loop=loop, device=base.device.type, held=HELD_BYTES, shapes=shapes)
     batch = first_batch(train, training)
     first = _shape(batch, training, base.dtype, loop)
     of_first = plan_memory(parameters, sizes, first, setup)
@@ -128,7 +132,24 @@ def micro_step(train: Examples, training: TrainingConfig, dtype: torch.dtype, lo
 
 def first_batch(train: Examples, training: TrainingConfig) -> PackedBatch:
     """The first optimiser step, which stands for all."""
-    return pack([train.items[i] for i in step_indices(len(train.items), training.batch_size, training.seed, 0)])
+    return pack(_examples_of(train, training, 0))
+
+
+def _examples_of(train: Examples, training: TrainingConfig, step: int) -> list[Example]:
+    return [train.items[i] for i in step_indices(len(train.items), training.batch_size, training.seed, step)]
+
+
+def numbers_of_rows(train: Examples, training: TrainingConfig, dtype: torch.dtype, loop: Loop) -> int:
+    """How many different numbers of rows the first steps compute."""
+    steps = min(SHAPE_STEPS, total_steps(train, training))
+    passes = [
+        batch
+        for step in range(steps)
+        for batch in micro_batches(
+            _examples_of(train, training, step), training.micro_batch_size, training.micro_batch_tokens
+        )
+    ]
+    return len({_shape(b, training, dtype, loop).tokens for b in passes})
 
 
 def remembered_bytes(train: Examples, evaluation: Examples | None, bytes_per_token: int) -> int:
