@@ -19,6 +19,7 @@ VERBS = {
     "generate": "answer a prompt",
     "chat": "talk to a base and its adapter",
     "inspect": "norms and ranks of an adapter, module by module",
+    "compare": "how alike two adapters' updates are, module by module",
     "merge": "fold an adapter into a standard Hugging Face folder",
 }
 

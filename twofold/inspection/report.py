@@ -61,12 +61,17 @@ def report_adapter(files: AdapterFiles) -> AdapterReport:
     Raises:
         AdapterFileError: a module has only one of its two factors.
     """
-    found = {name: low_rank(files, name, keys) for name, keys in files.modules().items()}
-    updates = {name: update for name, update in found.items() if update is not None}
+    updates = updates_of(files)
     broken = [name for name, update in updates.items() if nonfinite({"A": update.A, "B": update.B})]
     reports = [_module(name, update) for name, update in updates.items() if name not in broken]
     findings = [Finding("error", "not-finite", f"'{name}' holds NaN or infinity") for name in broken]
     return AdapterReport(files.config.r, reports, [*findings, *(f for r in reports for f in _findings(r))])
+
+
+def updates_of(files: AdapterFiles) -> dict[str, LowRank]:
+    """The update of every module that has one."""
+    found = {name: low_rank(files, name, keys) for name, keys in files.modules().items()}
+    return {name: update for name, update in found.items() if update is not None}
 
 
 def low_rank(files: AdapterFiles, module: str, keys: dict[str, str]) -> LowRank | None:

@@ -41,3 +41,11 @@ def energy_rank(values: Float[Tensor, " r"], share: float) -> int:
     if kept[-1] <= 0:
         return 0
     return int(torch.searchsorted(kept / kept[-1], torch.tensor(share, dtype=kept.dtype)).item()) + 1
+
+
+def subspace_similarity(U: Float[Tensor, "d i"], V: Float[Tensor, "d j"]) -> Float[Tensor, "i j"]:
+    """phi[i][j] = ||U_iᵀ V_j||² / min(i, j) of the first i columns of U and the first j of V, all orthonormal: 1 where the smaller
+    space lies in the larger, on average max(i, j) / d where one is drawn at random (arXiv 2106.09685, section 7.2)."""
+    overlap = (U.T @ V).square().cumsum(0).cumsum(1)
+    counts = [torch.arange(1, n + 1, dtype=overlap.dtype, device=overlap.device) for n in overlap.shape]
+    return overlap / torch.minimum(counts[0][:, None], counts[1][None])

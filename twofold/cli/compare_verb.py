@@ -1,0 +1,60 @@
+"""twofold compare ADAPTER ADAPTER"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+from tyro.conf import Positional
+
+from twofold.cli.flags import parse, take
+from twofold.cli.main import print_json
+from twofold.cli.terminal import stdout
+from twofold.inspection.compare import Comparison, ModuleComparison
+from twofold.recipes.inspect import compare
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareFlags:
+    """Set two adapters side by side.
+
+    Attributes:
+        first: folder of the one.
+        second: folder of the other.
+    """
+
+    first: Positional[Path]
+    second: Positional[Path]
+
+
+def run(arguments: list[str]) -> int:
+    arguments, as_json = take(arguments, "--json")
+    flags = parse(
+        CompareFlags, arguments, verb="compare", description="How alike two adapters' updates are, by module."
+    )
+    found = compare(flags.first, flags.second)
+    print_json(found.as_json()) if as_json else _show(found)
+    return 0
+
+
+def _show(found: Comparison) -> None:
+    table = Table(
+        *("module", "cosine", "norms", "output space", "by chance", "input space", "by chance"),
+        box=None,
+        header_style="bold",
+    )
+    for m in found.modules:
+        table.add_row(m.name, f"{m.cosine:.3f}", " / ".join(f"{n:.3g}" for n in m.norms), *_spaces(m))
+    stdout.print(table)
+    for which, names in (("first", found.only_first), ("second", found.only_second)):
+        if names:
+            stdout.print(f"in the {which} alone: {', '.join(names)}")
+    for name, (a, b) in found.config.items():
+        stdout.print(f"{name}: {a} / {b}")
+    stdout.print(f"cosine of all updates together {found.cosine:.3f}; spaces: 1 is the same, beside what chance gives")
+
+
+def _spaces(m: ModuleComparison) -> tuple[str, ...]:
+    pairs = ((m.output_similarity, m.output_baseline), (m.input_similarity, m.input_baseline))
+    return tuple(text for phi, chance in pairs for text in (f"{phi[-1][-1]:.3f}" if phi else "-", f"{chance:.3f}"))

@@ -1,0 +1,113 @@
+"""Two adapters side by side, from their factors: how alike their updates are, and the spaces they act in."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from twofold.adapter.files import AdapterFiles
+from twofold.errors import ConfigError
+from twofold.inspection.report import updates_of
+from twofold.lowrank.algebra import Decomposition, decomposed, inner, norm
+from twofold.lowrank.factors import LowRank
+from twofold.lowrank.spectra import subspace_similarity
+
+DIRECTIONS = 8
+"""How many of the largest singular directions are set against each other, one number more at a time."""
+
+
+@dataclass(frozen=True)
+class ModuleComparison:
+    """One module's update in both adapters.
+
+    Attributes:
+        cosine: of the deltas as vectors: 1 for the same direction, 0 for unrelated ones, -1 for opposite ones.
+        norms: Frobenius, of both.
+        output_similarity: phi[i][j] of the i+1 and j+1 largest left singular directions (`subspace_similarity`), from 0 to 1.
+        input_similarity: the same of right singular directions. After training from one seed it is partly the start's.
+        output_baseline, input_baseline: what phi of all directions shown would be on average if one space were drawn at random.
+    """
+
+    name: str
+    cosine: float
+    norms: tuple[float, float]
+    output_similarity: list[list[float]]
+    input_similarity: list[list[float]]
+    output_baseline: float
+    input_baseline: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two adapters, module by module where both change it.
+
+    Attributes:
+        cosine: of all deltas together.
+        only_first, only_second: modules that one of them leaves alone.
+        config: settings that differ, by name, with both values.
+    """
+
+    cosine: float
+    modules: list[ModuleComparison]
+    only_first: list[str]
+    only_second: list[str]
+    config: dict[str, tuple[Any, Any]]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare_adapters(first: AdapterFiles, second: AdapterFiles) -> Comparison:
+    """Compare two opened adapters.
+
+    Raises:
+        ConfigError: they change no module in common, or one whose shapes differ.
+    """
+    a, b = updates_of(first), updates_of(second)
+    common = [name for name in a if name in b]
+    if not common:
+        raise ConfigError(f"{first.path} and {second.path} change no module in common, so there is nothing to compare")
+    modules = [_compared(name, a[name], b[name]) for name in common]
+    together = sum(inner(a[n], b[n]) for n in common)
+    sizes = [sum(norm(u) ** 2 for u in updates.values()) ** 0.5 for updates in (a, b)]
+    return Comparison(
+        cosine=_ratio(together, sizes[0] * sizes[1]),
+        modules=modules,
+        only_first=[n for n in a if n not in b],
+        only_second=[n for n in b if n not in a],
+        config=_differences(first, second),
+    )
+
+
+def _compared(name: str, a: LowRank, b: LowRank) -> ModuleComparison:
+    if (a.B.shape[0], a.A.shape[1]) != (b.B.shape[0], b.A.shape[1]):
+        shapes = " and ".join(f"{u.B.shape[0]} x {u.A.shape[1]}" for u in (a, b))
+        raise ConfigError(f"'{name}' is {shapes}: the adapters were trained on different bases")
+    in_a, in_b = decomposed(a), decomposed(b)
+    counts = min(DIRECTIONS, _rank(in_a)), min(DIRECTIONS, _rank(in_b))
+    left = subspace_similarity(in_a.U[:, : counts[0]], in_b.U[:, : counts[1]])
+    right = subspace_similarity(in_a.V[:, : counts[0]], in_b.V[:, : counts[1]])
+    norms = norm(a), norm(b)
+    return ModuleComparison(
+        name=name,
+        cosine=_ratio(inner(a, b), norms[0] * norms[1]),
+        norms=norms,
+        output_similarity=left.tolist(),
+        input_similarity=right.tolist(),
+        output_baseline=max(counts) / a.B.shape[0],
+        input_baseline=max(counts) / a.A.shape[1],
+    )
+
+
+def _rank(found: Decomposition) -> int:
+    """Directions that are no rounding."""
+    return int((found.values > found.values[0] * 1e-12).sum()) if found.values[0] > 0 else 0
+
+
+def _ratio(value: float, scale: float) -> float:
+    return value / scale if scale > 0 else 0.0
+
+
+def _differences(first: AdapterFiles, second: AdapterFiles) -> dict[str, tuple[Any, Any]]:
+    pairs = {f.name: (getattr(first.config, f.name), getattr(second.config, f.name)) for f in fields(first.config)}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
