@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from families import build_model, logits, randomise
+from peft.optimizers import create_loraplus_optimizer
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import load_adapter, open_adapter, save_adapter
 from twofold.errors import AdapterFileError
 from twofold.layers.linear import LinearShare
+from twofold.training.optim import TrainingConfig, optimiser
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
@@ -170,3 +172,20 @@ def test_a_start_that_cannot_be_computed_again_is_refused(tmp_path: Path) -> Non
         path = saved(peft.get_peft_model(build_model("llama"), config), tmp_path / "a")
     with pytest.raises(AdapterFileError, match="changed the base when training began"):
         load_adapter(build_model("llama"), path)
+
+
+def test_a_step_of_lora_plus_is_that_of_peft(tmp_path: Path) -> None:
+    path = saved(in_peft("llama", "lora_bias"), tmp_path / "a")
+    theirs, ours = opened("llama", path), build_model("llama")
+    load_adapter(ours, path)
+    config = TrainingConfig(learning_rate=1e-2, loraplus_lr_ratio=8.0)
+    steppers = [
+        create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=8.0),
+        optimiser(ours, config),
+    ]
+    for model, stepper in zip((theirs, ours), steppers, strict=True):
+        for _ in range(3):
+            torch.log_softmax(logits(model), -1)[..., 3].sum().backward()
+            stepper.step()
+            stepper.zero_grad()
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
