@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from families import build_model
+from torch import Tensor, nn
 
 from twofold.adapter.attach import attach
 from twofold.adapter.config import LoraConfig

@@ -108,8 +108,9 @@ def _matrix(base: nn.Module) -> Tensor:
 
 
 def like(base: nn.Module, factors: Factors) -> Factors:
-    """The factors on the base's device, in float32 or the base's wider type."""
+    """The factors on the base's device, in float32 or the base's wider type, their rows one after the other in memory: fused AdamW
+    goes through a parameter and its moments as they lie, and those of a checkpoint lie so."""
     weight = cast(Tensor, base.weight)
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
-    a, b = (f.detach().to(weight.device, dtype).clone() for f in factors)
+    a, b = (f.detach().to(weight.device, dtype).clone(memory_format=torch.contiguous_format) for f in factors)
     return a, b

@@ -72,7 +72,7 @@ def lora_ga(gradient: Float[Tensor, "out in_"], r: int, scale: float) -> Factors
     the width: each by out^(1/4) / sqrt(gamma), as in the authors' code; `scale` plays no part in it.
     """
     _check_rank(2 * r, gradient)
-    U, _, V = torch.svd_lowrank(_wide(gradient), q=min(4 * r, *gradient.shape), niter=4)
+    U, _, V = torch.svd_lowrank(_wide(gradient), q=min(4 * r, *gradient.shape), niter=16)
     stable = len(gradient) ** 0.25 / LORA_GA_GAMMA**0.5
     return V.T[r : 2 * r] * stable, U[:, :r] * stable
 

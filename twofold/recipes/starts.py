@@ -19,7 +19,7 @@ from twofold.base.batch import Example, pack
 from twofold.base.blocks import NotDescribed
 from twofold.errors import ConfigError
 from twofold.lowrank.init import Factors
-from twofold.lowrank.spectral_init import eva, eva_ranks, lora_ga, loftq
+from twofold.lowrank.spectral_init import eva, eva_ranks, loftq, lora_ga
 from twofold.training.objective import plain_objective
 
 START_EXAMPLES = 16
