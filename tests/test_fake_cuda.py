@@ -117,7 +117,7 @@ def plans(decoder: Decoder, layout: Layout, like: Tensor) -> list[AttentionPlan]
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_group_forward_and_backward(dtype: torch.dtype, dropout: float) -> None:
     x = gpu(9, 8, dtype=dtype)
-    update = LowRank(gpu(2, 8), gpu(6, 2), 2.0)
+    update = LowRank(gpu(2, 8).requires_grad_(), gpu(6, 2).requires_grad_(), 2.0)
     group = [
         Projection(gpu(6, 8, dtype=dtype), gpu(6, dtype=dtype), update),
         Projection(gpu(4, 8, dtype=dtype), None, None),

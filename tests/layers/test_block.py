@@ -52,6 +52,8 @@ class Case:
     dropout: float = 0.0
     biased: tuple[str, ...] = ()
     bias_learned: bool = False
+    stretched: bool = False
+    frozen_A: bool = False
     activation: str = "silu"
     scoring: Scoring = SCORING
     window: int | None = None
@@ -71,6 +73,11 @@ CASES = {
     "frozen biases": Case(biased=("q", "k", "v", "o", "gate", "up", "down")),
     "learned biases": Case(biased=("q", "v", "o", "up", "down"), bias_learned=True),
     "learned biases alone": Case((), biased=("k", "gate"), bias_learned=True),
+    "stretched": Case(stretched=True, biased=("q", "o", "up")),
+    "stretched, some asked": Case(stretched=True, dropout=0.4, tree=PREFIXED, real=SOME),
+    "stretched, fused, some asked": Case(ALL_FUSED, FUSED, stretched=True, tree=PREFIXED, real=SOME),
+    "frozen A": Case(frozen_A=True, bias_learned=True, biased=("q",)),
+    "frozen A, stretched, some asked": Case(frozen_A=True, stretched=True, tree=PREFIXED, real=SOME),
     "gelu": Case(activation="gelu_pytorch_tanh"),
     "softcap and window": Case(scoring=Scoring(0.5, 1.2), window=3),
     "prefix": Case(tree=PREFIXED),
@@ -126,20 +133,29 @@ class Layer:
         bias = doubles(out).requires_grad_(self.case.bias_learned) if name in self.case.biased else None
         update = None
         if name in self.case.adapted:
-            update = LowRank(doubles(RANK, width).requires_grad_(), doubles(out, RANK).requires_grad_(), 0.7)
-        return Projection(doubles(out, width) / width**0.5, bias, update)
+            A = doubles(RANK, width).requires_grad_(not self.case.frozen_A)
+            update = LowRank(A, doubles(out, RANK).requires_grad_(), 0.7)
+        stretch = doubles(out).requires_grad_() if self.case.stretched and update is not None else None
+        return Projection(doubles(out, width) / width**0.5, bias, update, stretch=stretch)
 
     def learned(self) -> list[Tensor]:
         return [t for p in self.projections.values() for t in p.learned()]
 
     def with_learned(self, learned: Sequence[Tensor]) -> dict[str, Projection]:
         """The projections, with other tensors in place of the learned ones."""
-        given, found = iter(learned), {}
-        for name, p in self.projections.items():
-            update = p.update and LowRank(next(given), next(given), p.update.scale)
-            learns_bias = p.bias is not None and p.bias.requires_grad
-            found[name] = p._replace(update=update, bias=next(given) if learns_bias else p.bias)
-        return found
+        given = iter(learned)
+
+        def other(t: Tensor) -> Tensor:
+            return next(given) if t.requires_grad else t
+
+        return {
+            name: p._replace(
+                update=p.update and LowRank(other(p.update.A), other(p.update.B), p.update.scale),
+                bias=None if p.bias is None else other(p.bias),
+                stretch=None if p.stretch is None else other(p.stretch),
+            )
+            for name, p in self.projections.items()
+        }
 
     def tensors(self, projections: dict[str, Projection]) -> BlockTensors:
         qkv, o, gate_up, down = (
@@ -198,14 +214,13 @@ class Layer:
     def _linear(self, x: Tensor, names: Sequence[str]) -> list[Tensor]:
         members, found = [self.projections[n] for n in names], []
         kept = drop(x, self.case.dropout) if any(m.update for m in members) else None
-        for weight, bias, update, _ in members:
+        for weight, bias, update, _, stretch in members:
             y = x @ weight.T
-            if bias is not None:
-                y = y + bias
             if update is not None:
                 into = x if kept is None else torch.where(kept.mask, x, 0.0) / kept.probability
                 y = y + update.scale * (into @ update.A.T @ update.B.T)
-            found.append(y)
+            y = y if stretch is None else y * stretch
+            found.append(y if bias is None else y + bias)
         return found
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
@@ -286,6 +301,7 @@ def expected_bytes(layer: Layer) -> int:
         for name in group:
             rows = every if name in ("k", "v", "qkv") else asked
             numbers += rows * RANK * (name in case.adapted)
+            numbers += rows * SHAPES[name][0] * case.stretched  # outputs before they are stretched
     if case.head_norms:  # their inputs
         numbers += asked * WIDE + every * NARROW
     if case.post_norms:

@@ -34,6 +34,12 @@ GROUPS = {
     "none adapted": [(6, None, True), (4, None, False)],
     "rank above both sides": [(2, 9, False)],
     "learned biases": [(4, 2, True), (3, None, True), (2, 1, False)],
+    "stretched": [(6, 3, True), (4, None, True), (4, 2, False)],
+    "stretched with learned biases": [(4, 2, True), (2, 1, False)],
+    "frozen A": [(6, 3, True), (4, 1, False)],
+    "frozen A, stretched": [(6, 3, False), (4, 1, True)],
+    "some A frozen": [(6, 3, True), (4, 1, False), (3, 2, False)],
+    "frozen update": [(6, 3, True), (4, 1, False)],
 }
 
 
@@ -42,7 +48,33 @@ def group_of(name: str) -> list[Projection]:
     if "learned" in name:
         for bias in (p.bias for p in group if p.bias is not None):
             bias.requires_grad_()
+    for p in group[: 2 if "some" in name else None]:
+        if "frozen" in name and p.update is not None:
+            p.update.A.requires_grad_(False)
+            p.update.B.requires_grad_("update" not in name)
+    if "stretched" in name:
+        stretches = [None if p.update is None else torch.randn(len(p.weight), dtype=torch.float64) for p in group]
+        group = [
+            p._replace(stretch=None if s is None else s.requires_grad_()) for p, s in zip(group, stretches, strict=True)
+        ]
     return group
+
+
+def with_learned(group: Sequence[Projection], learned: Sequence[Tensor]) -> list[Projection]:
+    """The projections with other tensors in place of the learned ones, in their order."""
+    given = iter(learned)
+
+    def other(t: Tensor) -> Tensor:
+        return next(given) if t.requires_grad else t
+
+    return [
+        p._replace(
+            update=p.update and LowRank(other(p.update.A), other(p.update.B), p.update.scale),
+            bias=None if p.bias is None else other(p.bias),
+            stretch=None if p.stretch is None else other(p.stretch),
+        )
+        for p in group
+    ]
 
 
 def learned_of(group: Sequence[Projection]) -> list[Tensor]:
@@ -53,12 +85,14 @@ def naive(x: Tensor, group: Sequence[Projection], mask: Tensor | None = None, ke
     """The formula, with the full low-rank outputs that the real one avoids."""
     dropped = x if mask is None else x * mask / keep
     outputs = []
-    for weight, bias, update, _ in group:
+    for weight, bias, update, _, stretch in group:
         y = x @ weight.T
-        if bias is not None:
-            y = y + bias
         if update is not None:
             y = y + update.scale * (dropped @ update.A.T @ update.B.T)
+        if stretch is not None:
+            y = y * stretch
+        if bias is not None:
+            y = y + bias
         outputs.append(y)
     return outputs
 
@@ -68,13 +102,8 @@ def test_gradcheck(name: str) -> None:
     group = group_of(name)
     x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
 
-    def run(x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-        given, fresh = iter(factors), []
-        for p in group:
-            update = p.update and LowRank(next(given), next(given), p.update.scale)
-            learns_bias = p.bias is not None and p.bias.requires_grad
-            fresh.append(p._replace(update=update, bias=next(given) if learns_bias else p.bias))
-        return group_product(x, fresh)
+    def run(x: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
+        return group_product(x, with_learned(group, learned))
 
     assert torch.autograd.gradcheck(run, (x, *learned_of(group)))
 
@@ -233,6 +262,14 @@ def test_nothing_is_kept_but_the_input_once_and_the_bottleneck() -> None:
     ]
     x = torch.randn(rows, 64, requires_grad=True)
     assert kept_shapes(x, group) == {(rows, 64): 1, (rows, 3 * r): 1}
+
+
+def test_a_frozen_a_keeps_no_input_and_gets_no_product() -> None:
+    """LoRA-FA: of two members, x is kept for neither."""
+    rows, out, r = 40, 96, 3
+    updates = [LowRank(torch.randn(r, 64), torch.randn(out, r, requires_grad=True), 1.0) for _ in range(2)]
+    x = torch.randn(rows, 64, requires_grad=True)
+    assert kept_shapes(x, [Projection(torch.randn(out, 64), None, u) for u in updates]) == {(rows, 2 * r): 1}
 
 
 def test_neither_delta_nor_full_outputs_are_alive_between_forward_and_backward() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import build_model
 from torch import Tensor, nn
 
 from twofold.adapter.attach import attach
@@ -300,3 +301,15 @@ def test_what_cannot_be_planned_is_refused(llama_base: Path, tmp_path: Path) -> 
 def test_a_plan_is_one_json_document(llama_base: Path) -> None:
     assert json.loads(json.dumps(planned(llama_base, devices=2)))["devices"]["count"] == 2
     assert {f.name for f in fields(LoraConfig)} < {f.name for f in fields(PlanSettings)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_dora": True}, {"lora_bias": True}, {"freeze_a": True}, {"freeze_a": True, "use_dora": True, "bias": "all"}],
+)
+def test_variants_are_counted_as_they_train(settings: dict[str, Any]) -> None:
+    """Against the model with the adapter on."""
+    config = LoraConfig(r=4, **settings)
+    model = build_model("llama-tied")
+    planned = plan_parameters(config, module_shapes(model), 1)
+    assert planned.trainable == attach(model, config).trainable

@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.target import ModuleShape, Targets, find_targets, module_shapes
+from twofold.adapter.variants import check_variants, like, linear_share
 from twofold.errors import ConfigError, did_you_mean
 from twofold.layers.embedding import EmbeddingShare, LoraEmbedding
-from twofold.layers.linear import LinearShare, LoraLinear
+from twofold.layers.linear import LoraLinear
 from twofold.layers.protocol import AdapterLayer, Share, checked_name
 from twofold.layers.saved import BiasShare, CopyShare, TrainedBias, TrainedCopy
-from twofold.lowrank.init import STARTS, Factors, embedding
+from twofold.lowrank.init import Factors, embedding
 
 DEFAULT_NAME = "default"
 
@@ -39,24 +39,34 @@ class TrainableSummary:
         return f"{self.trainable:,} of {self.base:,} parameters train ({self.fraction:.2%}), in {self.modules} modules"
 
 
-def attach(model: nn.Module, config: LoraConfig, name: str = DEFAULT_NAME) -> TrainableSummary:
+def attach(
+    model: nn.Module, config: LoraConfig, name: str = DEFAULT_NAME, *, factors: Mapping[str, Factors] | None = None
+) -> TrainableSummary:
     """Freeze the model and give every targeted module a share of a new adapter, which becomes the active one.
 
     The base's tensors are never written, now or in training. Values of the start are drawn from torch's generator.
 
+    Args:
+        factors: A and B to start from, by module, for starts that are computed before (EVA, LoRA-GA, LoftQ).
+
     Raises:
         TargetError: an entry of the config matches nothing; all of them in one message.
-        ConfigError: the name is taken or cannot be one, adapters are merged, or one changes a module in another way.
+        ConfigError: a variant is asked of a module that it is not defined for, the name is taken or cannot be one, adapters are
+            merged, or one changes a module in another way; the model is as it was then.
     """
     if checked_name(name) in attached(model):
         raise ConfigError(f"an adapter named '{name}' is attached already; detach it or choose another name")
     _check_unmerged(model, "attaching another")
-    parts = _parts(config, find_targets(config, module_shapes(model)))
+    targets = find_targets(config, module_shapes(model))
+    check_variants(config, targets.adapted, factors)
+    parts = _parts(config, targets, factors)
     _check_kinds(model, parts)
+    made = [part.make(_base_at(model, part.module)) for part in parts]
     if not attached(model):
         model.requires_grad_(False)
-    for part in parts:
-        _add(model, part, name, config)
+    for part, share in zip(parts, made, strict=True):
+        share.origin = config
+        _add(model, part, name, share)
     activate(model, name)
     return trainable_summary(model)
 
@@ -69,11 +79,11 @@ class _Part(NamedTuple):
     make: Callable[[nn.Module], Share]
 
 
-def _parts(config: LoraConfig, targets: Targets) -> list[_Part]:
+def _parts(config: LoraConfig, targets: Targets, factors: Mapping[str, Factors] | None) -> list[_Part]:
     adapted = [
         _Part(module, LoraEmbedding.from_base, _embedding_share(config, module, shape))
         if shape.kind == "embedding"
-        else _Part(module, LoraLinear.from_base, _linear_share(config, module, shape))
+        else _Part(module, LoraLinear.from_base, _linear_share(config, module, shape, factors))
         for module, shape in targets.adapted.items()
     ]
     saved = [_Part(module, TrainedCopy.from_base, CopyShare) for module in targets.saved]
@@ -102,41 +112,31 @@ def _check_unmerged(model: nn.Module, what: str) -> None:
         raise ConfigError(f"adapters are merged into this model; call unmerge before {what}")
 
 
-def _add(model: nn.Module, part: _Part, name: str, config: LoraConfig) -> None:
+def _base_at(model: nn.Module, module: str) -> nn.Module:
+    found = model.get_submodule(module)
+    return found.base if isinstance(found, AdapterLayer) else found
+
+
+def _add(model: nn.Module, part: _Part, name: str, share: Share) -> None:
     layer = model.get_submodule(part.module)
     if not isinstance(layer, AdapterLayer):
         layer = part.wrap(layer)
         model.set_submodule(part.module, layer)
-    share = part.make(layer.base)
-    share.origin = config
     layer.add(name, share)
 
 
-def _linear_share(config: LoraConfig, module: str, shape: ModuleShape) -> Callable[[nn.Module], Share]:
-    def make(base: nn.Module) -> Share:
-        r, _, scale = resolve(config, module)
-        factors = _like(base, STARTS[config.init_lora_weights](r, shape.in_features, shape.out_features))
-        trained = shape.bias and config.bias != "none"
-        change = torch.zeros_like(factors[1][:, 0]) if trained else None
-        return LinearShare(factors, scale, config.lora_dropout, change)
-
-    return make
+def _linear_share(
+    config: LoraConfig, module: str, shape: ModuleShape, factors: Mapping[str, Factors] | None
+) -> Callable[[nn.Module], Share]:
+    return lambda base: linear_share(config, module, shape, base, factors)
 
 
 def _embedding_share(config: LoraConfig, module: str, shape: ModuleShape) -> Callable[[nn.Module], Share]:
     def make(base: nn.Module) -> Share:
         r, _, scale = resolve(config, module)
-        return EmbeddingShare(_like(base, embedding(r, shape.in_features, shape.out_features)), scale)
+        return EmbeddingShare(like(base, embedding(r, shape.in_features, shape.out_features)), scale)
 
     return make
-
-
-def _like(base: nn.Module, factors: Factors) -> Factors:
-    """The factors on the base's device, in float32 or the base's wider type."""
-    weight = cast(Tensor, base.weight)
-    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
-    a, b = (f.to(weight.device, dtype) for f in factors)
-    return a, b
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
@@ -193,6 +193,7 @@ def activate(model: nn.Module, names: str | Mapping[str, float] | None) -> None:
             raise ConfigError(_unknown(name, known))
     _check_unmerged(model, "choosing others")
     _check_copies(model, weights)
+    _check_magnitudes(model, weights)
     for _, layer in adapter_layers(model):
         for name, share in layer.shares.items():
             cast(Share, share).weight_when_active = weights.get(name, 0.0)
@@ -208,6 +209,18 @@ def _check_copies(model: nn.Module, weights: Mapping[str, float]) -> None:
             raise ConfigError(
                 f"adapter {names} brings its own whole '{module}' (modules_to_save), which can be neither scaled nor summed; "
                 "activate one such adapter alone, at weight 1"
+            )
+
+
+def _check_magnitudes(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """DoRA rescales the rows of base and update together, so it is neither a part of a sum nor scalable."""
+    for module, layer in adapter_layers(model):
+        chosen = [n for n in layer.shares if weights.get(n, 0.0)]
+        lengths = [n for n in chosen if getattr(layer.shares[n], "magnitude", None) is not None]
+        if lengths and (len(chosen) > 1 or weights[lengths[0]] != 1):
+            raise ConfigError(
+                f"adapter '{lengths[0]}' is DoRA, which sets the lengths of the rows of '{module}' itself, so it can be neither "
+                "scaled nor summed with another; activate it alone, at weight 1"
             )
 
 

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, TypeAlias, TypeVar
 from twofold.errors import ConfigError
 from twofold.lowrank.factors import scale_of
 from twofold.lowrank.init import STARTS
+from twofold.lowrank.spectral_init import DATA_STARTS, WEIGHT_STARTS, weight_start
 
 V = TypeVar("V")
 Names: TypeAlias = str | tuple[str, ...] | list[str]
@@ -33,7 +34,12 @@ class LoraConfig:
         use_rslora: scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).
         bias: which biases are trained: none, those of the adapted modules, or all.
         modules_to_save: suffixes of modules to train whole and keep with the adapter.
-        init_lora_weights: the start: true for Kaiming A and zero B, or `gaussian`.
+        init_lora_weights: the start: true for Kaiming A and zero B; `gaussian`, `orthogonal`, or false for A and B at random;
+            `pissa`, `pissa_niter_N` and `olora`, read off the base's weights; `eva` and `lora_ga`, off the first data; `loftq`, off
+            what a 4-bit base rounds away. The base is never changed by any.
+        use_dora: learn the length of each row of the weight apart from its direction (DoRA, arXiv 2402.09353).
+        lora_bias: give B a bias of its own.
+        freeze_a: leave A as it starts and train B alone (LoRA-FA, arXiv 2308.03303): fewer values learn, and no inputs are kept.
     """
 
     r: int = 16
@@ -49,6 +55,9 @@ class LoraConfig:
     bias: Literal["none", "lora_only", "all"] = "none"
     modules_to_save: tuple[str, ...] | list[str] | None = None
     init_lora_weights: bool | str = True
+    use_dora: bool = False
+    lora_bias: bool = False
+    freeze_a: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -58,9 +67,7 @@ class LoraConfig:
             problems.append(f"lora_dropout is {self.lora_dropout} but must be at least 0 and below 1")
         if not self.target_modules:
             problems.append("target_modules is empty, so nothing would be trained; try 'all-linear'")
-        if self.init_lora_weights not in STARTS:
-            known = ", ".join(str(s).lower() for s in STARTS)
-            problems.append(f"init_lora_weights is {self.init_lora_weights!r} but may be {known}")
+        problems += _variant_problems(self)
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, list | set):
@@ -88,6 +95,24 @@ def _pattern_problem(pattern: str) -> str | None:
     except re.error as error:
         return f"'{pattern}' is no regular expression ({error}); a list of names needs none, as in [q_proj, v_proj]"
     return None
+
+
+def _variant_problems(config: LoraConfig) -> list[str]:
+    """What the variants of LoRA cannot do together, whatever the modules."""
+    start, problems = config.init_lora_weights, []
+    if start not in STARTS and start not in DATA_STARTS and weight_start(start) is None:
+        known = ", ".join(str(s).lower() for s in (*STARTS, *WEIGHT_STARTS, "pissa_niter_N", *DATA_STARTS))
+        problems.append(f"init_lora_weights is {start!r} but may be {known}")
+    if config.lora_bias and config.use_dora:
+        problems.append(
+            "use_dora cannot go with lora_bias: DoRA rescales the weight's rows, to which a bias of B does not belong; choose one"
+        )
+    if config.lora_bias and not isinstance(start, bool):
+        problems.append(f"lora_bias is only defined for init_lora_weights true and false, not {start}; leave one out")
+    ranks = (config.r, *config.rank_pattern.values())
+    if start == "orthogonal" and any(r % 2 for r in ranks):
+        problems.append("init_lora_weights: orthogonal splits the rank in halves, so every rank must be even")
+    return problems
 
 
 class Resolved(NamedTuple):

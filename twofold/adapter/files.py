@@ -24,6 +24,7 @@ from twofold.adapter.target import ModuleShape, adapted_modules, matches, module
 from twofold.config import build
 from twofold.errors import AdapterFileError, RunError
 from twofold.layers.protocol import AdapterLayer
+from twofold.lowrank.spectral_init import is_subtracted
 from twofold.tensorfile import TensorFile, nonfinite, write_tensors
 
 CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "twofold.json"
@@ -84,8 +85,20 @@ def open_adapter(path: Path) -> AdapterFiles:
     """Open an adapter folder and check that everything in its config is understood.
 
     Raises:
-        AdapterFileError: files are missing, damaged or pickled, or the config asks for what Twofold does not do.
+        AdapterFileError: files are missing, damaged or pickled, the config asks for what Twofold does not do, or the tensors
+            alone do not say what the adapter does (PEFT's PiSSA and OLoRA): `load_adapter` then takes the base to help.
     """
+    files = _open(path)
+    if is_subtracted(files.config.init_lora_weights):
+        raise AdapterFileError(
+            f"{path} holds the raw factors of init_lora_weights={files.config.init_lora_weights!r}, which fit a base that PEFT "
+            "changed; load it onto its base (twofold.load_adapter) and save it again (twofold.save_adapter): that writes the plain "
+            "update"
+        )
+    return files
+
+
+def _open(path: Path) -> AdapterFiles:
     if not path.is_dir():
         raise AdapterFileError(f"no adapter folder at {path}")
     if not (path / TENSORS).exists() and (path / "adapter_model.bin").exists():
@@ -120,10 +133,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 def load_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -> AdapterFiles:
     """Attach an adapter from its folder and make it the active one; a failure leaves the model as it was.
 
+    Raw factors of PiSSA and OLoRA, as PEFT writes them, fit a base from which their start was taken away; the start is computed
+    again from this base, and taken away from the update instead.
+
     Raises:
         AdapterFileError: damaged files, or tensors that are missing, left over or of the wrong shape: all listed.
     """
-    files = open_adapter(Path(path))
+    files = _open(Path(path))
     shapes = module_shapes(model)
     claimed = adapted_modules(files.config, shapes)
     wrong = _wrong_modules(files, shapes, claimed)
@@ -308,10 +324,10 @@ def _check_replaceable(path: Path) -> None:
 
 
 def adapter_tensors(model: nn.Module, name: str = DEFAULT_NAME) -> dict[str, Tensor]:
-    """The adapter's tensors by their keys in the file."""
+    """The adapter's tensors by their keys in the file: those of a plain update, which needs no other base than the one as it is."""
     layers = dict(adapter_layers(model))
     return {
         f"{PREFIX}{module}.{suffix}": tensor
         for module, share in shares(model, name).items()
-        for suffix, tensor in share.saved(layers[module].base).items()
+        for suffix, tensor in share.plain(layers[module].base).items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
@@ -16,6 +17,7 @@ from twofold.adapter.target import ModuleShape, adapted_modules, matches, module
 from twofold.config import build
 from twofold.errors import AdapterFileError
 from twofold.layers.linear import LoraConv1D
+from twofold.lowrank.spectral_init import WEIGHT_STARTS, is_subtracted
 
 OURS_TOO = {f.name for f in fields(LoraConfig)}
 INERT: dict[str, tuple[Any, ...]] = {
@@ -39,13 +41,16 @@ def parse_config(raw: Mapping[str, Any], source: Path) -> LoraConfig:
         listed = ", ".join(f"{k}={raw[k]!r}" for k in sorted(foreign))
         raise AdapterFileError(f"{source} uses what this version of Twofold does not support: {listed}")
     values = {k: v for k, v in raw.items() if k in OURS_TOO and v is not None}
-    if values.get("init_lora_weights") not in (None, True, "gaussian"):
+    if values.get("init_lora_weights") not in (None, True, "gaussian", *WEIGHT_STARTS):
         values["init_lora_weights"] = _harmless_start(values["init_lora_weights"], source)
     return build(LoraConfig, values, source=str(source))
 
 
 def _harmless_start(start: Any, source: Path) -> bool:
-    """Starts that left the base alone are past and do not matter; the others changed the base that this fits."""
+    """Starts that left the base alone are past and do not matter; the others changed the base that this fits.
+
+    PiSSA's and OLoRA's change can be computed again from the base, whoever loads the adapter onto one does that.
+    """
     if start in (False, "orthogonal", "eva"):
         return True
     raise AdapterFileError(
@@ -56,7 +61,7 @@ def _harmless_start(start: Any, source: Path) -> bool:
 
 def peft_config(model: nn.Module, name: str, base_name: str | None) -> dict[str, Any]:
     """The adapter's config as PEFT reads it back, with nothing in it that could change meaning on the way."""
-    config = config_of(model, name)
+    config = as_plain(config_of(model, name))
     shapes = module_shapes(model)
     adapted = adapted_modules(config, shapes)
     layers = dict(adapter_layers(model))
@@ -71,6 +76,8 @@ def peft_config(model: nn.Module, name: str, base_name: str | None) -> dict[str,
         "target_modules": _shortest(adapted, shapes),
         "bias": config.bias,
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
         "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
         "init_lora_weights": config.init_lora_weights,
         "fan_in_fan_out": any(isinstance(layers[m], LoraConv1D) for m in adapted),
@@ -82,6 +89,24 @@ def peft_config(model: nn.Module, name: str, base_name: str | None) -> dict[str,
             ).items()
         },
     }
+
+
+def as_plain(config: LoraConfig) -> LoraConfig:
+    """The config of the tensors that `Share.plain` gives: starts are past, and one that the update is counted from doubles the
+    rank. Alpha grows with it so that the scale stays.
+    """
+    start = config.init_lora_weights
+    if not is_subtracted(start) or config.freeze_a:
+        return with_changes(config, init_lora_weights=start if start == "gaussian" else True, freeze_a=False)
+    louder = math.sqrt(2) if config.use_rslora else 2
+    return with_changes(
+        config,
+        init_lora_weights=True,
+        r=2 * config.r,
+        lora_alpha=louder * config.lora_alpha,
+        rank_pattern={k: 2 * r for k, r in config.rank_pattern.items()},
+        alpha_pattern={k: louder * a for k, a in config.alpha_pattern.items()},
+    )
 
 
 def _shortest(adapted: Mapping[str, ModuleShape], shapes: Mapping[str, ModuleShape]) -> list[str] | str:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
 from twofold.layers.protocol import AdapterLayer, Share, bias_of
+from twofold.lowrank.dora import row_norms, row_squares
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.init import Factors
 from twofold.lowrank.linear import Projection, group_product
@@ -23,25 +24,70 @@ class LinearShare(Share):
     """One adapter's factors over one linear map: A (r, in), B (out, r), in float32 or wider; and its own bias, if any.
 
     `bias_change` (out,) is what the adapter adds to the base's bias, zero at the start; `cast` is A and B in the type of the
-    products, within `cast_once`.
+    products, and `norms` DoRA's, within `cast_once`. What a variant adds is None in plain LoRA:
+
+    Attributes:
+        b_bias: (out,), a bias of B, scaled as the update is (`lora_bias`).
+        magnitude: (out,), the lengths of the merged weight's rows (DoRA).
+        start_A, start_B: the factors at the start, from which the update is counted (PiSSA, OLoRA, LoRA-GA).
     """
 
     cast: tuple[Tensor, Tensor] | None = None
+    norms: Tensor | None = None
+    start_A: Tensor | None
+    start_B: Tensor | None
 
     def __init__(
         self, factors: Factors, scale: float, dropout: float = 0.0, bias_change: Float[Tensor, " out"] | None = None
     ) -> None:
         super().__init__()
-        self.A, self.B = nn.Parameter(factors[0]), nn.Parameter(factors[1])
+        self.A: Tensor = nn.Parameter(factors[0])
+        self.B = nn.Parameter(factors[1])
         self.bias_change = None if bias_change is None else nn.Parameter(bias_change)
+        self.b_bias: nn.Parameter | None = None
+        self.magnitude: nn.Parameter | None = None
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
         self.scale, self.dropout = scale, dropout
 
+    def count_from_start(self) -> None:
+        """From now on the update is s·BA − s·B0A0, with the factors as they are now for B0 and A0."""
+        self.start_A, self.start_B = self.A.detach().clone(), self.B.detach().clone()
+
+    def freeze_A(self) -> None:
+        """Make A a constant, which no optimiser and no `requires_grad_` reaches (LoRA-FA, arXiv 2308.03303)."""
+        A = self.A.detach()
+        del self.A
+        self.register_buffer("A", A)
+
     def low_rank(self) -> LowRank:
-        """Its update, at the weight it is active with."""
-        return LowRank(self.A, self.B, self.scale * self.weight_when_active)
+        """Its update, at the weight it is active with.
+
+        Counted from a start it is s·BA − s·B0A0 = s·(B − B0)A + s·B0(A − A0): written so, it is zero to the last bit at the
+        start, and rounding the factors to a narrow type loses nothing of small changes.
+        """
+        scale = self.scale * self.weight_when_active
+        if self.start_A is None or self.start_B is None:
+            return LowRank(self.A, self.B, scale)
+        changed = self.B - self.start_B
+        if not isinstance(self.A, nn.Parameter):
+            return LowRank(self.A, changed, scale)
+        return LowRank(torch.cat([self.A, self.A - self.start_A]), torch.cat([changed, self.start_B], 1), scale)
 
     def saved(self, base: nn.Module) -> dict[str, Tensor]:
-        found = {"lora_A.weight": self.A.detach(), "lora_B.weight": self.B.detach()}
+        return self._named(self.A.detach(), self.B.detach(), base)
+
+    def plain(self, base: nn.Module) -> dict[str, Tensor]:
+        """As `saved`, but where the update is counted from a start, the factors of that difference: of twice the rank."""
+        update = self.low_rank()
+        return self._named(update.A.detach(), update.B.detach(), base)
+
+    def _named(self, A: Tensor, B: Tensor, base: nn.Module) -> dict[str, Tensor]:
+        found = {"lora_A.weight": A, "lora_B.weight": B}
+        if self.b_bias is not None:
+            found["lora_B.bias"] = self.b_bias.detach()
+        if self.magnitude is not None:
+            found["lora_magnitude_vector"] = self.magnitude.detach()
         if self.bias_change is not None:
             found["base_layer.bias"] = bias_of(base) + self.bias_change.detach()
         return found
@@ -50,19 +96,31 @@ class LinearShare(Share):
     def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         self.A.copy_(tensors["lora_A.weight"])
         self.B.copy_(tensors["lora_B.weight"])
+        if self.b_bias is not None:
+            self.b_bias.copy_(tensors["lora_B.bias"])
+        if self.magnitude is not None:
+            self.magnitude.copy_(tensors["lora_magnitude_vector"])
         if self.bias_change is not None:
             self.bias_change.copy_(tensors["base_layer.bias"].to(self.bias_change) - bias_of(base))
 
 
 class LoraLinear(AdapterLayer):
-    """y = x W0ᵀ + b + Σ weight · scale · (dropout(x) Aᵀ) Bᵀ over the active shares, arXiv 2106.09685."""
+    """y = x W0ᵀ + b + Σ weight · scale · (dropout(x) Aᵀ) Bᵀ over the active shares, arXiv 2106.09685.
+
+    With DoRA, y = c ⊙ (x W0ᵀ + scale · (dropout(x) Aᵀ) Bᵀ) + b, where c = magnitude / ||W0 + scale·BA|| row by row.
+
+    Attributes:
+        squares: ||W0||² of each row, once an adapter asked for it.
+    """
 
     base: nn.Module
     merged: Tensor | None
+    squares: Tensor | None
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
         self.register_buffer("merged", None, persistent=False)
+        self.register_buffer("squares", None, persistent=False)
 
     @classmethod
     def from_base(cls, base: nn.Module) -> LoraLinear:
@@ -83,14 +141,32 @@ class LoraLinear(AdapterLayer):
         if shares and (self.merged is not None or self.folding):
             return Projection(in_own_precision(self._merged_now, self.weight), self._effective_bias(shares), None)
         cast_before = shares[0].cast if len(shares) == 1 else None
-        return Projection(self.matrix(), self._effective_bias(shares), _combined(shares), cast_before)
+        return Projection(
+            self.matrix(), self._effective_bias(shares), _combined(shares), cast_before, self._stretch(shares)
+        )
 
     def _effective_bias(self, shares: list[LinearShare]) -> Tensor | None:
         bias = self.bias
         for share in shares:
             if share.bias_change is not None and bias is not None:
                 bias = bias + (share.bias_change * share.weight_when_active).to(bias.dtype)
+            if share.b_bias is not None:
+                change = share.b_bias * (share.scale * share.weight_when_active)
+                bias = change if bias is None else bias + change.to(bias.dtype)
         return bias
+
+    def row_norms(self, share: LinearShare) -> Float[Tensor, " out"]:
+        """||W0 + scale·BA|| of each row, a constant to the gradient."""
+        if share.norms is not None:
+            return share.norms
+        if self.squares is None:
+            self.squares = row_squares(self.matrix())
+        return row_norms(self.matrix(), self.squares, share.low_rank())
+
+    def _stretch(self, shares: list[LinearShare]) -> Float[Tensor, " out"] | None:
+        """DoRA's factor of each row; such an adapter is active alone, at weight 1."""
+        magnitude = shares[0].magnitude if len(shares) == 1 else None
+        return None if magnitude is None else magnitude / self.row_norms(shares[0])
 
     def forward(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         shares = self.linear_shares()
@@ -99,15 +175,29 @@ class LoraLinear(AdapterLayer):
         (y,) = project(x, self)
         return y
 
+    @torch.no_grad()
     def delta(self) -> Float[Tensor, "out in_"]:
-        """The sum of the active updates, in float32 or wider."""
+        """What the active updates add to the weight, in float32 or wider."""
+        if self._stretch(self.linear_shares()) is None:
+            return self._added()
+        return self._wide_fold() - self.matrix()
+
+    def _added(self) -> Float[Tensor, "out in_"]:
         update = _combined(self.linear_shares())
         return torch.zeros_like(self.matrix(), dtype=torch.float32) if update is None else update.delta()
 
     @torch.no_grad()
     def fold(self) -> Float[Tensor, "out in_"]:
         """A new weight with the active updates in it, rounded once to the base's type."""
-        return merged_weight(self.matrix(), [self.delta()])
+        if self._stretch(self.linear_shares()) is None:
+            return merged_weight(self.matrix(), [self._added()])
+        return self._wide_fold().to(self.matrix().dtype)
+
+    def _wide_fold(self) -> Float[Tensor, "out in_"]:
+        stretch = self._stretch(self.linear_shares())
+        added = self._added()
+        total = added.add_(self.matrix())
+        return total if stretch is None else total.mul_(stretch[:, None])
 
     def _merged_now(self) -> Float[Tensor, "out in_"]:
         return self.fold() if self.merged is None else self.merged
@@ -170,8 +260,15 @@ def cast_once(model: nn.Module) -> Iterator[None]:
     found = [(layer, s) for layer in model.modules() if isinstance(layer, LoraLinear) for s in layer.linear_shares()]
     try:
         for layer, share in found:
-            share.cast = (share.A.detach().to(layer.weight.dtype), share.B.detach().to(layer.weight.dtype))
+            share.cast = _cast(share, layer.weight.dtype)
+            share.norms = None if share.magnitude is None else layer.row_norms(share)
         yield
     finally:
         for _, share in found:
-            share.cast = None
+            share.cast = share.norms = None
+
+
+@torch.no_grad()
+def _cast(share: LinearShare, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    update = share.low_rank()
+    return update.A.detach().to(dtype), update.B.detach().to(dtype)

@@ -29,6 +29,10 @@ class Share(nn.Module):
         """The tensors of its file, by PEFT's suffix after the module's path."""
         raise NotImplementedError
 
+    def plain(self, base: nn.Module) -> dict[str, Tensor]:
+        """The tensors of a file that says the same as a plain update of the base, whatever this share was made from."""
+        return self.saved(base)
+
     def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Take the values of `saved` back; names and shapes were checked before."""
         raise NotImplementedError

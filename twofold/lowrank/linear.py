@@ -12,6 +12,10 @@ so that only x (once for the group), h = x̃ Aᵀ (rows, Σr) and references to 
 because it is frozen. The A_i are stacked, so the group costs one skinny product each for h and for dA. The low-rank part
 is added into the base product in place, and skinny products are written so that the long side is the one streamed through.
 
+DoRA (arXiv 2402.09353) stretches each output: y_i = c_i ⊙ (x W_iᵀ + scale_i (x̃ A_iᵀ) B_iᵀ) + b_i with c (out,) learned. Then the
+formulas hold for du = c ⊙ dy in place of dy, and dc = Σ dy ⊙ u over the rows, for which the unstretched output u is kept too,
+side by side with h. A factor that is frozen (A in LoRA-FA, arXiv 2308.03303) costs no gradient; x is then not kept for it.
+
 Factors live in float32 and are multiplied in x's type: cast here, or once for several passes by whoever makes the
 projections. Their gradients return in their own type.
 The forward and backward formulas are plain functions, so that they run where the autograd engine cannot, and so that a
@@ -39,17 +43,19 @@ class Projection(NamedTuple):
     Attributes:
         bias: frozen, or learned where it requires a gradient.
         cast: A and B of the update in the type of the products, where that was made before.
+        stretch: DoRA's factor (out,) of the whole output but its bias, in float32 or wider.
     """
 
     weight: Tensor | Frozen
     bias: Tensor | None
     update: LowRank | None
     cast: tuple[Tensor, Tensor] | None = None
+    stretch: Tensor | None = None
 
     def learned(self) -> list[Tensor]:
-        """What gets a gradient: A, B, the bias, as far as there are any."""
-        factors = [] if self.update is None else [self.update.A, self.update.B]
-        return [*factors, self.bias] if self.bias is not None and self.bias.requires_grad else factors
+        """What gets a gradient: A, B, the bias, the stretch, as far as they are there and not frozen."""
+        factors = (None, None) if self.update is None else (self.update.A, self.update.B)
+        return [t for t in (*factors, self.bias, self.stretch) if t is not None and t.requires_grad]
 
 
 class Kept(NamedTuple):
@@ -64,14 +70,23 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class Member:
-    """One projection of a group: its rank columns in h, None where it is not adapted."""
+    """One projection of a group: its columns in what is kept, of h and of its unstretched output, None where it has none."""
 
     weight: Float[Tensor, "out in_"] | Frozen
     bias: Float[Tensor, " out"] | None
     B: Float[Tensor, "out r"] | None
     scale: float
-    columns: slice | None
-    learns_bias: bool
+    learns_A: bool = False
+    learns_B: bool = False
+    learns_bias: bool = False
+    stretch: Float[Tensor, " out"] | None = None
+    learns_stretch: bool = False
+    columns: slice | None = None
+    unstretched: slice | None = None
+
+    @property
+    def learns(self) -> bool:
+        return self.learns_A or self.learns_B or self.learns_bias or self.learns_stretch
 
 
 @dataclass(frozen=True)
@@ -91,22 +106,21 @@ class Group:
     def of(cls, projections: Sequence[Projection], dtype: torch.dtype, dropout: float = 0.0) -> Group:
         """Stack projections, casting what was not cast before."""
         members, As = [], []
-        rank = 0
         for p in projections:
             A, B = p.cast or ((None, None) if p.update is None else (p.update.A.to(dtype), p.update.B.to(dtype)))
-            columns = None if A is None else slice(rank, rank + len(A))
-            scale = 0.0 if p.update is None else p.update.scale
-            learns_bias = p.bias is not None and p.bias.requires_grad
-            members.append(Member(p.weight, p.bias, B, scale, columns, learns_bias))
+            members.append(_member(p, B, dtype))
             if A is not None:
                 As.append(A)
-                rank += len(A)
         stacked = None if not As else As[0] if len(As) == 1 else torch.cat(As)
-        return cls(tuple(members), stacked, dropout if As else 0.0)
+        return cls(_placed(members), stacked, dropout if As else 0.0)
 
     @property
     def learns(self) -> bool:
-        return self.A is not None or any(m.learns_bias for m in self.members)
+        return any(m.learns for m in self.members)
+
+    @property
+    def learns_A(self) -> bool:
+        return any(m.learns_A for m in self.members)
 
     def part(self, at: slice) -> Group:
         """The group of some neighbouring members alone."""
@@ -114,12 +128,36 @@ class Group:
         columns = [m.columns for m in members if m.columns is not None]
         if self.A is None or not columns:
             return Group(members, None)
-        start = columns[0].start
-        moved = tuple(
-            m if m.columns is None else replace(m, columns=slice(m.columns.start - start, m.columns.stop - start))
-            for m in members
-        )
-        return Group(moved, self.A[start : columns[-1].stop], self.dropout)
+        return Group(_placed(members), self.A[columns[0].start : columns[-1].stop], self.dropout)
+
+
+def _member(p: Projection, B: Tensor | None, dtype: torch.dtype) -> Member:
+    update, bias, stretch = p.update, p.bias, p.stretch
+    return Member(
+        weight=p.weight,
+        bias=None if bias is None else bias.to(dtype),
+        B=B,
+        scale=0.0 if update is None else update.scale,
+        learns_A=update is not None and update.A.requires_grad,
+        learns_B=update is not None and update.B.requires_grad,
+        learns_bias=bias is not None and bias.requires_grad,
+        stretch=None if stretch is None else stretch.detach(),
+        learns_stretch=stretch is not None and stretch.requires_grad,
+    )
+
+
+def _placed(members: Sequence[Member]) -> tuple[Member, ...]:
+    """The members with their columns: all ranks first, then the unstretched outputs that a gradient needs."""
+    found = list(members)
+    rank = 0
+    for i, m in enumerate(found):
+        if m.B is not None:
+            found[i] = replace(m, columns=slice(rank, rank := rank + m.B.shape[1]))
+    end = rank
+    for i, m in enumerate(found):
+        if m.stretch is not None and m.learns_stretch:
+            found[i] = replace(m, unstretched=slice(end, end := end + len(m.stretch)))
+    return tuple(found)
 
 
 def drop(x: Float[Tensor, "rows in_"], p: float) -> Kept | None:
@@ -129,45 +167,80 @@ def drop(x: Float[Tensor, "rows in_"], p: float) -> Kept | None:
 
 def group_forward(
     x: Float[Tensor, "rows in_"], kept: Kept | None, group: Group
-) -> tuple[list[Tensor], Float[Tensor, "rows ranks"] | None]:
-    """The outputs (rows, out_i) of each member, and h = x̃ Aᵀ to keep for the backward."""
-    outputs = [product(m.weight, x, m.bias) for m in group.members]
+) -> tuple[list[Tensor], Float[Tensor, "rows _"] | None]:
+    """The outputs (rows, out_i) of each member, and what to keep for the backward: h = x̃ Aᵀ, then unstretched outputs."""
+    outputs = [product(m.weight, x, m.bias if m.stretch is None else None) for m in group.members]
     if group.A is None:
         return outputs, None
     h = F.linear(kept.apply(x) if kept else x, group.A)
     for y, m in zip(outputs, group.members, strict=True):
         if m.B is not None:
             y.addmm_(h[:, m.columns], m.B.T, alpha=m.scale)
-    return outputs, h
+    learning = [y for y, m in zip(outputs, group.members, strict=True) if m.unstretched is not None]
+    stretched = [_stretched(y, m) for y, m in zip(outputs, group.members, strict=True)]
+    return stretched, torch.cat([h, *learning], 1) if learning else h
+
+
+def _stretched(u: Tensor, m: Member) -> Tensor:
+    """c ⊙ u + b, multiplied in the stretch's own precision."""
+    if m.stretch is None:
+        return u
+    y = torch.mul(u, m.stretch, out=torch.empty_like(u))
+    return y if m.bias is None else y.add_(m.bias)
 
 
 def group_backward(
     gradients: Sequence[Float[Tensor, "rows _"]],
-    x: Float[Tensor, "rows in_"],
+    x: Float[Tensor, "rows in_"] | None,
     kept: Kept | None,
-    h: Float[Tensor, "rows ranks"] | None,
+    h: Float[Tensor, "rows _"] | None,
     group: Group,
     *,
     input_gradient: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """dx (rows, in) and, member by member in the order of `Projection.learned`, dA (r, in), dB (out, r) and dbias (out,)."""
-    dx = _into_input(gradients, group.members) if input_gradient else None
+    """dx (rows, in) and, member by member in the order of `Projection.learned`, dA (r, in), dB (out, r), dbias and dstretch (out,).
+
+    Args:
+        x: needed where some A learns.
+        h: what `group_forward` kept.
+    """
+    unstretched = [
+        dy if m.stretch is None else torch.mul(dy, m.stretch, out=torch.empty_like(dy))
+        for dy, m in zip(gradients, group.members, strict=True)
+    ]
+    dx = _into_input(unstretched, group.members) if input_gradient else None
     dA = None
-    if group.A is not None and h is not None:
-        g = torch.empty_like(h)
-        for dy, m in zip(gradients, group.members, strict=True):
-            if m.B is not None:
-                torch.mul(dy @ m.B, m.scale, out=g[:, m.columns])
-        dA = g.T @ (kept.apply(x) if kept else x)
+    if group.A is not None and (group.learns_A or dx is not None):
+        g = _rank_gradient(unstretched, group)
+        if group.learns_A and x is not None:
+            dA = g.T @ (kept.apply(x) if kept else x)
         if dx is not None:
             dx = dx.addmm_(g, group.A) if kept is None else dx.add_(kept.apply(g @ group.A))
     learned: list[Tensor] = []
-    for dy, m in zip(gradients, group.members, strict=True):
-        if dA is not None and h is not None and m.columns is not None:
-            learned += [dA[m.columns], (h[:, m.columns].T @ dy).mul_(m.scale).T]
-        if m.learns_bias:
-            learned.append(dy.sum(0))
+    for dy, du, m in zip(gradients, unstretched, group.members, strict=True):
+        learned += _learned_gradients(dy, du, h, dA, m)
     return dx, learned
+
+
+def _rank_gradient(gradients: Sequence[Tensor], group: Group) -> Float[Tensor, "rows ranks"]:
+    """g = scale · du B of each member, side by side."""
+    ranks = sum(m.B.shape[1] for m in group.members if m.B is not None)
+    g = gradients[0].new_empty(len(gradients[0]), ranks)
+    for du, m in zip(gradients, group.members, strict=True):
+        if m.B is not None:
+            torch.mul(du @ m.B, m.scale, out=g[:, m.columns])
+    return g
+
+
+def _learned_gradients(dy: Tensor, du: Tensor, h: Tensor | None, dA: Tensor | None, m: Member) -> list[Tensor]:
+    found = [dA[m.columns]] if m.learns_A and dA is not None else []
+    if m.learns_B and h is not None:
+        found.append((h[:, m.columns].T @ du).mul_(m.scale).T)
+    if m.learns_bias:
+        found.append(dy.sum(0))
+    if m.learns_stretch and m.stretch is not None and h is not None:
+        found.append((dy.to(m.stretch.dtype) * h[:, m.unstretched]).sum(0))
+    return found
 
 
 def _into_input(gradients: Sequence[Tensor], members: Sequence[Member]) -> Tensor:
@@ -191,7 +264,8 @@ class _GroupProduct(torch.autograd.Function):
         outputs, h = group_forward(x, kept, group)
         ctx.group, ctx.probability = group, None if kept is None else kept.probability
         ctx.dtypes = [t.dtype for t in learned]
-        ctx.save_for_backward(x, h, None if kept is None else kept.mask)
+        needs_x = group.learns_A
+        ctx.save_for_backward(x if needs_x else None, h, None if kept is None else kept.mask)
         return tuple(outputs)
 
     @staticmethod

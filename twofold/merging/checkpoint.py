@@ -65,6 +65,11 @@ def _folded(layer: AdapterLayer) -> dict[str, Tensor]:
         weight = layer.fold()
         folded = {"weight": weight.T.contiguous() if isinstance(layer, LoraConv1D) else weight}
         bias = layer.projection().bias
+        if bias is not None and layer.base.bias is None:
+            raise ConfigError(
+                "an adapter with lora_bias gives a bias to layers that have none in this model, so it cannot be merged into its "
+                "files; serve it beside the base"
+            )
         return folded if bias is None else folded | {"bias": bias.detach().clone()}
     if isinstance(layer, LoraEmbedding):
         return {"weight": layer.fold()}

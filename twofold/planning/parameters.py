@@ -46,7 +46,7 @@ def plan_parameters(config: LoraConfig, shapes: Mapping[str, ModuleShape], base:
     """
     targets = find_targets(config, shapes)
     ranks = {name: resolve(config, name).r for name in targets.adapted}
-    factors = sum(lora_parameters(ranks[n], s) for n, s in targets.adapted.items())
+    factors = sum(_share_parameters(config, ranks[n], s) for n, s in targets.adapted.items())
     biases = sum(s.out_features for s in targets.adapted.values() if s.bias and config.bias != "none")
     biases += sum(shapes[n].out_features for n in targets.biased)
     saved = sum(shapes[n].parameters for n in targets.saved)
@@ -62,6 +62,12 @@ def plan_parameters(config: LoraConfig, shapes: Mapping[str, ModuleShape], base:
         adapted_base=sum(adapted),
         largest=max(adapted, default=0),
     )
+
+
+def _share_parameters(config: LoraConfig, r: int, shape: ModuleShape) -> int:
+    """What learns of one module's share besides its base's bias: the factors, DoRA's row lengths, B's bias."""
+    frozen = r * shape.in_features if config.freeze_a else 0
+    return lora_parameters(r, shape) - frozen + shape.out_features * (config.use_dora + config.lora_bias)
 
 
 def lora_parameters(r: int, shape: ModuleShape) -> int:

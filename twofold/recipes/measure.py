@@ -76,7 +76,7 @@ def measured(settings: PlanSettings) -> dict[str, Any]:
     torch.manual_seed(0)
     attach(base.model, settings.lora)
     objective = objective_for(base.model, pad_token(base), recompute=settings.gradient_checkpointing)
-    optimise = optimiser([p for p in base.model.parameters() if p.requires_grad], TrainingConfig())
+    optimise = optimiser(base.model, TrainingConfig())
     batch = synthetic_batch(settings, base.model.config.get_text_config().vocab_size)
     base.model.train()
     seconds = []
@@ -95,7 +95,7 @@ def measured(settings: PlanSettings) -> dict[str, Any]:
 def _step(objective: Objective, batch: PackedBatch, optimise: torch.optim.Optimizer, device: torch.device) -> float:
     start = time.perf_counter()
     (objective(batch).loss_sum / batch.supervised_tokens).backward()
-    torch.nn.utils.clip_grad_norm_(optimise.param_groups[0]["params"], 1.0)
+    torch.nn.utils.clip_grad_norm_([p for group in optimise.param_groups for p in group["params"]], 1.0)
     optimise.step()
     optimise.zero_grad(set_to_none=True)
     synchronise(device)

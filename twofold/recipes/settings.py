@@ -13,6 +13,7 @@ from twofold.base.load import DEFAULT_BASE, Precision
 from twofold.config import build, read_yaml
 from twofold.data.examples import DataConfig
 from twofold.errors import ConfigError
+from twofold.lowrank.init import STARTS
 from twofold.training.optim import TrainingConfig
 
 LORA_SETTINGS = tuple(f.name for f in fields(LoraConfig))
@@ -66,6 +67,11 @@ class TrainConfig:
             raise ConfigError(
                 "dtype float16 cannot train: small gradients vanish in it without loss scaling, which Twofold does not do; "
                 "use bfloat16 or float32"
+            )
+        if self.adapter.freeze_a and self.training.loraplus_lr_ratio != 1:
+            raise ConfigError(
+                "training.loraplus_lr_ratio says how much faster B learns than A, but with adapter.freeze_a A does not learn at "
+                "all; leave one out, and set training.learning_rate for B"
             )
         if self.data.streaming and self.training.max_steps is None:
             raise ConfigError("data.streaming needs training.max_steps, for nobody knows how long a stream is")
@@ -122,12 +128,19 @@ def continued(settings: AdapterSettings) -> AdapterSettings:
 
 
 def check_factors_only(config: LoraConfig) -> None:
-    """Refuse what a sharded base cannot do: whole modules and biases are trained as copies of weights that no process holds.
+    """Refuse what a sharded base cannot do: whatever is a copy of weights, or read off them, that no process holds.
 
     Raises:
         ConfigError: names the settings.
     """
-    asked = [n for n, used in (("modules_to_save", config.modules_to_save), ("bias", config.bias != "none")) if used]
+    used = {
+        "modules_to_save": bool(config.modules_to_save),
+        "bias": config.bias != "none",
+        "use_dora": config.use_dora,
+        "lora_bias": config.lora_bias,
+        "init_lora_weights": config.init_lora_weights not in STARTS,
+    }
+    asked = [name for name, is_used in used.items() if is_used]
     if asked:
         raise ConfigError(
             f"adapter.{' and adapter.'.join(asked)} cannot be trained over a sharded base, of which no process holds a "

@@ -27,6 +27,7 @@ from twofold.recipes.proof import Verification, base_digest, pad_token, proof_ba
 from twofold.recipes.report import write_page
 from twofold.recipes.runs import EventLog, RunFolder, as_begun, open_new, open_resumed, trackers
 from twofold.recipes.settings import TrainConfig, continued
+from twofold.recipes.starts import started
 from twofold.training.checkpoint import Progressed
 from twofold.training.floor import StepTimes, measured_floor
 from twofold.training.loop import Job, restore
@@ -194,7 +195,8 @@ def _attach(config: TrainConfig, loaded: Loaded) -> None:
     if config.adapter.init_from:
         load_adapter(loaded.base.model, config.adapter.init_from)
     else:
-        attach(loaded.base.model, loaded.lora)
+        lora, factors = started(loaded.base.model, loaded.lora, loaded.train.items, pad_token(loaded.base))
+        attach(loaded.base.model, lora, factors=factors)
 
 
 def _job(config: TrainConfig, run: RunFolder, loaded: Loaded, world: World) -> Job:

@@ -21,7 +21,7 @@ from twofold.machine import memory_bytes
 from twofold.training import checkpoint
 from twofold.training.checkpoint import Progressed
 from twofold.training.objective import Objective
-from twofold.training.optim import TrainingConfig, learning_rate, optimiser
+from twofold.training.optim import TrainingConfig, learning_rate, optimiser, set_rate
 from twofold.training.parallel import draw_seed, start_alike, sum_gradients
 from twofold.world import ALONE, World
 
@@ -65,7 +65,7 @@ def train(job: Job, emit: Emit, resume_from: Path | None = None) -> Progressed:
 
 def _train(job: Job, emit: Emit, resume_from: Path | None) -> Progressed:
     start_alike(job.parameters.values(), job.world)
-    optimise = optimiser(list(job.parameters.values()), job.config)
+    optimise = optimiser(job.model, job.config)
     progressed = _resumed(job, optimise, resume_from, emit) if resume_from else Progressed()
     job.model.train()
     while progressed.step < job.steps and not _should_stop(job, progressed):
@@ -119,8 +119,7 @@ def _step(job: Job, optimise: torch.optim.Optimizer, progressed: Progressed) -> 
     """One optimiser step. The loss is weighted by supervised tokens over all micro-batches of all processes."""
     started = time.perf_counter()
     rate = learning_rate(job.config, progressed.step, job.steps)
-    for group in optimise.param_groups:
-        group["lr"] = rate
+    set_rate(optimise, rate)
     batches = job.batches(progressed.step)
     tokens, supervised = map(int, _counted(job, batches))
     if not supervised:

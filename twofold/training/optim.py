@@ -1,16 +1,26 @@
-"""The optimiser, its schedule and the settings of a training."""
+"""The optimiser, its schedule and the settings of a training.
+
+Weight decay pulls the adapted model towards its base, and nothing else: one step of it takes lr · weight_decay off the update
+s·BA. Decaying both factors, as AdamW over all parameters does, takes that off twice, more with LoRA+, and makes A smaller even
+where the update is zero; so B alone is decayed (for embeddings A, which carries the zero), by the rate of the run whatever
+LoRA+ makes of B's. A copy of a whole module is decayed as in full fine-tuning. Where the update is counted from a start
+(PiSSA, OLoRA), decaying the factors would decay the base's own main part, so what decays is their distance from the start.
+Biases and DoRA's lengths are left alone. The reasons are in docs/decisions/.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twofold.errors import ConfigError
+from twofold.layers.embedding import EmbeddingShare
+from twofold.layers.linear import LinearShare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +39,10 @@ class TrainingConfig:
         learning_rate: at its highest, after warm-up.
         schedule: how it falls afterwards: `cosine` or `linear` to zero, or `constant`.
         warmup: share of the steps in which the rate rises linearly from zero.
-        weight_decay: of AdamW, on the factors.
+        loraplus_lr_ratio: how many times faster B learns than A (LoRA+, arXiv 2402.12354, which found 16 good together with a
+            lower learning_rate); 1 for alike.
+        weight_decay: share of learning_rate by which each step shrinks the update itself, B·A, and with it the distance from
+            the base.
         beta1: of AdamW.
         beta2: of AdamW.
         gradient_clip: largest norm of the whole gradient; 0 for none.
@@ -56,6 +69,7 @@ class TrainingConfig:
     learning_rate: float = 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.05
+    loraplus_lr_ratio: float = 1.0
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -79,6 +93,8 @@ class TrainingConfig:
                 raise ConfigError(f"{name} is {value} but must be at least 1")
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate is {self.learning_rate} but must be above 0")
+        if not 0 < self.loraplus_lr_ratio < math.inf:
+            raise ConfigError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio} but must be above 0, as in 16")
         if self.gradient_clip < 0 or self.weight_decay < 0 or not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ConfigError(
                 "gradient_clip and weight_decay must be at least 0, beta1 and beta2 at least 0 and below 1"
@@ -100,12 +116,62 @@ def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
     return config.learning_rate * (1 - done if config.schedule == "linear" else 1)
 
 
-def optimiser(parameters: Sequence[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) in one fused pass over all tensors."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+def optimiser(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) over what learns in a model, in one fused pass over all tensors of a kind.
+
+    Each group says in `ratio` how many times the run's learning rate is its own: see `set_rate`.
+    """
+    groups = _groups(model, config)
+    optimise = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+    set_rate(optimise, config.learning_rate)
+    starts = _starts(model) if config.weight_decay else []
+    if starts:
+        optimise.register_step_pre_hook(lambda o, *_: _pull(starts, o.param_groups[0], config.weight_decay))
+    return optimise
+
+
+def set_rate(optimise: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of the run's learning rate."""
+    for group in optimise.param_groups:
+        group["lr"] = rate * group["ratio"]
+
+
+def _groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """What learns, by how fast it learns and whether it decays to zero; parameters keep the model's order in each."""
+    shares = list(model.modules())
+    faster = {id(p) for s in shares if isinstance(s, LinearShare) for p in (s.B, s.b_bias) if p is not None}
+    spared = {id(p) for s in shares for p in _not_decayed(s)}
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            ratio = config.loraplus_lr_ratio if id(parameter) in faster else 1.0
+            decay = 0.0 if parameter.dim() < 2 or id(parameter) in spared else config.weight_decay / ratio
+            found.setdefault((ratio, decay), []).append(parameter)
+    by_rate = sorted(found.items(), key=lambda item: item[0])
+    return [{"params": ps, "ratio": ratio, "weight_decay": decay} for (ratio, decay), ps in by_rate]
+
+
+def _not_decayed(module: nn.Module) -> list[Tensor]:
+    """The factors whose decay would not be the update's."""
+    if isinstance(module, EmbeddingShare):
+        return [module.B]
+    if isinstance(module, LinearShare):
+        return [module.A] if module.start_B is None else [module.A, module.B]
+    return []
+
+
+def _starts(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Learned factors with the start that their update is counted from."""
+    return [
+        (factor, start)
+        for s in model.modules()
+        if isinstance(s, LinearShare)
+        for factor, start in ((s.A, s.start_A), (s.B, s.start_B))
+        if start is not None and factor.requires_grad
+    ]
+
+
+@torch.no_grad()
+def _pull(pairs: Sequence[tuple[Tensor, Tensor]], group: dict[str, Any], decay: float) -> None:
+    """Take lr · decay off the distance from the start."""
+    torch._foreach_lerp_([p for p, _ in pairs], [s for _, s in pairs], group["lr"] / group["ratio"] * decay)

@@ -1,0 +1,178 @@
+"""Starts from data: their directions against decompositions of what was looked at, and whole trainings with them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build_model, logits
+from torch import Tensor
+
+from twofold.adapter.attach import attach, shares
+from twofold.adapter.config import LoraConfig, resolve
+from twofold.base.batch import Example, pack
+from twofold.base.blocks import NotDescribed
+from twofold.errors import ConfigError
+from twofold.layers.linear import LinearShare
+from twofold.lowrank.spectral_init import eva_ranks, loftq
+from twofold.recipes.proof import base_digest
+from twofold.recipes.settings import AdapterSettings, TrainConfig
+from twofold.recipes.starts import loftq_start, started
+from twofold.recipes.train import train
+from twofold.training.objective import plain_objective
+
+pytest_plugins = ("tiny_fixtures",)
+FAMILY = pytest.mark.parametrize("family", ["llama", "gpt2"])
+TARGETS = {"llama": ["q_proj", "k_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
+
+
+def examples() -> list[Example]:
+    generator = torch.Generator().manual_seed(5)
+    rows = [torch.randint(4, 64, (n,), generator=generator).tolist() for n in (19, 14, 12, 27)]
+    return [Example(r, [i > 2 for i in range(len(r))]) for r in rows]
+
+
+def inputs_of(model: Any, module: str) -> Tensor:
+    """Every row that reaches a module, in float64."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(module).register_forward_pre_hook(lambda _, x: seen.append(x[0].flatten(0, -2)))
+    for example in examples():
+        model(input_ids=torch.tensor([example.token_ids]))
+    handle.remove()
+    return torch.cat(seen).double()
+
+
+@FAMILY
+def test_eva_starts_along_the_main_directions_of_the_inputs(family: str) -> None:
+    model = build_model(family)
+    bare, before = logits(model), base_digest(model)
+    config, factors = started(
+        model, LoraConfig(r=3, target_modules=TARGETS[family], init_lora_weights="eva"), examples(), 0
+    )
+    assert factors is not None
+    for module, (A, B) in factors.items():
+        directions = torch.linalg.svd(inputs_of(model, module), full_matrices=False).Vh[: len(A)]
+        torch.testing.assert_close((A.double() @ directions.T).abs(), torch.eye(len(A)).double(), rtol=1e-3, atol=1e-3)
+        assert not B.any()
+        assert resolve(config, module).r == len(A)
+    assert sum(len(A) for A, _ in factors.values()) == 3 * len(factors)
+    attach(model, config, factors=factors)
+    assert torch.equal(logits(model), bare)
+    assert base_digest(model) == before
+
+
+def test_ranks_go_where_they_explain_most() -> None:
+    flat, steep = torch.full((8,), 1 / 8), torch.tensor([0.9, 0.05, 0.03, 0.02])
+    assert eva_ranks({"flat": flat, "steep": steep}, {"flat": 4, "steep": 4}) == {"flat": 7, "steep": 1}
+    assert eva_ranks({"flat": flat, "steep": steep}, {"flat": 4, "steep": 4}, rho=1.25) == {"flat": 5, "steep": 3}
+
+
+@FAMILY
+def test_lora_ga_starts_along_the_gradient(family: str) -> None:
+    """B along its first left singular vectors and A along the next right ones; the model is the base."""
+    model = build_model(family)
+    bare, before = logits(model), base_digest(model)
+    learns = {n: p.requires_grad for n, p in model.named_parameters()}
+    config = LoraConfig(r=2, target_modules=TARGETS[family], init_lora_weights="lora_ga")
+    torch.manual_seed(1)
+    found, factors = started(model, config, examples(), 0)
+    assert found == config
+    assert factors is not None
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == learns
+    assert all(p.grad is None for p in model.parameters())
+    weights = {n: model.get_submodule(n).weight for n in factors}
+    loss = plain_objective(model, 0, NotDescribed("asked for"), recompute=False)(pack(examples())).loss_sum
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    for (A, B), gradient in zip(factors.values(), gradients, strict=True):
+        U, _, Vh = torch.linalg.svd(gradient.T if family == "gpt2" else gradient)
+        for ours, theirs in ((B.T, U.T[:2]), (A, Vh[2:4])):
+            cosines = torch.nn.functional.normalize(ours, dim=1) @ theirs.T
+            torch.testing.assert_close(cosines.abs(), torch.eye(2), rtol=0.02, atol=0.02)
+    attach(model, config, factors=factors)
+    assert torch.equal(logits(model), bare)
+    assert base_digest(model) == before
+
+
+def roundtrip(weight: Tensor) -> Tensor:
+    """Eight levels."""
+    step = weight.abs().max() / 4
+    return (weight / step).round() * step
+
+
+def test_loftq_makes_up_for_most_of_what_rounding_took() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(24, 16)
+    (A, B), quantised = loftq(weight, roundtrip, 4, 0.5)
+    assert torch.equal(quantised, roundtrip(weight))
+    lost = torch.linalg.svdvals(weight - quantised)
+    left = torch.linalg.svdvals(weight - quantised - 0.5 * B @ A)
+    torch.testing.assert_close(left[:12], lost[4:], rtol=1e-3, atol=1e-4)
+    (A, B), again = loftq(weight, roundtrip, 4, 0.5, iterations=5)
+    assert (weight - again - 0.5 * B @ A).norm() < left.norm()
+
+
+def test_loftq_over_a_rounded_base_is_nearer_to_the_base_it_came_from() -> None:
+    exact, model = build_model("llama"), build_model("llama")
+    config = LoraConfig(r=8, init_lora_weights="loftq", target_modules=["q_proj", "up_proj", "down_proj"])
+    names = [n for n, _ in exact.named_modules() if n.endswith(tuple(config.target_modules))]
+    weights = {n: exact.get_submodule(n).weight.detach() for n in names}
+    with torch.no_grad():
+        for name in names:
+            model.get_submodule(name).weight.copy_(roundtrip(weights[name]))
+    off = (logits(model) - logits(exact)).norm()
+    attach(model, config, factors=loftq_start(model, config, weights, roundtrip))
+    assert (logits(model) - logits(exact)).norm() < 0.8 * off
+    assert isinstance(next(iter(shares(model, "default").values())), LinearShare)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"init_lora_weights": "eva"},
+    {"init_lora_weights": "lora_ga"},
+    {"init_lora_weights": "pissa", "use_dora": True},
+    {"use_dora": True},
+    {"freeze_a": True},
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=lambda s: " ".join(map(str, s.values())))
+def test_a_whole_training_is_proved(config: TrainConfig, settings: dict[str, Any]) -> None:
+    training = replace(config.training, epochs=2, weight_decay=0.1, learning_rate=0.005)
+    report = train(replace(config, adapter=AdapterSettings(r=4, **settings), training=training))
+    assert report["evaluation"]["adapter"]["loss"] < report["evaluation"]["base"]["loss"]
+    assert report["verification"]["passed"]
+    assert report["base_unchanged"]
+
+
+def test_a_training_with_a_start_from_data_goes_on_after_a_stop(config: TrainConfig, tmp_path: Path) -> None:
+    """The start is computed again, and the same."""
+    adapter = AdapterSettings(r=4, init_lora_weights="lora_ga", lora_dropout=0.1)
+    whole = replace(config, adapter=adapter, training=replace(config.training, checkpoint_every=4, epochs=2))
+    undisturbed = train(whole)
+    halved = replace(whole, output=str(tmp_path / "halved"))
+    run = Path(halved.output)
+    train(halved)
+    import shutil
+
+    for left in (run / "adapter", run / "adapter-last"):
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(run / "checkpoints" / "step-000008")
+    (run / "report.json").unlink()
+    again = train(halved, resume=True)
+    assert again["evaluation"]["adapter"] == undisturbed["evaluation"]["adapter"]
+
+
+def test_loftq_is_not_for_a_base_that_is_not_quantised(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="loftq needs the weights"):
+        train(replace(config, adapter=AdapterSettings(r=4, init_lora_weights="loftq")))
+
+
+def test_lora_plus_and_a_frozen_a_contradict_each_other(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="A does not learn at all"):
+        replace(
+            config,
+            adapter=AdapterSettings(freeze_a=True),
+            training=replace(config.training, loraplus_lr_ratio=16.0),
+        )

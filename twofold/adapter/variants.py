@@ -1,0 +1,116 @@
+"""The share that a config puts on one linear map: its start, and what its variant of LoRA adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.target import ModuleShape
+from twofold.errors import ConfigError
+from twofold.layers.linear import LinearShare
+from twofold.lowrank.dora import row_norms, row_squares
+from twofold.lowrank.init import STARTS, Factors
+from twofold.lowrank.spectral_init import DATA_STARTS, is_subtracted, weight_start
+
+LINEAR = ("linear", "conv1d")
+
+
+def check_variants(config: LoraConfig, adapted: Mapping[str, ModuleShape], given: Mapping[str, Factors] | None) -> None:
+    """Refuse what a variant cannot do for the modules that it is asked for.
+
+    Raises:
+        ConfigError: names the setting and the modules.
+    """
+    asked = linear_only(config)
+    others = [name for name, shape in adapted.items() if shape.kind not in LINEAR]
+    if asked and others:
+        raise ConfigError(
+            f"{' and '.join(asked)} is defined for linear layers alone, but the targets include {_listed(others)}; "
+            "leave these out by exclude_modules, or take plain LoRA"
+        )
+    if config.init_lora_weights in DATA_STARTS:
+        missing = [name for name in adapted if name not in (given or {})]
+        if missing:
+            raise ConfigError(
+                f"init_lora_weights: {config.init_lora_weights} is computed from data or from the unquantised weights before "
+                f"training, but no factors were given for {_listed(missing)}; see twofold.recipes.starts"
+            )
+
+
+def linear_only(config: LoraConfig) -> list[str]:
+    """The settings that only linear layers know."""
+    flags = [name for name in ("use_dora", "lora_bias", "freeze_a") if getattr(config, name)]
+    drawn = config.init_lora_weights is True or config.init_lora_weights == "gaussian"
+    return flags if drawn else [*flags, f"init_lora_weights: {str(config.init_lora_weights).lower()}"]
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"'{n}'" for n in names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def linear_share(
+    config: LoraConfig, module: str, shape: ModuleShape, base: nn.Module, given: Mapping[str, Factors] | None = None
+) -> LinearShare:
+    """A fresh share of a linear module, on its device, in float32 or the base's wider type.
+
+    Args:
+        given: factors to start from, by module, in place of those that the config would draw.
+
+    Raises:
+        ConfigError: the start or the variant cannot be had from this module; names it.
+    """
+    r, _, scale = resolve(config, module)
+    try:
+        factors = like(base, given[module] if given and module in given else _start(config, shape, base, r, scale))
+    except ConfigError as error:
+        raise ConfigError(f"'{module}': {error}") from error
+    trained = shape.bias and config.bias != "none"
+    share = LinearShare(factors, scale, config.lora_dropout, torch.zeros_like(factors[1][:, 0]) if trained else None)
+    if is_subtracted(config.init_lora_weights):
+        share.count_from_start()
+    if config.freeze_a:
+        share.freeze_A()
+    if config.lora_bias:
+        share.b_bias = nn.Parameter(torch.zeros_like(factors[1][:, 0]))
+    if config.use_dora:
+        share.weight_when_active = 1.0
+        weight = _matrix(base)
+        share.magnitude = nn.Parameter(row_norms(weight, row_squares(weight), share.low_rank()))
+        share.weight_when_active = 0.0
+    return share
+
+
+def _start(config: LoraConfig, shape: ModuleShape, base: nn.Module, r: int, scale: float) -> Factors:
+    from_weight = weight_start(config.init_lora_weights)
+    if from_weight is None:
+        return STARTS[config.init_lora_weights](r, shape.in_features, shape.out_features)
+    return from_weight(_matrix(base), r, scale)
+
+
+def _matrix(base: nn.Module) -> Tensor:
+    """The base's weight as (out, in).
+
+    Raises:
+        ConfigError: it is packed, so that its values cannot be read.
+    """
+    weight = cast(Tensor, base.weight).detach()
+    if not weight.is_floating_point():
+        raise ConfigError(
+            f"its weight is packed ({weight.dtype}), and DoRA and starts from the weight need its values; load the base "
+            "without quantisation, or take plain LoRA"
+        )
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
+def like(base: nn.Module, factors: Factors) -> Factors:
+    """The factors on the base's device, in float32 or the base's wider type, their rows one after the other in memory: fused AdamW
+    goes through a parameter and its moments as they lie, and those of a checkpoint lie so."""
+    weight = cast(Tensor, base.weight)
+    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    a, b = (f.detach().to(weight.device, dtype).clone(memory_format=torch.contiguous_format) for f in factors)
+    return a, b
