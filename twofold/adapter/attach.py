@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
-from twofold.adapter.config import LoraConfig, resolve
-from twofold.adapter.target import ModuleShape, Targets, find_targets, module_shapes
+from twofold.adapter.config import LoraConfig
+from twofold.adapter.kinds import KINDS
+from twofold.adapter.target import Targets, find_targets, module_shapes
 from twofold.errors import ConfigError, did_you_mean
-from twofold.layers.embedding import EmbeddingShare, LoraEmbedding
-from twofold.layers.linear import LinearShare, LoraLinear
 from twofold.layers.protocol import AdapterLayer, Share, checked_name
 from twofold.layers.saved import BiasShare, CopyShare, TrainedBias, TrainedCopy
-from twofold.lowrank.init import STARTS, Factors, embedding
 
 DEFAULT_NAME = "default"
 
@@ -53,10 +51,12 @@ def attach(model: nn.Module, config: LoraConfig, name: str = DEFAULT_NAME) -> Tr
     _check_unmerged(model, "attaching another")
     parts = _parts(config, find_targets(config, module_shapes(model)))
     _check_kinds(model, parts)
+    made = [(part, part.make(_base_of(model, part.module))) for part in parts]
     if not attached(model):
         model.requires_grad_(False)
-    for part in parts:
-        _add(model, part, name, config)
+    for part, share in made:
+        share.origin = config
+        _add(model, part, name, share)
     activate(model, name)
     return trainable_summary(model)
 
@@ -71,9 +71,7 @@ class _Part(NamedTuple):
 
 def _parts(config: LoraConfig, targets: Targets) -> list[_Part]:
     adapted = [
-        _Part(module, LoraEmbedding.from_base, _embedding_share(config, module, shape))
-        if shape.kind == "embedding"
-        else _Part(module, LoraLinear.from_base, _linear_share(config, module, shape))
+        _Part(module, KINDS[shape.kind].wrap, partial(KINDS[shape.kind].share, config, module, shape))
         for module, shape in targets.adapted.items()
     ]
     saved = [_Part(module, TrainedCopy.from_base, CopyShare) for module in targets.saved]
@@ -102,41 +100,17 @@ def _check_unmerged(model: nn.Module, what: str) -> None:
         raise ConfigError(f"adapters are merged into this model; call unmerge before {what}")
 
 
-def _add(model: nn.Module, part: _Part, name: str, config: LoraConfig) -> None:
+def _base_of(model: nn.Module, module: str) -> nn.Module:
+    found = model.get_submodule(module)
+    return found.base if isinstance(found, AdapterLayer) else found
+
+
+def _add(model: nn.Module, part: _Part, name: str, share: Share) -> None:
     layer = model.get_submodule(part.module)
     if not isinstance(layer, AdapterLayer):
         layer = part.wrap(layer)
         model.set_submodule(part.module, layer)
-    share = part.make(layer.base)
-    share.origin = config
     layer.add(name, share)
-
-
-def _linear_share(config: LoraConfig, module: str, shape: ModuleShape) -> Callable[[nn.Module], Share]:
-    def make(base: nn.Module) -> Share:
-        r, _, scale = resolve(config, module)
-        factors = _like(base, STARTS[config.init_lora_weights](r, shape.in_features, shape.out_features))
-        trained = shape.bias and config.bias != "none"
-        change = torch.zeros_like(factors[1][:, 0]) if trained else None
-        return LinearShare(factors, scale, config.lora_dropout, change)
-
-    return make
-
-
-def _embedding_share(config: LoraConfig, module: str, shape: ModuleShape) -> Callable[[nn.Module], Share]:
-    def make(base: nn.Module) -> Share:
-        r, _, scale = resolve(config, module)
-        return EmbeddingShare(_like(base, embedding(r, shape.in_features, shape.out_features)), scale)
-
-    return make
-
-
-def _like(base: nn.Module, factors: Factors) -> Factors:
-    """The factors on the base's device, in float32 or the base's wider type."""
-    weight = cast(Tensor, base.weight)
-    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
-    a, b = (f.to(weight.device, dtype) for f in factors)
-    return a, b
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:

@@ -5,12 +5,14 @@ Every entry that matches nothing is an error, and all of them come in one messag
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -18,12 +20,16 @@ from twofold.adapter.config import LoraConfig, pattern_matches
 from twofold.errors import TargetError, nearest
 from twofold.layers.protocol import AdapterLayer
 
-Kind = Literal["linear", "conv1d", "embedding", "other"]
+Kind = Literal["linear", "conv1d", "embedding", "convolution", "other"]
+"""`conv1d` is Hugging Face's transposed linear map, `convolution` one of torch's over one to three dimensions."""
 
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """A module as targets see it: its weight maps `in_features` to `out_features`, if it has one; its bias is as wide as that."""
+    """A module as targets see it: its weight maps `in_features` to `out_features`, if it has one; its bias is as wide as that.
+
+    A convolution maps the window that its kernel sees: input channels times the kernel's positions.
+    """
 
     kind: Kind
     in_features: int = 0
@@ -32,11 +38,18 @@ class ModuleShape:
     parameters: int = 0
     head: bool = False
     foreign_class: str | None = None
-    """Name of the class, where it is a kind of Linear or Embedding that computes something of its own."""
+    """Name of the class, where it is a kind of Linear, Embedding or convolution that computes something of its own."""
+    groups: int = 1
+    """Of a convolution: each group of outputs takes its own part of the rank."""
 
     @property
     def adaptable(self) -> bool:
         return self.kind != "other"
+
+    @property
+    def parameters_per_rank(self) -> int:
+        """Values of A and B per unit of rank: in + out for a linear map."""
+        return self.in_features + self.out_features // self.groups
 
 
 def module_shapes(model: nn.Module) -> dict[str, ModuleShape]:
@@ -69,7 +82,7 @@ def _shape(module: nn.Module, head: bool, learned: Set[int]) -> ModuleShape:
     leaf = next(module.children(), None) is None
     bias = leaf and isinstance(getattr(module, "bias", None), nn.Parameter)
     count = sum(p.numel() for p in module.parameters() if id(p) not in learned)
-    if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and not _computes_as_known(module):
+    if isinstance(module, nn.Linear | nn.Embedding | Conv1D | _ConvNd) and not _computes_as_known(module):
         return ModuleShape("other", bias=bias, parameters=count, head=head, foreign_class=type(module).__name__)
     if isinstance(module, nn.Linear):
         return ModuleShape("linear", module.in_features, module.out_features, bias, count, head)
@@ -77,18 +90,24 @@ def _shape(module: nn.Module, head: bool, learned: Set[int]) -> ModuleShape:
         return ModuleShape("conv1d", module.nx, module.nf, bias, count, head)
     if isinstance(module, nn.Embedding):
         return ModuleShape("embedding", module.num_embeddings, module.embedding_dim, bias, count, head)
+    if isinstance(module, _ConvNd):
+        window = module.in_channels * math.prod(module.kernel_size)
+        return ModuleShape("convolution", window, module.out_channels, bias, count, head, groups=module.groups)
     width = cast(nn.Parameter, module.bias).numel() if bias else 0
     return ModuleShape("other", 0, width, bias, count, head)
 
 
+FORWARDS = {c.forward for c in (nn.Linear, nn.Embedding, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
+
 def _computes_as_known(module: nn.Module) -> bool:
-    """Whether its forward is the linear map or the look-up that our layers put factors beside.
+    """Whether its forward is the linear map, look-up or convolution that our layers put factors beside.
 
     OPT's positions are an embedding that is called with an attention mask, a router may be a linear layer that returns the best
     few: factors beside those would do something else than a changed weight does.
     """
     cls = type(module)
-    if cls.forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward):
+    if cls.forward in FORWARDS:
         return not isinstance(module, NonDynamicallyQuantizableLinear)  # of nn.MultiheadAttention, which never calls it
     weight_alone = [n for n, _ in module.named_parameters(recurse=False)] == ["weight"]
     scaled = cls.__name__.endswith("ScaledWordEmbedding") and hasattr(module, "embed_scale") and weight_alone
@@ -135,7 +154,7 @@ def find_targets(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> Targe
 def _why_not(shape: ModuleShape) -> str:
     if shape.foreign_class:
         return f"is a {shape.foreign_class}, whose forward is its own, so that factors cannot stand beside it; leave it out"
-    return "is neither linear nor an embedding; name the projections inside it"
+    return "is neither linear nor an embedding nor a convolution; name those inside it"
 
 
 def adapted_modules(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> dict[str, ModuleShape]:

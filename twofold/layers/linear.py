@@ -13,9 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
-from twofold.layers.protocol import AdapterLayer, Share, bias_of
+from twofold.layers.protocol import Share, WeightLayer, bias_of
 from twofold.lowrank.factors import LowRank, merged_weight
-from twofold.lowrank.init import Factors
 from twofold.lowrank.linear import Projection, group_product
 
 
@@ -29,7 +28,11 @@ class LinearShare(Share):
     cast: tuple[Tensor, Tensor] | None = None
 
     def __init__(
-        self, factors: Factors, scale: float, dropout: float = 0.0, bias_change: Float[Tensor, " out"] | None = None
+        self,
+        factors: tuple[Tensor, Tensor],
+        scale: float,
+        dropout: float = 0.0,
+        bias_change: Float[Tensor, " out"] | None = None,
     ) -> None:
         super().__init__()
         self.A, self.B = nn.Parameter(factors[0]), nn.Parameter(factors[1])
@@ -54,15 +57,8 @@ class LinearShare(Share):
             self.bias_change.copy_(tensors["base_layer.bias"].to(self.bias_change) - bias_of(base))
 
 
-class LoraLinear(AdapterLayer):
+class LoraLinear(WeightLayer):
     """y = x W0ᵀ + b + Σ weight · scale · (dropout(x) Aᵀ) Bᵀ over the active shares, arXiv 2106.09685."""
-
-    base: nn.Module
-    merged: Tensor | None
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__(base)
-        self.register_buffer("merged", None, persistent=False)
 
     @classmethod
     def from_base(cls, base: nn.Module) -> LoraLinear:
@@ -81,16 +77,9 @@ class LoraLinear(AdapterLayer):
         """Weight, bias and combined update as they stand now, for callers that fuse several layers."""
         shares = self.linear_shares()
         if shares and (self.merged is not None or self.folding):
-            return Projection(in_own_precision(self._merged_now, self.weight), self._effective_bias(shares), None)
+            return Projection(in_own_precision(self._merged_now, self.weight), effective_bias(self.bias, shares), None)
         cast_before = shares[0].cast if len(shares) == 1 else None
-        return Projection(self.matrix(), self._effective_bias(shares), _combined(shares), cast_before)
-
-    def _effective_bias(self, shares: list[LinearShare]) -> Tensor | None:
-        bias = self.bias
-        for share in shares:
-            if share.bias_change is not None and bias is not None:
-                bias = bias + (share.bias_change * share.weight_when_active).to(bias.dtype)
-        return bias
+        return Projection(self.matrix(), effective_bias(self.bias, shares), combined(shares), cast_before)
 
     def forward(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         shares = self.linear_shares()
@@ -101,7 +90,7 @@ class LoraLinear(AdapterLayer):
 
     def delta(self) -> Float[Tensor, "out in_"]:
         """The sum of the active updates, in float32 or wider."""
-        update = _combined(self.linear_shares())
+        update = combined(self.linear_shares())
         return torch.zeros_like(self.matrix(), dtype=torch.float32) if update is None else update.delta()
 
     @torch.no_grad()
@@ -109,14 +98,13 @@ class LoraLinear(AdapterLayer):
         """A new weight with the active updates in it, rounded once to the base's type."""
         return merged_weight(self.matrix(), [self.delta()])
 
-    def _merged_now(self) -> Float[Tensor, "out in_"]:
-        return self.fold() if self.merged is None else self.merged
+    def folded(self) -> dict[str, Tensor]:
+        bias = effective_bias(self.bias, self.linear_shares())
+        return {"weight": self._laid(self.fold())} | ({} if bias is None else {"bias": bias.detach().clone()})
 
-    def merge(self) -> None:
-        self.merged = self.fold()
-
-    def unmerge(self) -> None:
-        self.merged = None
+    def _laid(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
+        """A matrix as the base lays it."""
+        return matrix
 
 
 class LoraConv1D(LoraLinear):
@@ -125,8 +113,19 @@ class LoraConv1D(LoraLinear):
     def matrix(self) -> Float[Tensor, "out in_"]:
         return self.weight.T
 
+    def _laid(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
+        return matrix.T.contiguous()
 
-def _combined(shares: list[LinearShare]) -> LowRank | None:
+
+def effective_bias(bias: Tensor | None, shares: Iterable[LinearShare]) -> Tensor | None:
+    """A base's bias with what the shares add to it."""
+    for share in shares:
+        if share.bias_change is not None and bias is not None:
+            bias = bias + (share.bias_change * share.weight_when_active).to(bias.dtype)
+    return bias
+
+
+def combined(shares: list[LinearShare]) -> LowRank | None:
     """One update equal to the sum of several: their factors end to end, each scale folded into its B."""
     updates = [s.low_rank() for s in shares]
     if len(updates) < 2:

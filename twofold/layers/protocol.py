@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -82,6 +83,15 @@ class AdapterLayer(nn.Module):
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         return bias
 
+    def __getattr__(self, name: str) -> Any:
+        """What the layer has no word for it answers as its base: a model may ask a layer for its stride or its number of heads."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base, name)
+
     def merge(self) -> None:
         """Fold the active shares into a new weight beside the base's, which stays as it is."""
         raise NotImplementedError
@@ -89,6 +99,41 @@ class AdapterLayer(nn.Module):
     def unmerge(self) -> None:
         """Drop the folded weight: the base's own bits serve again."""
         raise NotImplementedError
+
+    def folded(self) -> dict[str, Tensor]:
+        """The base's tensors that the active shares change, as changed, by their names in the base and in its types.
+
+        Raises:
+            ConfigError: no tensor of the base can hold the change.
+        """
+        raise NotImplementedError
+
+
+class WeightLayer(AdapterLayer):
+    """A layer whose shares can be folded into the one weight of its base.
+
+    Attributes:
+        merged: that weight, while the layer is merged.
+    """
+
+    merged: Tensor | None
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.register_buffer("merged", None, persistent=False)
+
+    def fold(self) -> Tensor:
+        """A new weight with the active updates in it, rounded once to the base's type."""
+        raise NotImplementedError
+
+    def merge(self) -> None:
+        self.merged = self.fold()
+
+    def unmerge(self) -> None:
+        self.merged = None
+
+    def _merged_now(self) -> Tensor:
+        return self.fold() if self.merged is None else self.merged
 
 
 def checked_name(name: str) -> str:

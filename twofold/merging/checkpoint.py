@@ -11,10 +11,6 @@ from torch import Tensor, nn
 from twofold import atomic
 from twofold.adapter.attach import adapter_layers
 from twofold.errors import ConfigError
-from twofold.layers.embedding import LoraEmbedding
-from twofold.layers.linear import LoraConv1D, LoraLinear
-from twofold.layers.protocol import AdapterLayer
-from twofold.layers.saved import TrainedBias, TrainedCopy
 
 
 def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str | None = None) -> Path:
@@ -53,25 +49,9 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         for key in [k for k in state if k.startswith(f"{name}.")]:
             del state[key]
         state |= {f"{name}.{key}": value for key, value in layer.base.state_dict().items()}
-        state |= {f"{name}.{key}": value for key, value in _folded(layer).items()}
+        if layer.active():
+            state |= {f"{name}.{key}": value for key, value in layer.folded().items()}
     return state
-
-
-def _folded(layer: AdapterLayer) -> dict[str, Tensor]:
-    """The tensors of one layer that its active adapters change."""
-    if not layer.active():
-        return {}
-    if isinstance(layer, LoraLinear):
-        weight = layer.fold()
-        folded = {"weight": weight.T.contiguous() if isinstance(layer, LoraConv1D) else weight}
-        bias = layer.projection().bias
-        return folded if bias is None else folded | {"bias": bias.detach().clone()}
-    if isinstance(layer, LoraEmbedding):
-        return {"weight": layer.fold()}
-    if isinstance(layer, TrainedCopy | TrainedBias):
-        saved = layer.active()[-1].saved(layer.base)
-        return {key: value.to(layer.base.state_dict()[key].dtype) for key, value in saved.items()}
-    raise TypeError(f"{type(layer).__name__} cannot be merged")
 
 
 def _cut_ties(model: Any, state: dict[str, Tensor]) -> bool:

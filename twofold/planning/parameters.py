@@ -66,4 +66,4 @@ def plan_parameters(config: LoraConfig, shapes: Mapping[str, ModuleShape], base:
 
 def lora_parameters(r: int, shape: ModuleShape) -> int:
     """r (in + out): 65,536 for 4096 x 4096 at r = 8, 256 times fewer than the weight itself."""
-    return r * (shape.in_features + shape.out_features)
+    return r * shape.parameters_per_rank

@@ -1,0 +1,75 @@
+"""From the kind of a module to the layer that goes around it and the share that an adapter gets of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.target import Kind, ModuleShape
+from twofold.errors import ConfigError
+from twofold.layers.conv import ConvShare, LoraConv
+from twofold.layers.embedding import EmbeddingShare, LoraEmbedding
+from twofold.layers.linear import LinearShare, LoraLinear
+from twofold.layers.protocol import AdapterLayer, Share
+from twofold.lowrank.init import STARTS, Factors, embedding
+
+
+class LayerKind(NamedTuple):
+    """How modules of a kind are adapted: `share` gets the config, the module's name, its shape and the frozen module."""
+
+    wrap: Callable[[nn.Module], AdapterLayer]
+    share: Callable[[LoraConfig, str, ModuleShape, nn.Module], Share]
+
+
+def linear_share(config: LoraConfig, module: str, shape: ModuleShape, base: nn.Module) -> LinearShare:
+    r, _, scale = resolve(config, module)
+    factors = like(_weight(base), STARTS[config.init_lora_weights](r, shape.in_features, shape.out_features))
+    return LinearShare(factors, scale, config.lora_dropout, _bias_change(config, shape, factors[1]))
+
+
+def _bias_change(config: LoraConfig, shape: ModuleShape, b: Tensor) -> Tensor | None:
+    return b.new_zeros(len(b)) if shape.bias and config.bias != "none" else None
+
+
+def embedding_share(config: LoraConfig, module: str, shape: ModuleShape, base: nn.Module) -> EmbeddingShare:
+    r, _, scale = resolve(config, module)
+    return EmbeddingShare(like(_weight(base), embedding(r, shape.in_features, shape.out_features)), scale)
+
+
+def conv_share(config: LoraConfig, module: str, shape: ModuleShape, base: nn.Module) -> ConvShare:
+    """The start is that of a linear map from the window that the kernel sees; B takes r / groups of A's channels."""
+    r, _, scale = resolve(config, module)
+    if r % shape.groups:
+        raise ConfigError(
+            f"'{module}' is a convolution with {shape.groups} groups, of which r = {r} is no multiple; "
+            "give it such a rank in rank_pattern, or leave it out with exclude_modules"
+        )
+    weight = _weight(base)
+    a, b = like(weight, STARTS[config.init_lora_weights](r, shape.in_features, shape.out_features))
+    kernel = weight.shape[2:]
+    factors = a.view(r, -1, *kernel), b[:, : r // shape.groups].reshape(len(b), -1, *(1 for _ in kernel))
+    return ConvShare(factors, scale, config.lora_dropout, _bias_change(config, shape, b))
+
+
+def _weight(base: nn.Module) -> Tensor:
+    return cast(Tensor, base.weight)
+
+
+def like(weight: Tensor, factors: Factors) -> Factors:
+    """The factors on a weight's device, in float32 or the weight's wider type."""
+    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
+    a, b = (f.to(weight.device, dtype) for f in factors)
+    return a, b
+
+
+KINDS: dict[Kind, LayerKind] = {
+    "linear": LayerKind(LoraLinear.from_base, linear_share),
+    "conv1d": LayerKind(LoraLinear.from_base, linear_share),
+    "embedding": LayerKind(LoraEmbedding.from_base, embedding_share),
+    "convolution": LayerKind(LoraConv.from_base, conv_share),
+}
+"""Every kind of module that gets factors; the others are adapted not at all, or trained whole."""
