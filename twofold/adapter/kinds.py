@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from twofold.adapter.config import LoraConfig, resolve
-from twofold.adapter.target import Kind, ModuleShape
+from twofold.adapter.target import Kind, ModuleShape, Targets
 from twofold.errors import ConfigError
+from twofold.layers.attention import AttentionShare, LoraAttention
 from twofold.layers.conv import ConvShare, LoraConv
 from twofold.layers.embedding import EmbeddingShare, LoraEmbedding
 from twofold.layers.linear import LinearShare, LoraLinear
 from twofold.layers.protocol import AdapterLayer, Share
+from twofold.layers.saved import BiasShare, CopyShare, TrainedBias, TrainedCopy
+from twofold.layers.tokens import TiedTokens, TokensShare, TrainedTokens
 from twofold.lowrank.init import STARTS, Factors, embedding
 
 
@@ -55,6 +59,14 @@ def conv_share(config: LoraConfig, module: str, shape: ModuleShape, base: nn.Mod
     return ConvShare(factors, scale, config.lora_dropout, _bias_change(config, shape, b))
 
 
+def attention_share(config: LoraConfig, module: str, shape: ModuleShape, base: nn.Module) -> AttentionShare:
+    """Both projections, each with the rank and the start of a linear map."""
+    r, _, scale = resolve(config, module)
+    d, weight = shape.in_features, cast(nn.MultiheadAttention, base).in_proj_weight
+    into, out = (like(weight, STARTS[config.init_lora_weights](r, d, width)) for width in (shape.out_features, d))
+    return AttentionShare(*(LinearShare(factors, scale, config.lora_dropout) for factors in (into, out)))
+
+
 def _weight(base: nn.Module) -> Tensor:
     return cast(Tensor, base.weight)
 
@@ -71,5 +83,43 @@ KINDS: dict[Kind, LayerKind] = {
     "conv1d": LayerKind(LoraLinear.from_base, linear_share),
     "embedding": LayerKind(LoraEmbedding.from_base, embedding_share),
     "convolution": LayerKind(LoraConv.from_base, conv_share),
+    "attention": LayerKind(LoraAttention.from_base, attention_share),
 }
 """Every kind of module that gets factors; the others are adapted not at all, or trained whole."""
+
+
+class Part(NamedTuple):
+    """What an adapter puts on one module: the layer around it, and its share of that layer."""
+
+    module: str
+    wrap: Callable[[nn.Module], AdapterLayer]
+    make: Callable[[nn.Module], Share]
+
+
+def parts_of(config: LoraConfig, targets: Targets) -> list[Part]:
+    """Everything that an adapter of these settings puts on these targets, to be made in this order."""
+    adapted = [
+        Part(module, KINDS[shape.kind].wrap, partial(KINDS[shape.kind].share, config, module, shape))
+        for module, shape in targets.adapted.items()
+    ]
+    saved = [Part(module, TrainedCopy.from_base, CopyShare) for module in targets.saved]
+    biased = [Part(module, TrainedBias.from_base, _bias_share) for module in targets.biased]
+    return [*adapted, *saved, *biased, *_token_parts(targets)]
+
+
+def _bias_share(base: nn.Module) -> Share:
+    return BiasShare(cast(Tensor, base.bias))
+
+
+def _token_parts(targets: Targets) -> list[Part]:
+    made: dict[str, TokensShare] = {}
+
+    def make(module: str, base: nn.Module) -> Share:
+        made[module] = TokensShare(targets.tokens[module], _weight(base))
+        return made[module]
+
+    def follow(source: str, base: nn.Module) -> Share:
+        return TiedTokens(made[source])
+
+    own = [Part(m, TrainedTokens.from_base, partial(make, m)) for m in targets.tokens if m not in targets.tied]
+    return own + [Part(m, TrainedTokens.from_base, partial(follow, source)) for m, source in targets.tied.items()]

@@ -8,27 +8,31 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from twofold.adapter.claims import broken_ties, claimed_twice
 from twofold.adapter.config import LoraConfig, pattern_matches
+from twofold.adapter.parameters import ParameterShape, own_parameters, ties_of
 from twofold.errors import TargetError, nearest
 from twofold.layers.protocol import AdapterLayer
 
-Kind = Literal["linear", "conv1d", "embedding", "convolution", "other"]
-"""`conv1d` is Hugging Face's transposed linear map, `convolution` one of torch's over one to three dimensions."""
+Kind = Literal["linear", "conv1d", "embedding", "convolution", "attention", "other"]
+"""`conv1d` is Hugging Face's transposed linear map, `convolution` one of torch's over one to three dimensions,
+`attention` torch's MultiheadAttention."""
 
 
 @dataclass(frozen=True)
 class ModuleShape:
     """A module as targets see it: its weight maps `in_features` to `out_features`, if it has one; its bias is as wide as that.
 
-    A convolution maps the window that its kernel sees: input channels times the kernel's positions.
+    A convolution maps the window that its kernel sees: input channels times the kernel's positions. An attention module's are of
+    its input projection.
     """
 
     kind: Kind
@@ -41,6 +45,13 @@ class ModuleShape:
     """Name of the class, where it is a kind of Linear, Embedding or convolution that computes something of its own."""
     groups: int = 1
     """Of a convolution: each group of outputs takes its own part of the rank."""
+    second: int = 0
+    """In and out together of a second map inside, adapted with the first: an attention module's output projection."""
+    own: tuple[ParameterShape, ...] = ()
+    """Its parameters of two or three dimensions, those of modules inside it aside."""
+    tied_to: str | None = None
+    """The first module of the model that has the same weight, if that is another one."""
+    input_embedding: bool = False
 
     @property
     def adaptable(self) -> bool:
@@ -49,7 +60,7 @@ class ModuleShape:
     @property
     def parameters_per_rank(self) -> int:
         """Values of A and B per unit of rank: in + out for a linear map."""
-        return self.in_features + self.out_features // self.groups
+        return self.in_features + self.out_features // self.groups + self.second
 
 
 def module_shapes(model: nn.Module) -> dict[str, ModuleShape]:
@@ -58,11 +69,33 @@ def module_shapes(model: nn.Module) -> dict[str, ModuleShape]:
     layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
     inside = {id(m) for layer in layers for m in _below(layer)}
     learned = {id(p) for layer in layers for p in layer.shares.parameters()}
-    return {
-        name: _shape(module.base if isinstance(module, AdapterLayer) else module, id(module) in heads, learned)
+    bare = {
+        name: module.base if isinstance(module, AdapterLayer) else module
         for name, module in model.named_modules()
         if name and id(module) not in inside
     }
+    ties = ties_of(bare)
+    found = {
+        name: replace(_shape(module, id(module) in heads, learned), own=own_parameters(module), tied_to=ties.get(name))
+        for name, module in bare.items()
+    }
+    return _with_input_embedding(model, bare, found)
+
+
+def _with_input_embedding(
+    model: nn.Module, modules: Mapping[str, nn.Module], shapes: dict[str, ModuleShape]
+) -> dict[str, ModuleShape]:
+    """The shapes with the mark on the input embedding: the one that the model names, else its only one."""
+    try:
+        asked = cast(Any, model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        asked = None
+    asked = asked.base if isinstance(asked, AdapterLayer) else asked
+    names = [n for n, m in modules.items() if m is asked]
+    names = names or [n for n, s in shapes.items() if s.kind == "embedding"]
+    if len(names) == 1:
+        shapes[names[0]] = replace(shapes[names[0]], input_embedding=True)
+    return shapes
 
 
 def _below(layer: AdapterLayer) -> list[nn.Module]:
@@ -73,8 +106,9 @@ def _heads(model: nn.Module) -> set[int]:
     """What `all-linear` leaves out: the output head, and the classifier of an encoder."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
-    found = {id(head)} if head is not None else set()
-    return found | {id(m) for n, m in model.named_children() if n in ("score", "classifier")}
+    found = [head] if head is not None else []
+    found += [m for n, m in model.named_children() if n in ("score", "classifier")]
+    return {id(m.base if isinstance(m, AdapterLayer) else m) for m in found}
 
 
 def _shape(module: nn.Module, head: bool, learned: Set[int]) -> ModuleShape:
@@ -93,6 +127,11 @@ def _shape(module: nn.Module, head: bool, learned: Set[int]) -> ModuleShape:
     if isinstance(module, _ConvNd):
         window = module.in_channels * math.prod(module.kernel_size)
         return ModuleShape("convolution", window, module.out_channels, bias, count, head, groups=module.groups)
+    if isinstance(module, nn.MultiheadAttention):
+        if type(module).forward is not nn.MultiheadAttention.forward or not module._qkv_same_embed_dim:
+            return ModuleShape("other", parameters=count, foreign_class=f"{type(module).__name__} with kdim or vdim")
+        d = module.embed_dim
+        return ModuleShape("attention", d, 3 * d, parameters=count, second=2 * d)
     width = cast(nn.Parameter, module.bias).numel() if bias else 0
     return ModuleShape("other", 0, width, bias, count, head)
 
@@ -122,11 +161,17 @@ class Targets:
         adapted: those that get factors.
         saved: those trained whole.
         biased: those of which only the bias is trained.
+        parameters: by module, those of its own parameters that get factors.
+        tokens: by module, the rows of its weight that are trained.
+        tied: modules whose rows are those of another, by its name.
     """
 
     adapted: dict[str, ModuleShape]
     saved: tuple[str, ...]
     biased: tuple[str, ...]
+    parameters: dict[str, tuple[ParameterShape, ...]]
+    tokens: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
 
 
 def find_targets(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> Targets:
@@ -143,12 +188,20 @@ def find_targets(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> Targe
         for name in sorted(_chosen(config, shapes))
         if name not in adapted and not shapes[name].adaptable
     ]
-    problems += [f"'{name}' is in both target_modules and modules_to_save" for name in saved if name in adapted]
-    if not adapted and not problems:
+    parameters, tokens, tied = adapted_parameters(config, shapes), token_rows(config, shapes), tied_rows(config, shapes)
+    problems += _wrong_tokens(config, shapes, tokens)
+    if config.bias == "all" and any(s.kind == "attention" for s in shapes.values()):
+        problems.append("bias='all' does not reach the biases inside MultiheadAttention; use 'none' or 'lora_only'")
+    if config.ensure_weight_tying:
+        problems += broken_ties(
+            {n: s.tied_to for n, s in shapes.items() if s.tied_to}, tied, {*adapted, *saved, *tokens}
+        )
+    problems += claimed_twice(adapted, saved, parameters, {**tokens, **tied})
+    if not (adapted or parameters or tokens or problems):
         problems.append("target_modules leaves nothing to adapt once exclude_modules and layers_to_transform apply")
     if problems:
         raise TargetError("; ".join(problems))
-    return Targets(adapted, saved, _biased(config, shapes, adapted, saved))
+    return Targets(adapted, saved, _biased(config, shapes, adapted, saved), parameters, tokens, tied)
 
 
 def _why_not(shape: ModuleShape) -> str:
@@ -160,6 +213,49 @@ def _why_not(shape: ModuleShape) -> str:
 def adapted_modules(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> dict[str, ModuleShape]:
     """The adaptable modules that the patterns match, whether or not every entry matches something."""
     return {name: shapes[name] for name in _chosen(config, shapes) if shapes[name].adaptable}
+
+
+def adapted_parameters(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> dict[str, tuple[ParameterShape, ...]]:
+    """By module, the parameters that `target_parameters` names, in the module's order."""
+    entries = config.target_parameters or ()
+    found = {n: tuple(p for p in s.own if matches(entries, f"{n}.{p.name}")) for n, s in shapes.items()}
+    return {name: parameters for name, parameters in found.items() if parameters}
+
+
+def token_rows(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> dict[str, tuple[int, ...]]:
+    """By module, the rows of its weight that `trainable_token_indices` names."""
+    given = config.trainable_token_indices or ()
+    if not isinstance(given, Mapping):
+        return {n: tuple(given) for n, s in shapes.items() if s.input_embedding and given}
+    return {n: tuple(rows) for entry, rows in given.items() for n in shapes if matches((entry,), n)}
+
+
+def tied_rows(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> dict[str, str]:
+    """The modules that follow the input embedding's rows, since they have its weight: PEFT's rule, for every such module."""
+    rows = token_rows(config, shapes)
+    source = next((n for n in rows if shapes[n].input_embedding), None)
+    if source is None:
+        return {}
+    first = shapes[source].tied_to or source
+    same = [n for n, s in shapes.items() if n != source and first in (n, s.tied_to)]
+    return {n: source for n in same if rows.get(n, rows[source]) == rows[source]}
+
+
+def _wrong_tokens(
+    config: LoraConfig, shapes: Mapping[str, ModuleShape], tokens: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    problems = []
+    for name, rows in tokens.items():
+        shape = shapes[name]
+        count = shape.in_features if shape.kind == "embedding" else shape.out_features
+        if shape.kind not in ("embedding", "linear"):
+            problems.append(f"'{name}' in trainable_token_indices is neither an embedding nor a linear head")
+        elif len(set(rows)) < len(rows):
+            problems.append(f"trainable_token_indices of '{name}' names a token twice")
+        elif not all(0 <= row < count for row in rows):
+            wrong = next(row for row in rows if not 0 <= row < count)
+            problems.append(f"token {wrong} is beyond '{name}', which has {count}; resize the model's embeddings first")
+    return problems
 
 
 def matches(patterns: str | Iterable[str], name: str) -> bool:
@@ -226,8 +322,9 @@ def _unmatched(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[st
     problems += _unmatched_names("target_modules", config.target_modules, adaptable, list(shapes))
     problems += _unmatched_names("exclude_modules", config.exclude_modules or (), adaptable, list(shapes))
     problems += _unmatched_names("modules_to_save", config.modules_to_save or (), list(shapes), list(shapes))
+    problems += _unmatched_inside(config, shapes)
     for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        adapted = adapted_modules(config, shapes)
+        adapted = adapted_names(config, shapes)
         problems += [
             f"{key} '{p}' matches no adapted module{_nearest(p, list(adapted))}"
             for p in patterns
@@ -239,6 +336,29 @@ def _unmatched(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[st
         known = sorted(i for i in indices if i is not None)
         there = f"the model's layers are {known[0]} to {known[-1]}" if known else "the model has no numbered layers"
         problems.append(f"layers_to_transform {', '.join(missing)}: no such layer; {there}")
+    return problems
+
+
+def adapted_names(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[str]:
+    """The names that patterns of rank and scale are matched with: of adapted modules, and of adapted parameters."""
+    parameters = adapted_parameters(config, shapes)
+    return [*adapted_modules(config, shapes), *(f"{n}.{p.name}" for n, found in parameters.items() for p in found)]
+
+
+def _unmatched_inside(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[str]:
+    """Entries for parameters and tokens that match nothing, with the nearest names."""
+    names = [f"{n}.{p.name}" for n, s in shapes.items() for p in s.own]
+    entries = [e for e in config.target_parameters or () if not any(matches((e,), n) for n in names)]
+    problems = [
+        f"target_parameters '{e}' matches no parameter of two or three dimensions{_nearest(e, names)}" for e in entries
+    ]
+    given = config.trainable_token_indices
+    embeddings = [n for n, s in shapes.items() if s.kind == "embedding"]
+    if isinstance(given, Mapping):
+        missing = [e for e in given if not any(matches((e,), n) for n in shapes)]
+        return problems + [f"trainable_token_indices '{e}' matches no module{_nearest(e, embeddings)}" for e in missing]
+    if given and not token_rows(config, shapes):
+        problems.append("trainable_token_indices must say which embedding it is of, as in {embed_tokens: [3, 4]}")
     return problems
 
 

@@ -79,7 +79,9 @@ class LoraLinear(WeightLayer):
         if shares and (self.merged is not None or self.folding):
             return Projection(in_own_precision(self._merged_now, self.weight), effective_bias(self.bias, shares), None)
         cast_before = shares[0].cast if len(shares) == 1 else None
-        return Projection(self.matrix(), effective_bias(self.bias, shares), combined(shares), cast_before)
+        return Projection(
+            self.matrix(), effective_bias(self.bias, shares), combined([s.low_rank() for s in shares]), cast_before
+        )
 
     def forward(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         shares = self.linear_shares()
@@ -90,7 +92,7 @@ class LoraLinear(WeightLayer):
 
     def delta(self) -> Float[Tensor, "out in_"]:
         """The sum of the active updates, in float32 or wider."""
-        update = combined(self.linear_shares())
+        update = combined([s.low_rank() for s in self.linear_shares()])
         return torch.zeros_like(self.matrix(), dtype=torch.float32) if update is None else update.delta()
 
     @torch.no_grad()
@@ -125,9 +127,8 @@ def effective_bias(bias: Tensor | None, shares: Iterable[LinearShare]) -> Tensor
     return bias
 
 
-def combined(shares: list[LinearShare]) -> LowRank | None:
+def combined(updates: list[LowRank]) -> LowRank | None:
     """One update equal to the sum of several: their factors end to end, each scale folded into its B."""
-    updates = [s.low_rank() for s in shares]
     if len(updates) < 2:
         return updates[0] if updates else None
     return LowRank(torch.cat([u.A for u in updates]), torch.cat([u.B * u.scale for u in updates], dim=1), 1.0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from twofold import atomic
 from twofold.adapter.attach import adapter_layers
 from twofold.errors import ConfigError
+from twofold.layers.protocol import AdapterLayer
 
 
 def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str | None = None) -> Path:
@@ -45,12 +46,13 @@ def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state of the bare model with the active adapters folded in, by the bare model's names."""
     state = dict(model.state_dict())
-    for name, layer in adapter_layers(model):
-        for key in [k for k in state if k.startswith(f"{name}.")]:
-            del state[key]
-        state |= {f"{name}.{key}": value for key, value in layer.base.state_dict().items()}
-        if layer.active():
-            state |= {f"{name}.{key}": value for key, value in layer.folded().items()}
+    changed = {layer: layer.folded() for _, layer in adapter_layers(model) if layer.active()}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, AdapterLayer):
+            for key in [k for k in state if k.startswith(f"{name}.")]:
+                del state[key]
+            found = layer.base.state_dict() | changed.get(layer, {})
+            state |= {f"{name}.{key}": value for key, value in found.items()}
     return state
 
 
