@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.parameters import ParameterShape
 from twofold.adapter.target import Kind, ModuleShape, Targets
 from twofold.errors import ConfigError
 from twofold.layers.attention import AttentionShare, LoraAttention
 from twofold.layers.conv import ConvShare, LoraConv
 from twofold.layers.embedding import EmbeddingShare, LoraEmbedding
+from twofold.layers.experts import LoraParameters, ParameterFactors, ParametersShare
 from twofold.layers.linear import LinearShare, LoraLinear
 from twofold.layers.protocol import AdapterLayer, Share
 from twofold.layers.saved import BiasShare, CopyShare, TrainedBias, TrainedCopy
 from twofold.layers.tokens import TiedTokens, TokensShare, TrainedTokens
-from twofold.lowrank.init import STARTS, Factors, embedding
+from twofold.lowrank.init import STARTS, embedding
 
 
 class LayerKind(NamedTuple):
@@ -71,7 +73,7 @@ def _weight(base: nn.Module) -> Tensor:
     return cast(Tensor, base.weight)
 
 
-def like(weight: Tensor, factors: Factors) -> Factors:
+def like(weight: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The factors on a weight's device, in float32 or the weight's wider type."""
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
     a, b = (f.to(weight.device, dtype) for f in factors)
@@ -104,7 +106,25 @@ def parts_of(config: LoraConfig, targets: Targets) -> list[Part]:
     ]
     saved = [Part(module, TrainedCopy.from_base, CopyShare) for module in targets.saved]
     biased = [Part(module, TrainedBias.from_base, _bias_share) for module in targets.biased]
-    return [*adapted, *saved, *biased, *_token_parts(targets)]
+    parameters = [
+        Part(module, LoraParameters.from_base, partial(parameters_share, config, module, found))
+        for module, found in targets.parameters.items()
+    ]
+    return [*adapted, *parameters, *saved, *biased, *_token_parts(targets)]
+
+
+def parameters_share(
+    config: LoraConfig, module: str, found: tuple[ParameterShape, ...], base: nn.Module
+) -> ParametersShare:
+    """Every expert starts as a linear map of its own would; ranks and scales go by the parameters' names."""
+    factors, scales = {}, {}
+    for shape in found:
+        r, _, scales[shape.name] = resolve(config, f"{module}.{shape.name}")
+        start = STARTS[config.init_lora_weights]
+        starts = [start(r, shape.in_features, shape.out_features) for _ in range(shape.experts)]
+        stacked = torch.stack([a for a, _ in starts]), torch.stack([b for _, b in starts])
+        factors[shape.name] = ParameterFactors(*like(base.get_parameter(shape.name), stacked), shape.transposed)
+    return ParametersShare(factors, scales)
 
 
 def _bias_share(base: nn.Module) -> Share:

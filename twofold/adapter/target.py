@@ -350,7 +350,8 @@ def _unmatched_inside(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> 
     names = [f"{n}.{p.name}" for n, s in shapes.items() for p in s.own]
     entries = [e for e in config.target_parameters or () if not any(matches((e,), n) for n in names)]
     problems = [
-        f"target_parameters '{e}' matches no parameter of two or three dimensions{_nearest(e, names)}" for e in entries
+        f"target_parameters '{e}' matches no parameter of two or three dimensions{_nearest(e, _endings(e, names))}"
+        for e in entries
     ]
     given = config.trainable_token_indices
     embeddings = [n for n, s in shapes.items() if s.kind == "embedding"]
@@ -360,6 +361,11 @@ def _unmatched_inside(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> 
     if given and not token_rows(config, shapes):
         problems.append("trainable_token_indices must say which embedding it is of, as in {embed_tokens: [3, 4]}")
     return problems
+
+
+def _endings(entry: str, names: Iterable[str]) -> list[str]:
+    """The ends of the names with as many parts as the entry, each once."""
+    return list(dict.fromkeys(".".join(n.split(".")[-entry.count(".") - 1 :]) for n in names))
 
 
 def _unmatched_names(key: str, patterns: str | Sequence[str], like: list[str], names: list[str]) -> list[str]:

@@ -1,9 +1,9 @@
 """LoRA over a frozen `nn.MultiheadAttention`: on its packed input projection and on its output projection.
 
 The module multiplies by its weights itself, so there is no linear layer in it to wrap; PEFT therefore merges and unmerges both
-weights in every forward. Here its forward is written out, in torch's own order of operations, with the three places where
-it multiplies given to the fused low-rank product. Torch sums in other orders, and in evaluation runs a kernel of its own, so the base
-alone and an adapter that changes nothing agree to rounding.
+weights in every forward. Here its forward is written out, with the places where it multiplies given to the fused
+low-rank product. Torch sums in other orders, and in evaluation runs a kernel of its own, so the base alone and an adapter that
+changes nothing agree to rounding.
 
 PEFT 0.21.2 adds the update of the output projection twice (its `merge` adds it by hand and then asks the inner layer to), so the
 same file means one B A here and two there.
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from twofold.errors import ConfigError
-from twofold.layers.linear import LinearShare, combined
+from twofold.layers.linear import LinearShare, combined, one_dropout
 from twofold.layers.protocol import Share, WeightsLayer
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.linear import Projection, group_product
@@ -131,12 +131,13 @@ class LoraAttention(WeightsLayer):
 
     @property
     def _dropout(self) -> float:
-        return float(max(s.dropout for s in self._shares_now())) if self.training else 0.0
+        return one_dropout(s.dropout for s in self._shares_now()) if self.training else 0.0
 
     def _batch_first(self, x: Tensor, batched: bool) -> Float[Tensor, "batch heads length head_dim"]:
         """(batch, heads, length, head_dim), whatever the layout of the input."""
         x = x[None] if not batched else x if self.base.batch_first else x.transpose(0, 1)
-        return x.unflatten(-1, (self.base.num_heads, -1)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.base.num_heads, -1))
+        return heads.transpose(1, 2)
 
     def _masks(self, q: Tensor, k: Tensor, attention: Tensor | None, padding: Tensor | None, causal: bool) -> Masks:
         """Both masks as one that is added to the scores; True in a mask of truth values is left out of sight."""

@@ -154,7 +154,12 @@ def dropout_of(modules: Iterable[nn.Module]) -> float:
         ConfigError: adapters that train together drop with different probabilities, of which one mask can have but one.
     """
     training = [m for m in modules if isinstance(m, LoraLinear) and m.training and m.merged is None]
-    found = sorted({share.dropout for m in training for share in m.linear_shares()})
+    return one_dropout(share.dropout for m in training for share in m.linear_shares())
+
+
+def one_dropout(probabilities: Iterable[float]) -> float:
+    """The one probability of shares that train together, 0 of none."""
+    found = sorted(set(probabilities))
     if len(found) > 1:
         listed = " and ".join(f"{p:g}" for p in found)
         raise ConfigError(
