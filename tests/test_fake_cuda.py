@@ -183,6 +183,42 @@ def test_adapted_layers(dtype: torch.dtype) -> None:
     on_gpu(linear(gpu(2, 3, 32, dtype=dtype)))
 
 
+@DTYPES
+def test_convolutions_attention_experts_and_tokens(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of a list of tokens cannot be put on a device that is not there; a tensor of their shape stands for them."""
+    monkeypatch.setattr(
+        torch, "tensor", lambda found, device: torch.empty(len(found), dtype=torch.int64, device=device)
+    )
+    x = gpu(2, 4, 8, dtype=dtype)
+    made: dict[str, tuple[nn.Module, Any]] = {
+        "conv": (nn.Conv1d(4, 4, 3, groups=2, padding=1, padding_mode="circular"), x),
+        "mha": (nn.MultiheadAttention(8, 2, batch_first=True), x),
+        "experts": (Experts(), x),
+        "tokens": (nn.Embedding(9, 8), ids(2, 3)),
+    }
+    settings: dict[str, Any] = {"target_modules": ("conv", "mha"), "target_parameters": ("experts.weight",)}
+    model = nn.ModuleDict({name: module for name, (module, _) in made.items()}).to(GPU, dtype)
+    attach(model, LoraConfig(r=2, trainable_token_indices={"tokens": [3, 4]}, **settings))
+    for merged in (False, True):
+        if merged:
+            merge(model)
+        for name, (_, given) in made.items():
+            out = model[name](given, given, given)[0] if name == "mha" else model[name](given)
+            assert out.dtype is dtype
+            on_gpu(out, *(p for p in model[name].parameters()))
+
+
+class Experts(nn.Module):
+    """Two stacked maps, multiplied by one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.weight[0]), self.weight[1])
+
+
 FAMILIES = pytest.mark.parametrize("family", DESCRIBED)
 
 

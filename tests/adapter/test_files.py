@@ -315,9 +315,7 @@ def test_a_base_embedding_that_peft_saved_beside_must_be_this_bases(tmp_path: Pa
     [
         ({"use_dora": True}, "use_dora=True"),
         ({"use_dora": True, "lora_bias": True}, "lora_bias=True, use_dora=True"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices=[1, 2]"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"target_parameters": ["experts.up"]}, "target_parameters"),
         ({"use_qalora": True}, "use_qalora=True"),
         ({"made_up_later": 3}, "made_up_later=3"),
         ({"peft_type": "IA3"}, "describes a IA3 adapter"),

@@ -185,7 +185,7 @@ def test_every_mistake_is_in_one_message_with_the_nearest_names() -> None:
         ({"target_modules": r"model\.q_proj"}, "matches no module"),
         ({"target_modules": "al-linear"}, "did you mean 'all-linear'"),
         ({"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)}, "leaves nothing to adapt"),
-        ({"target_modules": ("self_attn",)}, "neither linear nor an embedding; name the projections inside it"),
+        ({"target_modules": ("self_attn",)}, "neither linear nor an embedding nor a convolution; name those inside it"),
         ({"target_modules": ("norm", "q_proj")}, "'model.norm' matches target_modules but is neither linear"),
     ],
 )

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
-from twofold.adapter.config import LoraConfig, resolve
-from twofold.adapter.target import ModuleShape, Targets, find_targets, module_shapes
-from twofold.adapter.variants import check_variants, like, linear_share
+from twofold.adapter.config import LoraConfig
+from twofold.adapter.kinds import Part, parts_of
+from twofold.adapter.target import find_targets, module_shapes
+from twofold.adapter.variants import check_variants
 from twofold.errors import ConfigError, did_you_mean
-from twofold.layers.embedding import EmbeddingShare, LoraEmbedding
-from twofold.layers.linear import LoraLinear
 from twofold.layers.protocol import AdapterLayer, Share, checked_name
-from twofold.layers.saved import BiasShare, CopyShare, TrainedBias, TrainedCopy
-from twofold.lowrank.init import Factors, embedding
+from twofold.layers.saved import CopyShare
+from twofold.lowrank.init import Factors
 
 DEFAULT_NAME = "default"
 
@@ -59,42 +58,20 @@ def attach(
     _check_unmerged(model, "attaching another")
     targets = find_targets(config, module_shapes(model))
     check_variants(config, targets.adapted, factors)
-    parts = _parts(config, targets, factors)
+    parts = parts_of(config, targets, factors)
     _check_kinds(model, parts)
-    made = [part.make(_base_at(model, part.module)) for part in parts]
+    made = [part.make(_base_of(model, part.module)) for part in parts]
     if not attached(model):
         model.requires_grad_(False)
-    for part, share in zip(parts, made, strict=True):
+    _replace(model, {m: part.wrap(m) for part, m in _places(model, parts) if not isinstance(m, AdapterLayer)})
+    for share, (_, layer) in zip(made, _places(model, parts), strict=True):
         share.origin = config
-        _add(model, part, name, share)
+        cast(AdapterLayer, layer).add(name, share)
     activate(model, name)
     return trainable_summary(model)
 
 
-class _Part(NamedTuple):
-    """What an adapter puts on one module: the layer around it, and its share of that layer."""
-
-    module: str
-    wrap: Callable[[nn.Module], AdapterLayer]
-    make: Callable[[nn.Module], Share]
-
-
-def _parts(config: LoraConfig, targets: Targets, factors: Mapping[str, Factors] | None) -> list[_Part]:
-    adapted = [
-        _Part(module, LoraEmbedding.from_base, _embedding_share(config, module, shape))
-        if shape.kind == "embedding"
-        else _Part(module, LoraLinear.from_base, _linear_share(config, module, shape, factors))
-        for module, shape in targets.adapted.items()
-    ]
-    saved = [_Part(module, TrainedCopy.from_base, CopyShare) for module in targets.saved]
-    return adapted + saved + [_Part(module, TrainedBias.from_base, _bias_share) for module in targets.biased]
-
-
-def _bias_share(base: nn.Module) -> Share:
-    return BiasShare(cast(Tensor, base.bias))
-
-
-def _check_kinds(model: nn.Module, parts: Sequence[_Part]) -> None:
+def _check_kinds(model: nn.Module, parts: Sequence[Part]) -> None:
     """Adapters share a layer only if they change it in the same way: by factors, as a whole, or by its bias."""
     layers = dict(adapter_layers(model))
     clashes = [p.module for p in parts if p.module in layers and not _fits(layers[p.module], p)]
@@ -103,7 +80,7 @@ def _check_kinds(model: nn.Module, parts: Sequence[_Part]) -> None:
         raise ConfigError(f"another adapter changes {listed} in another way (factors, whole, or bias alone); detach it")
 
 
-def _fits(layer: AdapterLayer, part: _Part) -> bool:
+def _fits(layer: AdapterLayer, part: Part) -> bool:
     return type(part.wrap(layer.base)) is type(layer)
 
 
@@ -112,31 +89,21 @@ def _check_unmerged(model: nn.Module, what: str) -> None:
         raise ConfigError(f"adapters are merged into this model; call unmerge before {what}")
 
 
-def _base_at(model: nn.Module, module: str) -> nn.Module:
+def _base_of(model: nn.Module, module: str) -> nn.Module:
     found = model.get_submodule(module)
     return found.base if isinstance(found, AdapterLayer) else found
 
 
-def _add(model: nn.Module, part: _Part, name: str, share: Share) -> None:
-    layer = model.get_submodule(part.module)
-    if not isinstance(layer, AdapterLayer):
-        layer = part.wrap(layer)
-        model.set_submodule(part.module, layer)
-    layer.add(name, share)
+def _places(model: nn.Module, parts: Sequence[Part]) -> list[tuple[Part, nn.Module]]:
+    return [(part, model.get_submodule(part.module)) for part in parts]
 
 
-def _linear_share(
-    config: LoraConfig, module: str, shape: ModuleShape, factors: Mapping[str, Factors] | None
-) -> Callable[[nn.Module], Share]:
-    return lambda base: linear_share(config, module, shape, base, factors)
-
-
-def _embedding_share(config: LoraConfig, module: str, shape: ModuleShape) -> Callable[[nn.Module], Share]:
-    def make(base: nn.Module) -> Share:
-        r, _, scale = resolve(config, module)
-        return EmbeddingShare(like(base, embedding(r, shape.in_features, shape.out_features)), scale)
-
-    return make
+def _replace(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules in place of some, wherever these stand: a T5's one embedding has three places."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in by:
+                setattr(parent, name, by[child])
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
@@ -248,12 +215,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         shares(model, name)
     if name is not None and attached(model) != [name]:
         _check_unmerged(model, "detaching one of them")
-    for module, layer in list(adapter_layers(model)):
+    layers = [layer for _, layer in adapter_layers(model)]
+    for layer in layers:
         for held in [name] if name is not None else list(layer.shares):
             if held in layer.shares:
                 del layer.shares[held]
-        if not layer.shares:
-            model.set_submodule(module, layer.base)
+    _replace(model, {layer: layer.base for layer in layers if not layer.shares})
 
 
 def merge(model: nn.Module) -> None:

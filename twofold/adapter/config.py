@@ -40,6 +40,11 @@ class LoraConfig:
         use_dora: learn the length of each row of the weight apart from its direction (DoRA, arXiv 2402.09353).
         lora_bias: give B a bias of its own.
         freeze_a: leave A as it starts and train B alone (LoRA-FA, arXiv 2308.03303): fewer values learn, and no inputs are kept.
+        target_parameters: names or endings of two- or three-dimensional parameters, such as the stacked experts of a
+            mixture: `mlp.experts.gate_up_proj`.
+        trainable_token_indices: tokens whose embedding is trained whole, or tokens by name of the embedding; heads that are
+            tied to the input embedding follow it.
+        ensure_weight_tying: make it an error where tied weights would come apart.
     """
 
     r: int = 16
@@ -58,6 +63,9 @@ class LoraConfig:
     use_dora: bool = False
     lora_bias: bool = False
     freeze_a: bool = False
+    target_parameters: tuple[str, ...] | list[str] | None = None
+    trainable_token_indices: dict[str, list[int]] | tuple[int, ...] | list[int] | None = None
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         problems = []
@@ -65,10 +73,20 @@ class LoraConfig:
             problems.append("a rank must be at least 1")
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout is {self.lora_dropout} but must be at least 0 and below 1")
-        if not self.target_modules:
+        if self.lora_dropout and self.target_parameters:
+            problems.append(
+                "lora_dropout cannot fall on the inputs of target_parameters, which no layer sees; set it to 0"
+            )
+        if not (self.target_modules or self.target_parameters or self.trainable_token_indices):
             problems.append("target_modules is empty, so nothing would be trained; try 'all-linear'")
         problems += _variant_problems(self)
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "modules_to_save",
+            "target_parameters",
+        ):
             value = getattr(self, name)
             if isinstance(value, list | set):
                 object.__setattr__(self, name, tuple(sorted(value) if isinstance(value, set) else value))

@@ -20,7 +20,15 @@ from twofold import atomic
 from twofold.adapter.attach import DEFAULT_NAME, activate, active, adapter_layers, attach, detach, shares
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.peft_config import exceptions, names_in_full, parse_config, peft_config, with_changes
-from twofold.adapter.target import ModuleShape, adapted_modules, matches, module_shapes
+from twofold.adapter.target import (
+    ModuleShape,
+    adapted_modules,
+    adapted_names,
+    adapted_parameters,
+    matches,
+    module_shapes,
+    token_rows,
+)
 from twofold.config import build
 from twofold.errors import AdapterFileError, RunError
 from twofold.layers.protocol import AdapterLayer
@@ -70,10 +78,9 @@ class AdapterFiles:
 def split_key(key: str) -> tuple[str, str]:
     """Module path and suffix of a tensor's key in the file."""
     bare = key.removeprefix(PREFIX)
-    for infix in (".lora_embedding_", ".lora_", ".base_layer."):
-        at = bare.find(infix)
-        if at >= 0:
-            return bare[:at], bare[at + 1 :]
+    found = [at for at in map(bare.find, (".lora_", ".base_layer.", ".token_adapter.")) if at >= 0]
+    if found:
+        return bare[: min(found)], bare[min(found) + 1 :]
     module, _, suffix = bare.rpartition(".")
     return module, suffix
 
@@ -143,7 +150,7 @@ def load_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -
     shapes = module_shapes(model)
     claimed = adapted_modules(files.config, shapes)
     wrong = _wrong_modules(files, shapes, claimed)
-    if not claimed:
+    if not (claimed or adapted_parameters(files.config, shapes) or token_rows(files.config, shapes)):
         raise AdapterFileError(_mismatch(files.path, [*wrong.values()] or ["its config names no module of it"]))
     before, learning = active(model), {p: p.requires_grad for p in model.parameters()}
     attach(model, _exact_config(files, shapes, claimed), name)
@@ -169,6 +176,7 @@ def _wrong_modules(
     and the file lacks, or the reverse, is an error.
     """
     held = {m for m, suffixes in files.modules().items() if any(s.startswith("lora_") for s in suffixes)}
+    held -= set(adapted_parameters(files.config, shapes)) - set(claimed)
     return {
         **{m: f"no module '{m}' in this model" for m in sorted(held) if m not in shapes},
         **{m: f"'{m}' is a target of the config but has no tensors" for m in sorted(claimed) if m not in held},
@@ -181,7 +189,8 @@ def _exact_config(
     files: AdapterFiles, shapes: Mapping[str, ModuleShape], claimed: Mapping[str, ModuleShape]
 ) -> LoraConfig:
     """The file's config with its targets spelled out in full."""
-    patterns = {r: {m: getattr(resolve(files.config, m), r) for m in sorted(claimed)} for r in ("r", "alpha")}
+    names = sorted(adapted_names(files.config, shapes))
+    patterns = {r: {m: getattr(resolve(files.config, m), r) for m in names} for r in ("r", "alpha")}
     return with_changes(
         files.config,
         target_modules=names_in_full(claimed, shapes),
@@ -191,6 +200,7 @@ def _exact_config(
         rank_pattern=exceptions(patterns["r"], files.config.r),
         alpha_pattern=exceptions(patterns["alpha"], files.config.lora_alpha),
         modules_to_save=_saved_names(files, shapes),
+        ensure_weight_tying=files.config.ensure_weight_tying and not claimed,
     )
 
 

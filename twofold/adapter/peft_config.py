@@ -13,7 +13,7 @@ from torch import nn
 
 from twofold.adapter.attach import adapter_layers, config_of
 from twofold.adapter.config import LoraConfig, resolve
-from twofold.adapter.target import ModuleShape, adapted_modules, matches, module_shapes
+from twofold.adapter.target import ModuleShape, adapted_modules, adapted_names, matches, module_shapes
 from twofold.config import build
 from twofold.errors import AdapterFileError
 from twofold.layers.linear import LoraConv1D
@@ -24,7 +24,6 @@ INERT: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (True, False),
     "inference_mode": (True, False),
     "qalora_group_size": (16,),
-    "ensure_weight_tying": (True, False),
 }
 """Keys of PEFT's config that change nothing here at these values; others must be empty, false or absent."""
 DESCRIPTIVE = {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping"}
@@ -65,6 +64,7 @@ def peft_config(model: nn.Module, name: str, base_name: str | None) -> dict[str,
     shapes = module_shapes(model)
     adapted = adapted_modules(config, shapes)
     layers = dict(adapter_layers(model))
+    ranked = adapted_names(config, shapes)
     return {
         "peft_type": "LORA",
         "task_type": _task(model),
@@ -79,13 +79,16 @@ def peft_config(model: nn.Module, name: str, base_name: str | None) -> dict[str,
         "use_dora": config.use_dora,
         "lora_bias": config.lora_bias,
         "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
+        "target_parameters": list(config.target_parameters) if config.target_parameters else None,
+        "trainable_token_indices": _tokens(config),
+        "ensure_weight_tying": config.ensure_weight_tying,
         "init_lora_weights": config.init_lora_weights,
         "fan_in_fan_out": any(isinstance(layers[m], LoraConv1D) for m in adapted),
-        "rank_pattern": _stable(config.rank_pattern, adapted, lambda c, m: resolve(c, m).r, config, "rank_pattern"),
+        "rank_pattern": _stable(config.rank_pattern, ranked, lambda c, m: resolve(c, m).r, config, "rank_pattern"),
         "alpha_pattern": {
             k: _as_int(v)
             for k, v in _stable(
-                config.alpha_pattern, adapted, lambda c, m: resolve(c, m).alpha, config, "alpha_pattern"
+                config.alpha_pattern, ranked, lambda c, m: resolve(c, m).alpha, config, "alpha_pattern"
             ).items()
         },
     }
@@ -107,6 +110,13 @@ def as_plain(config: LoraConfig) -> LoraConfig:
         rank_pattern={k: 2 * r for k, r in config.rank_pattern.items()},
         alpha_pattern={k: louder * a for k, a in config.alpha_pattern.items()},
     )
+
+
+def _tokens(config: LoraConfig) -> dict[str, list[int]] | list[int] | None:
+    given = config.trainable_token_indices
+    if not given:
+        return None
+    return {name: list(rows) for name, rows in given.items()} if isinstance(given, Mapping) else list(given)
 
 
 def _shortest(adapted: Mapping[str, ModuleShape], shapes: Mapping[str, ModuleShape]) -> list[str] | str:

@@ -5,25 +5,35 @@ Every entry that matches nothing is an error, and all of them come in one messag
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from twofold.adapter.claims import broken_ties, claimed_twice
 from twofold.adapter.config import LoraConfig, pattern_matches
+from twofold.adapter.parameters import ParameterShape, own_parameters, ties_of
 from twofold.errors import TargetError, nearest
 from twofold.layers.protocol import AdapterLayer
 
-Kind = Literal["linear", "conv1d", "embedding", "other"]
+Kind = Literal["linear", "conv1d", "embedding", "convolution", "attention", "other"]
+"""`conv1d` is Hugging Face's transposed linear map, `convolution` one of torch's over one to three dimensions,
+`attention` torch's MultiheadAttention."""
 
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """A module as targets see it: its weight maps `in_features` to `out_features`, if it has one; its bias is as wide as that."""
+    """A module as targets see it: its weight maps `in_features` to `out_features`, if it has one; its bias is as wide as that.
+
+    A convolution maps the window that its kernel sees: input channels times the kernel's positions. An attention module's are of
+    its input projection.
+    """
 
     kind: Kind
     in_features: int = 0
@@ -32,11 +42,25 @@ class ModuleShape:
     parameters: int = 0
     head: bool = False
     foreign_class: str | None = None
-    """Name of the class, where it is a kind of Linear or Embedding that computes something of its own."""
+    """Name of the class, where it is a kind of Linear, Embedding or convolution that computes something of its own."""
+    groups: int = 1
+    """Of a convolution: each group of outputs takes its own part of the rank."""
+    second: int = 0
+    """In and out together of a second map inside, adapted with the first: an attention module's output projection."""
+    own: tuple[ParameterShape, ...] = ()
+    """Its parameters of two or three dimensions, those of modules inside it aside."""
+    tied_to: str | None = None
+    """The first module of the model that has the same weight, if that is another one."""
+    input_embedding: bool = False
 
     @property
     def adaptable(self) -> bool:
         return self.kind != "other"
+
+    @property
+    def parameters_per_rank(self) -> int:
+        """Values of A and B per unit of rank: in + out for a linear map."""
+        return self.in_features + self.out_features // self.groups + self.second
 
 
 def module_shapes(model: nn.Module) -> dict[str, ModuleShape]:
@@ -45,11 +69,33 @@ def module_shapes(model: nn.Module) -> dict[str, ModuleShape]:
     layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
     inside = {id(m) for layer in layers for m in _below(layer)}
     learned = {id(p) for layer in layers for p in layer.shares.parameters()}
-    return {
-        name: _shape(module.base if isinstance(module, AdapterLayer) else module, id(module) in heads, learned)
+    bare = {
+        name: module.base if isinstance(module, AdapterLayer) else module
         for name, module in model.named_modules()
         if name and id(module) not in inside
     }
+    ties = ties_of(bare)
+    found = {
+        name: replace(_shape(module, id(module) in heads, learned), own=own_parameters(module), tied_to=ties.get(name))
+        for name, module in bare.items()
+    }
+    return _with_input_embedding(model, bare, found)
+
+
+def _with_input_embedding(
+    model: nn.Module, modules: Mapping[str, nn.Module], shapes: dict[str, ModuleShape]
+) -> dict[str, ModuleShape]:
+    """The shapes with the mark on the input embedding: the one that the model names, else its only one."""
+    try:
+        asked = cast(Any, model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        asked = None
+    asked = asked.base if isinstance(asked, AdapterLayer) else asked
+    names = [n for n, m in modules.items() if m is asked]
+    names = names or [n for n, s in shapes.items() if s.kind == "embedding"]
+    if len(names) == 1:
+        shapes[names[0]] = replace(shapes[names[0]], input_embedding=True)
+    return shapes
 
 
 def _below(layer: AdapterLayer) -> list[nn.Module]:
@@ -60,8 +106,9 @@ def _heads(model: nn.Module) -> set[int]:
     """What `all-linear` leaves out: the output head, and the classifier of an encoder."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
-    found = {id(head)} if head is not None else set()
-    return found | {id(m) for n, m in model.named_children() if n in ("score", "classifier")}
+    found = [head] if head is not None else []
+    found += [m for n, m in model.named_children() if n in ("score", "classifier")]
+    return {id(m.base if isinstance(m, AdapterLayer) else m) for m in found}
 
 
 def _shape(module: nn.Module, head: bool, learned: Set[int]) -> ModuleShape:
@@ -69,7 +116,7 @@ def _shape(module: nn.Module, head: bool, learned: Set[int]) -> ModuleShape:
     leaf = next(module.children(), None) is None
     bias = leaf and isinstance(getattr(module, "bias", None), nn.Parameter)
     count = sum(p.numel() for p in module.parameters() if id(p) not in learned)
-    if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and not _computes_as_known(module):
+    if isinstance(module, nn.Linear | nn.Embedding | Conv1D | _ConvNd) and not _computes_as_known(module):
         return ModuleShape("other", bias=bias, parameters=count, head=head, foreign_class=type(module).__name__)
     if isinstance(module, nn.Linear):
         return ModuleShape("linear", module.in_features, module.out_features, bias, count, head)
@@ -77,18 +124,29 @@ def _shape(module: nn.Module, head: bool, learned: Set[int]) -> ModuleShape:
         return ModuleShape("conv1d", module.nx, module.nf, bias, count, head)
     if isinstance(module, nn.Embedding):
         return ModuleShape("embedding", module.num_embeddings, module.embedding_dim, bias, count, head)
+    if isinstance(module, _ConvNd):
+        window = module.in_channels * math.prod(module.kernel_size)
+        return ModuleShape("convolution", window, module.out_channels, bias, count, head, groups=module.groups)
+    if isinstance(module, nn.MultiheadAttention):
+        if type(module).forward is not nn.MultiheadAttention.forward or not module._qkv_same_embed_dim:
+            return ModuleShape("other", parameters=count, foreign_class=f"{type(module).__name__} with kdim or vdim")
+        d = module.embed_dim
+        return ModuleShape("attention", d, 3 * d, parameters=count, second=2 * d)
     width = cast(nn.Parameter, module.bias).numel() if bias else 0
     return ModuleShape("other", 0, width, bias, count, head)
 
 
+FORWARDS = {c.forward for c in (nn.Linear, nn.Embedding, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
+
 def _computes_as_known(module: nn.Module) -> bool:
-    """Whether its forward is the linear map or the look-up that our layers put factors beside.
+    """Whether its forward is the linear map, look-up or convolution that our layers put factors beside.
 
     OPT's positions are an embedding that is called with an attention mask, a router may be a linear layer that returns the best
     few: factors beside those would do something else than a changed weight does.
     """
     cls = type(module)
-    if cls.forward in (nn.Linear.forward, nn.Embedding.forward, Conv1D.forward):
+    if cls.forward in FORWARDS:
         return not isinstance(module, NonDynamicallyQuantizableLinear)  # of nn.MultiheadAttention, which never calls it
     weight_alone = [n for n, _ in module.named_parameters(recurse=False)] == ["weight"]
     scaled = cls.__name__.endswith("ScaledWordEmbedding") and hasattr(module, "embed_scale") and weight_alone
@@ -103,11 +161,17 @@ class Targets:
         adapted: those that get factors.
         saved: those trained whole.
         biased: those of which only the bias is trained.
+        parameters: by module, those of its own parameters that get factors.
+        tokens: by module, the rows of its weight that are trained.
+        tied: modules whose rows are those of another, by its name.
     """
 
     adapted: dict[str, ModuleShape]
     saved: tuple[str, ...]
     biased: tuple[str, ...]
+    parameters: dict[str, tuple[ParameterShape, ...]]
+    tokens: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
 
 
 def find_targets(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> Targets:
@@ -124,23 +188,74 @@ def find_targets(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> Targe
         for name in sorted(_chosen(config, shapes))
         if name not in adapted and not shapes[name].adaptable
     ]
-    problems += [f"'{name}' is in both target_modules and modules_to_save" for name in saved if name in adapted]
-    if not adapted and not problems:
+    parameters, tokens, tied = adapted_parameters(config, shapes), token_rows(config, shapes), tied_rows(config, shapes)
+    problems += _wrong_tokens(config, shapes, tokens)
+    if config.bias == "all" and any(s.kind == "attention" for s in shapes.values()):
+        problems.append("bias='all' does not reach the biases inside MultiheadAttention; use 'none' or 'lora_only'")
+    if config.ensure_weight_tying:
+        problems += broken_ties(
+            {n: s.tied_to for n, s in shapes.items() if s.tied_to}, tied, {*adapted, *saved, *tokens}
+        )
+    problems += claimed_twice(adapted, saved, parameters, {**tokens, **tied})
+    if not (adapted or parameters or tokens or problems):
         problems.append("target_modules leaves nothing to adapt once exclude_modules and layers_to_transform apply")
     if problems:
         raise TargetError("; ".join(problems))
-    return Targets(adapted, saved, _biased(config, shapes, adapted, saved))
+    return Targets(adapted, saved, _biased(config, shapes, adapted, saved), parameters, tokens, tied)
 
 
 def _why_not(shape: ModuleShape) -> str:
     if shape.foreign_class:
         return f"is a {shape.foreign_class}, whose forward is its own, so that factors cannot stand beside it; leave it out"
-    return "is neither linear nor an embedding; name the projections inside it"
+    return "is neither linear nor an embedding nor a convolution; name those inside it"
 
 
 def adapted_modules(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> dict[str, ModuleShape]:
     """The adaptable modules that the patterns match, whether or not every entry matches something."""
     return {name: shapes[name] for name in _chosen(config, shapes) if shapes[name].adaptable}
+
+
+def adapted_parameters(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> dict[str, tuple[ParameterShape, ...]]:
+    """By module, the parameters that `target_parameters` names, in the module's order."""
+    entries = config.target_parameters or ()
+    found = {n: tuple(p for p in s.own if matches(entries, f"{n}.{p.name}")) for n, s in shapes.items()}
+    return {name: parameters for name, parameters in found.items() if parameters}
+
+
+def token_rows(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> dict[str, tuple[int, ...]]:
+    """By module, the rows of its weight that `trainable_token_indices` names."""
+    given = config.trainable_token_indices or ()
+    if not isinstance(given, Mapping):
+        return {n: tuple(given) for n, s in shapes.items() if s.input_embedding and given}
+    return {n: tuple(rows) for entry, rows in given.items() for n in shapes if matches((entry,), n)}
+
+
+def tied_rows(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> dict[str, str]:
+    """The modules that follow the input embedding's rows, since they have its weight: PEFT's rule, for every such module."""
+    rows = token_rows(config, shapes)
+    source = next((n for n in rows if shapes[n].input_embedding), None)
+    if source is None:
+        return {}
+    first = shapes[source].tied_to or source
+    same = [n for n, s in shapes.items() if n != source and first in (n, s.tied_to)]
+    return {n: source for n in same if rows.get(n, rows[source]) == rows[source]}
+
+
+def _wrong_tokens(
+    config: LoraConfig, shapes: Mapping[str, ModuleShape], tokens: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    problems = []
+    for name, rows in tokens.items():
+        shape = shapes[name]
+        count = shape.in_features if shape.kind == "embedding" else shape.out_features
+        if shape.kind not in ("embedding", "linear"):
+            problems.append(f"'{name}' in trainable_token_indices is neither an embedding nor a linear head")
+        elif len(set(rows)) < len(rows):
+            problems.append(f"trainable_token_indices of '{name}' names a token twice")
+        elif not all(0 <= row < count for row in rows):
+            wrong = next(row for row in rows if not 0 <= row < count)
+            problems.append(f"token {wrong} is beyond '{name}', which has {count}; resize the model's embeddings first")
+    return problems
 
 
 def matches(patterns: str | Iterable[str], name: str) -> bool:
@@ -207,8 +322,9 @@ def _unmatched(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[st
     problems += _unmatched_names("target_modules", config.target_modules, adaptable, list(shapes))
     problems += _unmatched_names("exclude_modules", config.exclude_modules or (), adaptable, list(shapes))
     problems += _unmatched_names("modules_to_save", config.modules_to_save or (), list(shapes), list(shapes))
+    problems += _unmatched_inside(config, shapes)
     for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        adapted = adapted_modules(config, shapes)
+        adapted = adapted_names(config, shapes)
         problems += [
             f"{key} '{p}' matches no adapted module{_nearest(p, list(adapted))}"
             for p in patterns
@@ -221,6 +337,35 @@ def _unmatched(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[st
         there = f"the model's layers are {known[0]} to {known[-1]}" if known else "the model has no numbered layers"
         problems.append(f"layers_to_transform {', '.join(missing)}: no such layer; {there}")
     return problems
+
+
+def adapted_names(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[str]:
+    """The names that patterns of rank and scale are matched with: of adapted modules, and of adapted parameters."""
+    parameters = adapted_parameters(config, shapes)
+    return [*adapted_modules(config, shapes), *(f"{n}.{p.name}" for n, found in parameters.items() for p in found)]
+
+
+def _unmatched_inside(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[str]:
+    """Entries for parameters and tokens that match nothing, with the nearest names."""
+    names = [f"{n}.{p.name}" for n, s in shapes.items() for p in s.own]
+    entries = [e for e in config.target_parameters or () if not any(matches((e,), n) for n in names)]
+    problems = [
+        f"target_parameters '{e}' matches no parameter of two or three dimensions{_nearest(e, _endings(e, names))}"
+        for e in entries
+    ]
+    given = config.trainable_token_indices
+    embeddings = [n for n, s in shapes.items() if s.kind == "embedding"]
+    if isinstance(given, Mapping):
+        missing = [e for e in given if not any(matches((e,), n) for n in shapes)]
+        return problems + [f"trainable_token_indices '{e}' matches no module{_nearest(e, embeddings)}" for e in missing]
+    if given and not token_rows(config, shapes):
+        problems.append("trainable_token_indices must say which embedding it is of, as in {embed_tokens: [3, 4]}")
+    return problems
+
+
+def _endings(entry: str, names: Iterable[str]) -> list[str]:
+    """The ends of the names with as many parts as the entry, each once."""
+    return list(dict.fromkeys(".".join(n.split(".")[-entry.count(".") - 1 :]) for n in names))
 
 
 def _unmatched_names(key: str, patterns: str | Sequence[str], like: list[str], names: list[str]) -> list[str]:

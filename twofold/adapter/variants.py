@@ -66,7 +66,8 @@ def linear_share(
     """
     r, _, scale = resolve(config, module)
     try:
-        factors = like(base, given[module] if given and module in given else _start(config, shape, base, r, scale))
+        start = given[module] if given and module in given else _start(config, shape, base, r, scale)
+        factors = like(cast(Tensor, base.weight), start)
     except ConfigError as error:
         raise ConfigError(f"'{module}': {error}") from error
     trained = shape.bias and config.bias != "none"
@@ -107,10 +108,9 @@ def _matrix(base: nn.Module) -> Tensor:
     return weight.T if isinstance(base, Conv1D) else weight
 
 
-def like(base: nn.Module, factors: Factors) -> Factors:
-    """The factors on the base's device, in float32 or the base's wider type, their rows one after the other in memory: fused AdamW
-    goes through a parameter and its moments as they lie, and those of a checkpoint lie so."""
-    weight = cast(Tensor, base.weight)
+def like(weight: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The factors on a weight's device, in float32 or the weight's wider type, their rows one after the other in memory: fused
+    AdamW goes through a parameter and its moments as they lie, and those of a checkpoint lie so."""
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
     a, b = (f.detach().to(weight.device, dtype).clone(memory_format=torch.contiguous_format) for f in factors)
     return a, b

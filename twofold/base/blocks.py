@@ -23,6 +23,7 @@ from twofold.functional.segments import Heads
 from twofold.layers.block import BlockTensors
 from twofold.layers.linear import LoraLinear, dropout_of, projection_of
 from twofold.layers.protocol import AdapterLayer
+from twofold.layers.tokens import TrainedTokens
 from twofold.lowrank.linear import Group
 
 UNTURNED = "none"
@@ -233,7 +234,7 @@ def _obstacles(model: nn.Module, body: nn.Module, layers: nn.ModuleList, head: n
         yield "its rotary embedding depends on the length of the batch"
     if type(getattr(body, "norm", None)).__name__ not in NORMS:
         yield "the last norm is not RMSNorm"
-    if not _is_linear(head) or getattr(head, "bias", None) is not None:
+    if not (_is_linear(head) or isinstance(head, TrainedTokens)) or getattr(head, "bias", None) is not None:
         yield "the output head is not a plain linear map"
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from twofold.functional.widen import in_own_precision
-from twofold.layers.protocol import AdapterLayer, Share
+from twofold.layers.protocol import Share, WeightLayer
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.init import Factors
 
@@ -37,14 +37,8 @@ class EmbeddingShare(Share):
         self.B.copy_(tensors["lora_embedding_B"])
 
 
-class LoraEmbedding(AdapterLayer):
+class LoraEmbedding(WeightLayer):
     """y = W0[ids] + Σ weight · scale · A[:, ids]ᵀ Bᵀ over the active shares."""
-
-    merged: Tensor | None
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__(base)
-        self.register_buffer("merged", None, persistent=False)
 
     @classmethod
     def from_base(cls, base: nn.Module) -> LoraEmbedding:
@@ -81,11 +75,5 @@ class LoraEmbedding(AdapterLayer):
         """A new table with the active updates in it, rounded once to the base's type."""
         return merged_weight(self.weight, [self.delta()])
 
-    def _merged_now(self) -> Float[Tensor, "vocabulary dim"]:
-        return self.fold() if self.merged is None else self.merged
-
-    def merge(self) -> None:
-        self.merged = self.fold()
-
-    def unmerge(self) -> None:
-        self.merged = None
+    def folded(self) -> dict[str, Tensor]:
+        return {"weight": self.fold()}

@@ -13,10 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
-from twofold.layers.protocol import AdapterLayer, Share, bias_of
+from twofold.layers.protocol import Share, WeightLayer, bias_of
 from twofold.lowrank.dora import row_norms, row_squares
 from twofold.lowrank.factors import LowRank, merged_weight
-from twofold.lowrank.init import Factors
 from twofold.lowrank.linear import Projection, group_product
 
 
@@ -38,7 +37,11 @@ class LinearShare(Share):
     start_B: Tensor | None
 
     def __init__(
-        self, factors: Factors, scale: float, dropout: float = 0.0, bias_change: Float[Tensor, " out"] | None = None
+        self,
+        factors: tuple[Tensor, Tensor],
+        scale: float,
+        dropout: float = 0.0,
+        bias_change: Float[Tensor, " out"] | None = None,
     ) -> None:
         super().__init__()
         self.A: Tensor = nn.Parameter(factors[0])
@@ -79,6 +82,8 @@ class LinearShare(Share):
 
     def plain(self, base: nn.Module) -> dict[str, Tensor]:
         """As `saved`, but where the update is counted from a start, the factors of that difference: of twice the rank."""
+        if self.start_A is None:
+            return self.saved(base)
         update = self.low_rank()
         return self._named(update.A.detach(), update.B.detach(), base)
 
@@ -104,7 +109,7 @@ class LinearShare(Share):
             self.bias_change.copy_(tensors["base_layer.bias"].to(self.bias_change) - bias_of(base))
 
 
-class LoraLinear(AdapterLayer):
+class LoraLinear(WeightLayer):
     """y = x W0ᵀ + b + Σ weight · scale · (dropout(x) Aᵀ) Bᵀ over the active shares, arXiv 2106.09685.
 
     With DoRA, y = c ⊙ (x W0ᵀ + scale · (dropout(x) Aᵀ) Bᵀ) + b, where c = magnitude / ||W0 + scale·BA|| row by row.
@@ -113,13 +118,10 @@ class LoraLinear(AdapterLayer):
         squares: ||W0||² of each row, once an adapter asked for it.
     """
 
-    base: nn.Module
-    merged: Tensor | None
     squares: Tensor | None
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
-        self.register_buffer("merged", None, persistent=False)
         self.register_buffer("squares", None, persistent=False)
 
     @classmethod
@@ -139,21 +141,15 @@ class LoraLinear(AdapterLayer):
         """Weight, bias and combined update as they stand now, for callers that fuse several layers."""
         shares = self.linear_shares()
         if shares and (self.merged is not None or self.folding):
-            return Projection(in_own_precision(self._merged_now, self.weight), self._effective_bias(shares), None)
+            return Projection(in_own_precision(self._merged_now, self.weight), effective_bias(self.bias, shares), None)
         cast_before = shares[0].cast if len(shares) == 1 else None
         return Projection(
-            self.matrix(), self._effective_bias(shares), _combined(shares), cast_before, self._stretch(shares)
+            self.matrix(),
+            effective_bias(self.bias, shares),
+            combined([s.low_rank() for s in shares]),
+            cast_before,
+            self._stretch(shares),
         )
-
-    def _effective_bias(self, shares: list[LinearShare]) -> Tensor | None:
-        bias = self.bias
-        for share in shares:
-            if share.bias_change is not None and bias is not None:
-                bias = bias + (share.bias_change * share.weight_when_active).to(bias.dtype)
-            if share.b_bias is not None:
-                change = share.b_bias * (share.scale * share.weight_when_active)
-                bias = change if bias is None else bias + change.to(bias.dtype)
-        return bias
 
     def row_norms(self, share: LinearShare) -> Float[Tensor, " out"]:
         """||W0 + scale·BA|| of each row, a constant to the gradient."""
@@ -183,7 +179,7 @@ class LoraLinear(AdapterLayer):
         return self._wide_fold() - self.matrix()
 
     def _added(self) -> Float[Tensor, "out in_"]:
-        update = _combined(self.linear_shares())
+        update = combined([s.low_rank() for s in self.linear_shares()])
         return torch.zeros_like(self.matrix(), dtype=torch.float32) if update is None else update.delta()
 
     @torch.no_grad()
@@ -199,14 +195,18 @@ class LoraLinear(AdapterLayer):
         total = added.add_(self.matrix())
         return total if stretch is None else total.mul_(stretch[:, None])
 
-    def _merged_now(self) -> Float[Tensor, "out in_"]:
-        return self.fold() if self.merged is None else self.merged
+    def folded(self) -> dict[str, Tensor]:
+        bias = effective_bias(self.bias, self.linear_shares())
+        if bias is not None and self.bias is None:
+            raise ConfigError(
+                "an adapter with lora_bias gives a bias to layers that have none in this model, so it cannot be merged into its "
+                "files; serve it beside the base"
+            )
+        return {"weight": self._laid(self.fold())} | ({} if bias is None else {"bias": bias.detach().clone()})
 
-    def merge(self) -> None:
-        self.merged = self.fold()
-
-    def unmerge(self) -> None:
-        self.merged = None
+    def _laid(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
+        """A matrix as the base lays it."""
+        return matrix
 
 
 class LoraConv1D(LoraLinear):
@@ -215,10 +215,23 @@ class LoraConv1D(LoraLinear):
     def matrix(self) -> Float[Tensor, "out in_"]:
         return self.weight.T
 
+    def _laid(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
+        return matrix.T.contiguous()
 
-def _combined(shares: list[LinearShare]) -> LowRank | None:
+
+def effective_bias(bias: Tensor | None, shares: Iterable[LinearShare]) -> Tensor | None:
+    """A base's bias with what the shares add to it."""
+    for share in shares:
+        if share.bias_change is not None and bias is not None:
+            bias = bias + (share.bias_change * share.weight_when_active).to(bias.dtype)
+        if share.b_bias is not None:
+            change = share.b_bias * (share.scale * share.weight_when_active)
+            bias = change if bias is None else bias + change.to(bias.dtype)
+    return bias
+
+
+def combined(updates: list[LowRank]) -> LowRank | None:
     """One update equal to the sum of several: their factors end to end, each scale folded into its B."""
-    updates = [s.low_rank() for s in shares]
     if len(updates) < 2:
         return updates[0] if updates else None
     return LowRank(torch.cat([u.A for u in updates]), torch.cat([u.B * u.scale for u in updates], dim=1), 1.0)
@@ -244,7 +257,12 @@ def dropout_of(modules: Iterable[nn.Module]) -> float:
         ConfigError: adapters that train together drop with different probabilities, of which one mask can have but one.
     """
     training = [m for m in modules if isinstance(m, LoraLinear) and m.training and m.merged is None]
-    found = sorted({share.dropout for m in training for share in m.linear_shares()})
+    return one_dropout(share.dropout for m in training for share in m.linear_shares())
+
+
+def one_dropout(probabilities: Iterable[float]) -> float:
+    """The one probability of shares that train together, 0 of none."""
+    found = sorted(set(probabilities))
     if len(found) > 1:
         listed = " and ".join(f"{p:g}" for p in found)
         raise ConfigError(

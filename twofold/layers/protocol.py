@@ -7,11 +7,15 @@ Whoever needs the adapters of a model asks its layers; nothing is found by looki
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from twofold.errors import ConfigError
+from twofold.functional.widen import in_own_precision
 
 
 class Share(nn.Module):
@@ -86,6 +90,15 @@ class AdapterLayer(nn.Module):
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         return bias
 
+    def __getattr__(self, name: str) -> Any:
+        """What the layer has no word for it answers as its base: a model may ask a layer for its stride or its number of heads."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base, name)
+
     def merge(self) -> None:
         """Fold the active shares into a new weight beside the base's, which stays as it is."""
         raise NotImplementedError
@@ -93,6 +106,81 @@ class AdapterLayer(nn.Module):
     def unmerge(self) -> None:
         """Drop the folded weight: the base's own bits serve again."""
         raise NotImplementedError
+
+    def folded(self) -> dict[str, Tensor]:
+        """The base's tensors that the active shares change, as changed, by their names in the base and in its types.
+
+        Raises:
+            ConfigError: no tensor of the base can hold the change.
+        """
+        raise NotImplementedError
+
+
+class WeightLayer(AdapterLayer):
+    """A layer whose shares can be folded into the one weight of its base.
+
+    Attributes:
+        merged: that weight, while the layer is merged.
+    """
+
+    merged: Tensor | None
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.register_buffer("merged", None, persistent=False)
+
+    def fold(self) -> Tensor:
+        """A new weight with the active updates in it, rounded once to the base's type."""
+        raise NotImplementedError
+
+    def merge(self) -> None:
+        self.merged = self.fold()
+
+    def unmerge(self) -> None:
+        self.merged = None
+
+    def _merged_now(self) -> Tensor:
+        return self.fold() if self.merged is None else self.merged
+
+
+class WeightsLayer(AdapterLayer):
+    """A layer whose shares can be folded into several weights of its base, which runs its own forward on them then.
+
+    Attributes:
+        merged: those weights by name, while the layer is merged.
+    """
+
+    merged: dict[str, Tensor] | None = None
+
+    def changed(self) -> list[str]:
+        """Names of the base's parameters that the active shares change."""
+        raise NotImplementedError
+
+    def fold(self, name: str) -> Tensor:
+        """A new value of one of them with the active updates in it, rounded once to the base's type."""
+        raise NotImplementedError
+
+    def folded(self) -> dict[str, Tensor]:
+        return {name: self.fold(name) for name in self.changed()}
+
+    def merge(self) -> None:
+        self.merged = self.folded()
+
+    def unmerge(self) -> None:
+        self.merged = None
+
+    def run_merged(self, *args: Any, **named: Any) -> Any:
+        """The base's forward on the merged weights, which are kept, or formed for this pass alone."""
+        weights = self.merged or {
+            name: in_own_precision(partial(self.fold, name), self.base.get_parameter(name)) for name in self.changed()
+        }
+        return torch.func.functional_call(self.base, weights, args, named)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Merged weights move and change their type with the model."""
+        if self.merged is not None:
+            self.merged = {name: fn(tensor) for name, tensor in self.merged.items()}
+        return super()._apply(fn, recurse)
 
 
 def checked_name(name: str) -> str:

@@ -51,6 +51,9 @@ class TrainedCopy(AdapterLayer):
     def unmerge(self) -> None:
         """Nothing was folded."""
 
+    def folded(self) -> dict[str, Tensor]:
+        return _as_in_base(self)
+
 
 class BiasShare(Share):
     """What an adapter adds to a bias, zero at the start; saved as the bias it results in."""
@@ -85,3 +88,14 @@ class TrainedBias(AdapterLayer):
 
     def unmerge(self) -> None:
         """Nothing was folded."""
+
+    def folded(self) -> dict[str, Tensor]:
+        return _as_in_base(self)
+
+
+def _as_in_base(layer: AdapterLayer) -> dict[str, Tensor]:
+    """What the last active share saves, in the base's types."""
+    types = {key: tensor.dtype for key, tensor in layer.base.state_dict().items()}
+    return {
+        key: tensor.to(types[key]) for share in layer.active()[-1:] for key, tensor in share.saved(layer.base).items()
+    }

@@ -34,7 +34,7 @@ class LowRank:
         return (self.B.to(dtype) @ self.A.to(dtype)) * self.scale
 
 
-def merged_weight(weight: Float[Tensor, "out in_"], deltas: list[Tensor]) -> Float[Tensor, "out in_"]:
+def merged_weight(weight: Float[Tensor, "*shape"], deltas: list[Tensor]) -> Float[Tensor, "*shape"]:
     """A new weight with the deltas added: summed in at least float32, rounded once to the weight's dtype."""
     total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     for delta in deltas:

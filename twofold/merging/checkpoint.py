@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from twofold import atomic
 from twofold.adapter.attach import adapter_layers
 from twofold.errors import ConfigError
-from twofold.layers.embedding import LoraEmbedding
-from twofold.layers.linear import LoraConv1D, LoraLinear
 from twofold.layers.protocol import AdapterLayer
-from twofold.layers.saved import TrainedBias, TrainedCopy
 
 
 def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str | None = None) -> Path:
@@ -49,34 +46,14 @@ def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The state of the bare model with the active adapters folded in, by the bare model's names."""
     state = dict(model.state_dict())
-    for name, layer in adapter_layers(model):
-        for key in [k for k in state if k.startswith(f"{name}.")]:
-            del state[key]
-        state |= {f"{name}.{key}": value for key, value in layer.base.state_dict().items()}
-        state |= {f"{name}.{key}": value for key, value in _folded(layer).items()}
+    changed = {layer: layer.folded() for _, layer in adapter_layers(model) if layer.active()}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, AdapterLayer):
+            for key in [k for k in state if k.startswith(f"{name}.")]:
+                del state[key]
+            found = layer.base.state_dict() | changed.get(layer, {})
+            state |= {f"{name}.{key}": value for key, value in found.items()}
     return state
-
-
-def _folded(layer: AdapterLayer) -> dict[str, Tensor]:
-    """The tensors of one layer that its active adapters change."""
-    if not layer.active():
-        return {}
-    if isinstance(layer, LoraLinear):
-        weight = layer.fold()
-        folded = {"weight": weight.T.contiguous() if isinstance(layer, LoraConv1D) else weight}
-        bias = layer.projection().bias
-        if bias is not None and layer.base.bias is None:
-            raise ConfigError(
-                "an adapter with lora_bias gives a bias to layers that have none in this model, so it cannot be merged into its "
-                "files; serve it beside the base"
-            )
-        return folded if bias is None else folded | {"bias": bias.detach().clone()}
-    if isinstance(layer, LoraEmbedding):
-        return {"weight": layer.fold()}
-    if isinstance(layer, TrainedCopy | TrainedBias):
-        saved = layer.active()[-1].saved(layer.base)
-        return {key: value.to(layer.base.state_dict()[key].dtype) for key, value in saved.items()}
-    raise TypeError(f"{type(layer).__name__} cannot be merged")
 
 
 def _cut_ties(model: Any, state: dict[str, Tensor]) -> bool:

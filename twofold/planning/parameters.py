@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.parameters import ParameterShape
 from twofold.adapter.target import ModuleShape, find_targets
 
 
@@ -49,12 +50,16 @@ def plan_parameters(config: LoraConfig, shapes: Mapping[str, ModuleShape], base:
     factors = sum(_share_parameters(config, ranks[n], s) for n, s in targets.adapted.items())
     biases = sum(s.out_features for s in targets.adapted.values() if s.bias and config.bias != "none")
     biases += sum(shapes[n].out_features for n in targets.biased)
+    factors += sum(
+        lora_parameters(resolve(config, f"{n}.{p.name}").r, p) for n, ps in targets.parameters.items() for p in ps
+    )
+    rows = sum(len(found) * _width(shapes[n]) for n, found in targets.tokens.items() if n not in targets.tied)
     saved = sum(shapes[n].parameters for n in targets.saved)
     linear = [s for s in shapes.values() if s.kind in ("linear", "conv1d") and not s.head]
     adapted = [s.in_features * s.out_features for s in targets.adapted.values()]
     return ParameterPlan(
         base=base,
-        trainable=factors + biases + saved,
+        trainable=factors + biases + saved + rows,
         linear=sum(s.in_features * s.out_features for s in linear),
         modules=len(adapted),
         ranks=sum(ranks.values()),
@@ -70,6 +75,11 @@ def _share_parameters(config: LoraConfig, r: int, shape: ModuleShape) -> int:
     return lora_parameters(r, shape) - frozen + shape.out_features * (config.use_dora + config.lora_bias)
 
 
-def lora_parameters(r: int, shape: ModuleShape) -> int:
+def _width(shape: ModuleShape) -> int:
+    """The length of a token's row."""
+    return shape.out_features if shape.kind == "embedding" else shape.in_features
+
+
+def lora_parameters(r: int, shape: ModuleShape | ParameterShape) -> int:
     """r (in + out): 65,536 for 4096 x 4096 at r = 8, 256 times fewer than the weight itself."""
-    return r * (shape.in_features + shape.out_features)
+    return r * shape.parameters_per_rank

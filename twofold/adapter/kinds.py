@@ -1,0 +1,138 @@
+"""From the kind of a module to the layer that goes around it and the share that an adapter gets of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.parameters import ParameterShape
+from twofold.adapter.target import Kind, ModuleShape, Targets
+from twofold.adapter.variants import LINEAR, like, linear_share
+from twofold.errors import ConfigError
+from twofold.layers.attention import AttentionShare, LoraAttention
+from twofold.layers.conv import ConvShare, LoraConv
+from twofold.layers.embedding import EmbeddingShare, LoraEmbedding
+from twofold.layers.experts import LoraParameters, ParameterFactors, ParametersShare
+from twofold.layers.linear import LinearShare, LoraLinear
+from twofold.layers.protocol import AdapterLayer, Share
+from twofold.layers.saved import BiasShare, CopyShare, TrainedBias, TrainedCopy
+from twofold.layers.tokens import TiedTokens, TokensShare, TrainedTokens
+from twofold.lowrank.init import STARTS, Factors, embedding
+
+
+class LayerKind(NamedTuple):
+    """How modules of a kind are adapted: `share` gets the config, the module's name, its shape and the frozen module."""
+
+    wrap: Callable[[nn.Module], AdapterLayer]
+    share: Callable[[LoraConfig, str, ModuleShape, nn.Module], Share]
+
+
+def _bias_change(config: LoraConfig, shape: ModuleShape, b: Tensor) -> Tensor | None:
+    return b.new_zeros(len(b)) if shape.bias and config.bias != "none" else None
+
+
+def embedding_share(config: LoraConfig, module: str, shape: ModuleShape, base: nn.Module) -> EmbeddingShare:
+    r, _, scale = resolve(config, module)
+    return EmbeddingShare(like(_weight(base), embedding(r, shape.in_features, shape.out_features)), scale)
+
+
+def conv_share(config: LoraConfig, module: str, shape: ModuleShape, base: nn.Module) -> ConvShare:
+    """The start is that of a linear map from the window that the kernel sees; B takes r / groups of A's channels."""
+    r, _, scale = resolve(config, module)
+    if r % shape.groups:
+        raise ConfigError(
+            f"'{module}' is a convolution with {shape.groups} groups, of which r = {r} is no multiple; "
+            "give it such a rank in rank_pattern, or leave it out with exclude_modules"
+        )
+    weight = _weight(base)
+    a, b = like(weight, STARTS[config.init_lora_weights](r, shape.in_features, shape.out_features))
+    kernel = weight.shape[2:]
+    factors = a.view(r, -1, *kernel), b[:, : r // shape.groups].reshape(len(b), -1, *(1 for _ in kernel))
+    return ConvShare(factors, scale, config.lora_dropout, _bias_change(config, shape, b))
+
+
+def attention_share(config: LoraConfig, module: str, shape: ModuleShape, base: nn.Module) -> AttentionShare:
+    """Both projections, each with the rank and the start of a linear map."""
+    r, _, scale = resolve(config, module)
+    d, weight = shape.in_features, cast(nn.MultiheadAttention, base).in_proj_weight
+    into, out = (like(weight, STARTS[config.init_lora_weights](r, d, width)) for width in (shape.out_features, d))
+    return AttentionShare(*(LinearShare(factors, scale, config.lora_dropout) for factors in (into, out)))
+
+
+def _weight(base: nn.Module) -> Tensor:
+    return cast(Tensor, base.weight)
+
+
+KINDS: dict[Kind, LayerKind] = {
+    "linear": LayerKind(LoraLinear.from_base, linear_share),
+    "conv1d": LayerKind(LoraLinear.from_base, linear_share),
+    "embedding": LayerKind(LoraEmbedding.from_base, embedding_share),
+    "convolution": LayerKind(LoraConv.from_base, conv_share),
+    "attention": LayerKind(LoraAttention.from_base, attention_share),
+}
+"""Every kind of module that gets factors; the others are adapted not at all, or trained whole."""
+
+
+class Part(NamedTuple):
+    """What an adapter puts on one module: the layer around it, and its share of that layer."""
+
+    module: str
+    wrap: Callable[[nn.Module], AdapterLayer]
+    make: Callable[[nn.Module], Share]
+
+
+def parts_of(config: LoraConfig, targets: Targets, given: Mapping[str, Factors] | None = None) -> list[Part]:
+    """Everything that an adapter of these settings puts on these targets, to be made in this order.
+
+    Args:
+        given: factors to start from, by module, in place of those that the config would draw; of linear modules.
+    """
+    shares = {kind: KINDS[kind].share for kind in KINDS} | dict.fromkeys(LINEAR, partial(linear_share, given=given))
+    adapted = [
+        Part(module, KINDS[shape.kind].wrap, partial(shares[shape.kind], config, module, shape))
+        for module, shape in targets.adapted.items()
+    ]
+    saved = [Part(module, TrainedCopy.from_base, CopyShare) for module in targets.saved]
+    biased = [Part(module, TrainedBias.from_base, _bias_share) for module in targets.biased]
+    parameters = [
+        Part(module, LoraParameters.from_base, partial(parameters_share, config, module, found))
+        for module, found in targets.parameters.items()
+    ]
+    return [*adapted, *parameters, *saved, *biased, *_token_parts(targets)]
+
+
+def parameters_share(
+    config: LoraConfig, module: str, found: tuple[ParameterShape, ...], base: nn.Module
+) -> ParametersShare:
+    """Every expert starts as a linear map of its own would; ranks and scales go by the parameters' names."""
+    factors, scales = {}, {}
+    for shape in found:
+        r, _, scales[shape.name] = resolve(config, f"{module}.{shape.name}")
+        start = STARTS[config.init_lora_weights]
+        starts = [start(r, shape.in_features, shape.out_features) for _ in range(shape.experts)]
+        stacked = torch.stack([a for a, _ in starts]), torch.stack([b for _, b in starts])
+        factors[shape.name] = ParameterFactors(*like(base.get_parameter(shape.name), stacked), shape.transposed)
+    return ParametersShare(factors, scales)
+
+
+def _bias_share(base: nn.Module) -> Share:
+    return BiasShare(cast(Tensor, base.bias))
+
+
+def _token_parts(targets: Targets) -> list[Part]:
+    made: dict[str, TokensShare] = {}
+
+    def make(module: str, base: nn.Module) -> Share:
+        made[module] = TokensShare(targets.tokens[module], _weight(base))
+        return made[module]
+
+    def follow(source: str, base: nn.Module) -> Share:
+        return TiedTokens(made[source])
+
+    own = [Part(m, TrainedTokens.from_base, partial(make, m)) for m in targets.tokens if m not in targets.tied]
+    return own + [Part(m, TrainedTokens.from_base, partial(follow, source)) for m, source in targets.tied.items()]
