@@ -16,6 +16,7 @@ from twofold.errors import ConfigError, did_you_mean
 from twofold.layers.embedding import EmbeddingShare, LoraEmbedding
 from twofold.layers.linear import LinearShare, LoraLinear
 from twofold.layers.protocol import AdapterLayer, Share, checked_name
+from twofold.layers.quantised import values_of
 from twofold.layers.saved import BiasShare, CopyShare, TrainedBias, TrainedCopy
 from twofold.lowrank.init import STARTS, Factors, embedding
 
@@ -281,10 +282,9 @@ def is_merged(model: nn.Module) -> bool:
 def trainable_summary(model: nn.Module) -> TrainableSummary:
     """Count the parameters that learn and those of the base."""
     layers = [layer for _, layer in adapter_layers(model)]
-    own = {id(p) for layer in layers for p in layer.shares.parameters()}
-    parameters = list(model.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    base = sum(p.numel() for p in parameters if id(p) not in own)
+    shared = sum(p.numel() for layer in layers for p in layer.shares.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = values_of(model) - shared
     return TrainableSummary(trainable, base, sum(1 for layer in layers if layer.active()))
 
 

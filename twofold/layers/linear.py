@@ -14,9 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
 from twofold.layers.protocol import AdapterLayer, Share, bias_of
+from twofold.layers.quantised import QuantisedLinear, frozen_of
 from twofold.lowrank.factors import LowRank, merged_weight
+from twofold.lowrank.frozen import Frozen
 from twofold.lowrank.init import Factors
 from twofold.lowrank.linear import Projection, group_product
+from twofold.quant import QuantisedWeight
 
 
 class LinearShare(Share):
@@ -67,11 +70,22 @@ class LoraLinear(AdapterLayer):
     @classmethod
     def from_base(cls, base: nn.Module) -> LoraLinear:
         """Wrap a frozen linear module; nothing is copied."""
+        if frozen_of(base) is not None:
+            return LoraQuantised(base)
         return (LoraConv1D if isinstance(base, Conv1D) else LoraLinear)(base)
 
     def matrix(self) -> Float[Tensor, "out in_"]:
         """The base weight as (out, in), a view."""
         return self.weight
+
+    def frozen(self) -> Tensor | Frozen:
+        """The base weight as it multiplies."""
+        return self.matrix()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        return self.weight.dtype
 
     def linear_shares(self) -> list[LinearShare]:
         """The shares that contribute now."""
@@ -83,7 +97,7 @@ class LoraLinear(AdapterLayer):
         if shares and (self.merged is not None or self.folding):
             return Projection(in_own_precision(self._merged_now, self.weight), self._effective_bias(shares), None)
         cast_before = shares[0].cast if len(shares) == 1 else None
-        return Projection(self.matrix(), self._effective_bias(shares), _combined(shares), cast_before)
+        return Projection(self.frozen(), self._effective_bias(shares), _combined(shares), cast_before)
 
     def _effective_bias(self, shares: list[LinearShare]) -> Tensor | None:
         bias = self.bias
@@ -126,6 +140,28 @@ class LoraConv1D(LoraLinear):
         return self.weight.T
 
 
+class LoraQuantised(LoraLinear):
+    """The same over a weight in four or eight bits, ours or bitsandbytes'; merged weights are 16-bit, beside it."""
+
+    def matrix(self) -> Float[Tensor, "out in_"]:
+        return self._packed().dequantised()
+
+    def frozen(self) -> Frozen:
+        return self._packed()
+
+    def forward(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
+        """Never the base's own forward, which in bitsandbytes' modules may shuffle the codes, or round x."""
+        (y,) = project(x, self)
+        return y
+
+    def _packed(self) -> QuantisedWeight:
+        return cast(QuantisedWeight, frozen_of(self.base))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._packed().dtype
+
+
 def _combined(shares: list[LinearShare]) -> LowRank | None:
     """One update equal to the sum of several: their factors end to end, each scale folded into its B."""
     updates = [s.low_rank() for s in shares]
@@ -143,8 +179,8 @@ def projection_of(module: nn.Module) -> Projection:
     """Weight, bias and update of a linear module as they stand now, adapted or not."""
     if isinstance(module, LoraLinear):
         return module.projection()
-    linear = cast(nn.Linear, module)
-    return Projection(linear.weight, linear.bias, None)
+    weight = module.frozen() if isinstance(module, QuantisedLinear) else cast(Tensor, module.weight)
+    return Projection(weight, cast(nn.Linear, module).bias, None)
 
 
 def dropout_of(modules: Iterable[nn.Module]) -> float:
@@ -170,7 +206,7 @@ def cast_once(model: nn.Module) -> Iterator[None]:
     found = [(layer, s) for layer in model.modules() if isinstance(layer, LoraLinear) for s in layer.linear_shares()]
     try:
         for layer, share in found:
-            share.cast = (share.A.detach().to(layer.weight.dtype), share.B.detach().to(layer.weight.dtype))
+            share.cast = (share.A.detach().to(layer.dtype), share.B.detach().to(layer.dtype))
         yield
     finally:
         for _, share in found:

@@ -93,7 +93,8 @@ class Group:
         members, As = [], []
         rank = 0
         for p in projections:
-            A, B = p.cast or ((None, None) if p.update is None else (p.update.A.to(dtype), p.update.B.to(dtype)))
+            ready = p.cast if p.cast is not None and p.cast[0].dtype == dtype else None
+            A, B = ready or ((None, None) if p.update is None else (p.update.A.to(dtype), p.update.B.to(dtype)))
             columns = None if A is None else slice(rank, rank + len(A))
             scale = 0.0 if p.update is None else p.update.scale
             learns_bias = p.bias is not None and p.bias.requires_grad

@@ -29,6 +29,8 @@ QUANTIZED_BYTES = {"int8": 1.0, "nf4": (4 + 8 / 64 + 32 / (64 * 256)) / 8}
 """Bytes a weight: NF4 has 4 bits, an 8-bit scale for 64 of them and a 32-bit scale for 256 of those: 0.5159."""
 KERNELS = {"cpu": 184 << 20, "cuda": 500 << 20}
 """What a model's code, kernels and threads add once they run; on a GPU the context, which is 0.3 to 1.4 GB."""
+PACKING = {"none": 0, "int8": 0, "nf4": 117 << 20}
+"""What loading bitsandbytes adds to a process."""
 SLACK = {"cpu": 0.12, "cuda": 0.0}
 """Freed memory that the allocator can neither reuse nor return, as a share of what comes and goes: the activations once, a
 layer's blocks again and again. Fitted, with the kernels' bytes and the 14 below, on the first table of docs/planner.md;
@@ -259,7 +261,7 @@ def symbol_values(parameters: ParameterPlan, shape: Architecture, step: StepShap
         "proved": PROOF_TOKENS,
         "compared": PROOF_LOGITS,
         "held": setup.held if setup.device == "cpu" else 0,
-        "kernels": KERNELS[setup.device],
+        "kernels": KERNELS[setup.device] + (PACKING[setup.quantization] if setup.device == "cpu" else 0),
         "f": SLACK[setup.device],
         "N": setup.devices,
     }

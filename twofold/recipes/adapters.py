@@ -11,6 +11,7 @@ from twofold.base.fingerprint import check_same_base
 from twofold.base.load import Base, Precision, load_base, renderer_for
 from twofold.errors import ConfigError
 from twofold.events import Emit, Message, Warned, silent
+from twofold.quant import Scheme
 
 
 def parse_adapter(reference: str) -> tuple[Path, float]:
@@ -35,6 +36,7 @@ def load_with_adapters(
     device: str = "auto",
     emit: Emit = silent,
     *,
+    quantization: Scheme | None = None,
     allow_foreign: bool = False,
 ) -> Base:
     """A base with the given adapters active, each at its scale, and with the chat template they were trained with.
@@ -42,7 +44,7 @@ def load_with_adapters(
     Raises:
         UserError: a base or an adapter that cannot be used, or adapters trained with different templates.
     """
-    base = load_base(reference, dtype, device, emit)
+    base = load_base(reference, dtype, device, emit, quantization)
     weights: dict[str, float] = {}
     templates: set[str] = set()
     for i, (folder, scale) in enumerate(parse_adapter(a) for a in adapters):
