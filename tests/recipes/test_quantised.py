@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import load_adapter, save_adapter
 from twofold.base.blocks import Decoder, describe
 from twofold.base.load import load_base
+from twofold.data.examples import DataConfig
 from twofold.errors import ConfigError
 from twofold.layers.quantised import QuantisedLinear, packed_as, values_of
 from twofold.planning.memory import QUANTIZED_BYTES
 from twofold.quant import Scheme, roundtrip
+from twofold.recipes.adapters import load_with_adapters
+from twofold.recipes.merge import merge_checkpoint
 from twofold.recipes.proof import base_digest
-from twofold.recipes.settings import TrainConfig
+from twofold.recipes.settings import AdapterSettings, TrainConfig
 from twofold.recipes.train import train
+from twofold.training.optim import TrainingConfig
 
 pytest_plugins = ("tiny_fixtures",)
 SCHEMES = pytest.mark.parametrize("scheme", [Scheme("nf4"), Scheme("int8")], ids=str)
@@ -240,3 +245,71 @@ def test_gpt2_conv1d_counts_as_linear(gpt2_base: Path) -> None:
     dense = gpt2(model.config.vocab_size)
     config = LoraConfig(r=4, target_modules=["c_attn", "c_proj"])
     assert attach(model, config).trainable == attach(dense, config).trainable
+
+
+# ------------------------------------------------------------------------------------------- merging
+
+
+@pytest.fixture(scope="module")
+def trained(wide_base: Path, train_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter trained over the NF4 form of a base."""
+    settings = TrainConfig(
+        base=str(wide_base),
+        data=DataConfig(train=str(train_file)),
+        adapter=AdapterSettings(r=4),
+        training=TrainingConfig(batch_size=6, epochs=4, learning_rate=0.02),
+        output=str(tmp_path_factory.mktemp("runs") / "nf4"),
+        dtype="float32",
+        device="cpu",
+        quantization="nf4",
+        verify=False,
+    )
+    return Path(train(settings)["adapter"])
+
+
+def loaded(base: Path, adapter: Path, scheme: Scheme | None) -> Any:
+    return load_with_adapters(str(base), [str(adapter)], "float32", "cpu", quantization=scheme)
+
+
+def test_the_merge_is_into_the_16_bit_base_and_says_how_far_that_is(
+    wide_base: Path, trained: Path, tmp_path: Path, cli: Any
+) -> None:
+    out = tmp_path / "merged"
+    flags = ("--base", str(wide_base), "--adapter", str(trained), "--dtype", "float32", "--device", "cpu")
+    done = cli("merge", *flags, "-o", str(out), "--json")
+    found = json.loads(done.stdout)
+    merged = AutoModelForCausalLM.from_pretrained(out).eval()
+    exact, over_nf4 = loaded(wide_base, trained, None).model, loaded(wide_base, trained, Scheme("nf4")).model
+    torch.testing.assert_close(logits(merged), logits(exact), rtol=1e-4, atol=1e-4)
+    said = found["trained_over"]
+    assert found["verification"]["passed"]
+    assert said["quantization"] == "nf4"
+    measured = (logits(merged) - logits(over_nf4)).abs().max().item()
+    assert 0.2 * measured < said["max_abs_logit_difference"] < 5 * measured
+    again = cli("merge", *flags, "-o", str(tmp_path / "again"))
+    assert "trained over the nf4 form of this base" in " ".join(again.stdout.split())
+
+
+def test_requantising_is_measured_and_bitsandbytes_reads_it(
+    wide_base: Path, trained: Path, tmp_path: Path, cli: Any
+) -> None:
+    out = tmp_path / "packed"
+    flags = ("--base", str(wide_base), "--adapter", str(trained), "--dtype", "float32", "--device", "cpu")
+    found = json.loads(cli("merge", *flags, "--requantize", "-o", str(out), "--json").stdout)
+    ours, theirs = load_base(str(out), "float32", "cpu").model, AutoModelForCausalLM.from_pretrained(out).train()
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+    assert packed_as(ours) == Scheme("nf4")
+    apart = (logits(ours) - logits(loaded(wide_base, trained, Scheme("nf4")).model)).abs().max().item()
+    assert 0.2 * apart < found["trained_over"]["max_abs_logit_difference"] < 5 * apart
+
+
+def test_nothing_is_merged_into_codes(wide_base: Path, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="never into a quantised one"):
+        merge_checkpoint(loaded(wide_base, trained, Scheme("nf4")), tmp_path / "merged")
+
+
+def test_requantize_needs_to_know_how(llama_base: Path, config: TrainConfig, tmp_path: Path, cli: Any) -> None:
+    report = train(changed(config, max_steps=1))
+    flags = ("--base", str(llama_base), "--adapter", report["adapter"], "--dtype", "float32")
+    done = cli("merge", *flags, "--requantize", "-o", str(tmp_path / "out"))
+    assert "say how with --quantization" in done.refusal()

@@ -121,7 +121,7 @@ def load_base(
         raise BaseError(f"cannot load a causal language model from {reference}: {_first_line(error)}") from error
     _check_complete(reference, told, emit)
     model = model.eval().requires_grad_(False)
-    taken = fingerprint(_source_parameters(model, told), _quantization(source))
+    taken = fingerprint(_source_parameters(model, told), _quantization(source, model))
     return Base(reference, model, tokenizer, renderer_for(model, tokenizer), taken)
 
 
@@ -139,6 +139,10 @@ def _read(
 
         return read_packed(cls, source, precision, quantization, device)
     model, told = cls.from_pretrained(source, dtype=precision, output_loading_info=True)
+    if getattr(model, "quantization_method", None) == "bitsandbytes":
+        from twofold.base.quantised import adopt
+
+        return model.to(device), {**told, "packed": adopt(model)}
     return model.to(device), told
 
 
@@ -279,6 +283,10 @@ def gguf_quantization(file_name: str) -> str | None:
     return next((p for p in reversed(parts) if re.fullmatch(r"(I|T)?Q\d(_\w+)?|MXFP4", p)), None)
 
 
-def _quantization(source: str) -> str | None:
+def _quantization(source: str, model: Any) -> str | None:
+    """The format that a base's values went through before they were read."""
+    stored = getattr(model.config, "quantization_config", None)
+    if stored is not None:
+        return str(getattr(stored, "bnb_4bit_quant_type", "int8"))
     origin = Path(source) / ORIGIN
     return json.loads(origin.read_text())["quantization"] if origin.is_file() else None

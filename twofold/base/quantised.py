@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from twofold.base.fingerprint import Sampled, sampled
 from twofold.errors import BaseError
-from twofold.layers.quantised import QuantisedLinear
+from twofold.layers.quantised import QuantisedLinear, frozen_of
 from twofold.machine import page_out
 from twofold.quant import Scheme
 
@@ -120,6 +120,21 @@ def read_packed(cls: Any, source: str, dtype: torch.dtype, scheme: Scheme, devic
     packer.remove_quantization_config(model)
     _own(model)
     return model.to(device), {**told, "packed": packer.seen}
+
+
+def adopt(model: Any) -> dict[str, Sampled]:
+    """Put modules of ours in place of bitsandbytes' own, over the same codes, in a model that was stored packed.
+
+    Returns:
+        what a fingerprint needs of the weights, unpacked, by the names they have in a 16-bit model.
+    """
+    found: dict[str, Sampled] = {}
+    for name, module in list(model.named_modules()):
+        weight = None if isinstance(module, QuantisedLinear) else frozen_of(module)
+        if weight is not None:
+            model.set_submodule(name, QuantisedLinear.holding(weight, module.bias))
+            found[f"{name}.weight"] = sampled(weight.dequantised())
+    return found
 
 
 def _own(model: nn.Module) -> None:

@@ -32,12 +32,16 @@ class ModelFlags:
 
     def load(self, emit: Emit) -> Base:
         """The base with these adapters active."""
+        return self.load_as(emit, None if self.quantization is None else Scheme(self.quantization))
+
+    def load_as(self, emit: Emit, quantization: Scheme | None) -> Base:
+        """The same, packed in this way whatever the flags say."""
         return load_with_adapters(
             self.base,
             list(self.adapter),
             self.dtype,
             self.device,
             emit,
-            quantization=None if self.quantization is None else Scheme(self.quantization),
+            quantization=quantization,
             allow_foreign=self.allow_foreign_base,
         )

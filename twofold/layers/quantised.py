@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from twofold.errors import ConfigError
 from twofold.lowrank.linear import Projection, group_product
-from twofold.quant import BLOCK, MOST, WEIGHTS, Int8Weight, NF4Weight, QuantisedWeight, Scheme, quantise
+from twofold.quant import BLOCK, MOST, WEIGHTS, Int8Weight, Kind, NF4Weight, Scheme, quantise
 
 
 class QuantisedLinear(nn.Module):
@@ -32,13 +32,21 @@ class QuantisedLinear(nn.Module):
     @classmethod
     def from_dense(cls, weight: Float[Tensor, "out in_"], bias: nn.Parameter | None, scheme: Scheme) -> QuantisedLinear:
         """Pack a weight."""
-        made = cls(weight.shape[1], weight.shape[0], bias, scheme)
-        made.weight = made.pack(weight)
+        return cls.holding(quantise(weight, scheme), bias)
+
+    @classmethod
+    def holding(cls, weight: NF4Weight | Int8Weight, bias: nn.Parameter | None) -> QuantisedLinear:
+        """Over a weight that is packed already, whose tensors it shares."""
+        kind: Kind = "nf4" if isinstance(weight, NF4Weight) else "int8"
+        made = cls(weight.shape[1], weight.shape[0], bias, Scheme(kind, kind == "int8" or "offset" in weight.scales()))
+        made.weight = made._take(weight)
         return made
 
     def pack(self, weight: Float[Tensor, "out in_"]) -> nn.Parameter:
         """The codes of a weight, for whoever sets `weight`; their scales are taken in here."""
-        packed = quantise(weight, self.scheme)
+        return self._take(quantise(weight, self.scheme))
+
+    def _take(self, packed: NF4Weight | Int8Weight) -> nn.Parameter:
         for name, scale in packed.scales().items():
             self.register_buffer(name, scale)
         self.dtype, self._scales = packed.dtype, tuple(packed.scales())
@@ -57,7 +65,7 @@ class QuantisedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme}"
 
 
-def frozen_of(module: nn.Module) -> QuantisedWeight | None:
+def frozen_of(module: nn.Module) -> NF4Weight | Int8Weight | None:
     """The packed weight of a module of ours or of bitsandbytes', as it lies; None for any other module."""
     if isinstance(module, QuantisedLinear):
         return module.frozen()
