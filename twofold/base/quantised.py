@@ -60,8 +60,8 @@ class Packer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         """Whether this parameter is a weight to be packed."""
-        place, _, last = param_name.rpartition(".")
-        return last == "weight" and isinstance(model.get_submodule(place), QuantisedLinear)
+        place, dot, last = param_name.rpartition(".")
+        return dot + last == ".weight" and isinstance(model.get_submodule(place), QuantisedLinear)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Pack(self)

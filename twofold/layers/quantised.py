@@ -55,7 +55,9 @@ class QuantisedLinear(nn.Module):
     def frozen(self) -> NF4Weight | Int8Weight:
         """The weight as it multiplies."""
         scales = {name: cast(Tensor, getattr(self, name)) for name in self._scales}
-        return WEIGHTS[self.scheme.kind](self.weight, torch.Size((self.out_features, self.in_features)), self.dtype, **scales)
+        return WEIGHTS[self.scheme.kind](
+            self.weight, torch.Size((self.out_features, self.in_features)), self.dtype, **scales
+        )
 
     def forward(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         (y,) = group_product(x, [Projection(self.frozen(), self.bias, None)])
