@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import re
 import sys
 import time
@@ -12,6 +14,9 @@ import psutil
 import torch
 
 from twofold.errors import ConfigError
+
+MADV_PAGEOUT = 21
+"""Of linux/mman.h; Python has no name for it."""
 
 
 def pick_device() -> str:
@@ -74,6 +79,19 @@ def peak_memory_bytes(device: torch.device) -> int:
 def memory_bytes(device: torch.device) -> int:
     """The memory held now."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
+
+
+def page_out(tensor: torch.Tensor) -> None:
+    """Tell the kernel that nobody will look at a tensor soon: what of it is mapped from a file leaves memory. No value is lost.
+
+    Does nothing where the system has no such call (Linux since 5.4 has).
+    """
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes - start) // page * page
+    advise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    if advise is not None and length > 0 and tensor.device.type == "cpu":
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(MADV_PAGEOUT))
 
 
 def synchronise(device: torch.device) -> None:

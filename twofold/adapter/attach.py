@@ -15,6 +15,7 @@ from twofold.adapter.target import find_targets, module_shapes
 from twofold.adapter.variants import check_variants
 from twofold.errors import ConfigError, did_you_mean
 from twofold.layers.protocol import AdapterLayer, Share, checked_name
+from twofold.layers.quantised import values_of
 from twofold.layers.saved import CopyShare
 from twofold.lowrank.init import Factors
 
@@ -261,10 +262,9 @@ def is_merged(model: nn.Module) -> bool:
 def trainable_summary(model: nn.Module) -> TrainableSummary:
     """Count the parameters that learn and those of the base."""
     layers = [layer for _, layer in adapter_layers(model)]
-    own = {id(p) for layer in layers for p in layer.shares.parameters()}
-    parameters = list(model.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    base = sum(p.numel() for p in parameters if id(p) not in own)
+    shared = sum(p.numel() for layer in layers for p in layer.shares.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = values_of(model) - shared
     return TrainableSummary(trainable, base, sum(1 for layer in layers if layer.active()))
 
 

@@ -21,6 +21,7 @@ from twofold.adapter.config import LoraConfig, pattern_matches
 from twofold.adapter.parameters import ParameterShape, own_parameters, ties_of
 from twofold.errors import TargetError, nearest
 from twofold.layers.protocol import AdapterLayer
+from twofold.layers.quantised import frozen_of, values_of
 
 Kind = Literal["linear", "conv1d", "embedding", "convolution", "attention", "other"]
 """`conv1d` is Hugging Face's transposed linear map, `convolution` one of torch's over one to three dimensions,
@@ -116,6 +117,8 @@ def _shape(module: nn.Module, head: bool, learned: Set[int]) -> ModuleShape:
     leaf = next(module.children(), None) is None
     bias = leaf and isinstance(getattr(module, "bias", None), nn.Parameter)
     count = sum(p.numel() for p in module.parameters() if id(p) not in learned)
+    if (packed := frozen_of(module)) is not None:
+        return ModuleShape("linear", packed.shape[1], packed.shape[0], bias, values_of(module), head)
     if isinstance(module, nn.Linear | nn.Embedding | Conv1D | _ConvNd) and not _computes_as_known(module):
         return ModuleShape("other", bias=bias, parameters=count, head=head, foreign_class=type(module).__name__)
     if isinstance(module, nn.Linear):

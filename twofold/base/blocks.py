@@ -21,8 +21,9 @@ from twofold.functional.norm import Norm, rms_norm
 from twofold.functional.rope import Angles
 from twofold.functional.segments import Heads
 from twofold.layers.block import BlockTensors
-from twofold.layers.linear import LoraLinear, dropout_of, projection_of
+from twofold.layers.linear import LoraLinear, LoraQuantised, dropout_of, projection_of
 from twofold.layers.protocol import AdapterLayer
+from twofold.layers.quantised import QuantisedLinear
 from twofold.layers.tokens import TrainedTokens
 from twofold.lowrank.linear import Group
 
@@ -248,7 +249,7 @@ def _unknown_parts(block: Block) -> Iterator[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Exactly torch's Linear, bare or under an adapter; subclasses may do something else."""
+    """Exactly torch's Linear or a packed one of ours, bare or under an adapter; subclasses may do something else."""
     if isinstance(module, LoraLinear):
-        return type(module) is LoraLinear and type(module.base) is nn.Linear
-    return type(module) is nn.Linear and not isinstance(module, AdapterLayer)
+        return (type(module), type(module.base)) in ((LoraLinear, nn.Linear), (LoraQuantised, QuantisedLinear))
+    return type(module) in (nn.Linear, QuantisedLinear) and not isinstance(module, AdapterLayer)

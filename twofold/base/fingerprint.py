@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,12 +42,25 @@ class Fingerprint:
         return asdict(self)
 
 
-def fingerprint(parameters: Mapping[str, Tensor], quantization: str | None = None) -> Fingerprint:
-    """The fingerprint of a base's parameters, by name."""
+class Sampled(NamedTuple):
+    """What a fingerprint needs of one tensor."""
+
+    shape: tuple[int, ...]
+    values: list[float]
+
+
+def sampled(tensor: Tensor) -> Sampled:
+    """The shape of a tensor, and values at evenly spaced places."""
+    return Sampled(tuple(tensor.shape), _sample(tensor))
+
+
+def fingerprint(parameters: Mapping[str, Tensor | Sampled], quantization: str | None = None) -> Fingerprint:
+    """The fingerprint of a base's parameters, by name; of a tensor that is gone, what was sampled before."""
     names = sorted(parameters)
     listing = "\n".join(f"{n} {tuple(parameters[n].shape)}" for n in names)
     step = max(1, len(names) // TENSORS)
-    samples = [v for n in names[::step][:TENSORS] for v in _sample(parameters[n])]
+    chosen = [parameters[n] for n in names[::step][:TENSORS]]
+    samples = [v for t in chosen for v in (_sample(t) if isinstance(t, Tensor) else t.values)]
     return Fingerprint(shapes=hashlib.sha256(listing.encode()).hexdigest(), samples=samples, quantization=quantization)
 
 

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twofold import atomic
 from twofold.base.chat import Renderer
-from twofold.base.fingerprint import Fingerprint, fingerprint
+from twofold.base.fingerprint import Fingerprint, Sampled, fingerprint
 from twofold.base.known_shapes import KNOWN_SHAPES
 from twofold.downloads import cache_folder, wheel_file
 from twofold.errors import BaseError, did_you_mean
 from twofold.events import Emit, Warned, silent, working
 from twofold.machine import checked_device, fastest_dtype
+from twofold.quant import Scheme
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 ORIGIN = "twofold_base.json"
@@ -89,13 +90,20 @@ class Base:
         return device
 
 
-def load_base(reference: str, dtype: Precision = "auto", device: str = "auto", emit: Emit = silent) -> Base:
+def load_base(
+    reference: str,
+    dtype: Precision = "auto",
+    device: str = "auto",
+    emit: Emit = silent,
+    quantization: Scheme | None = None,
+) -> Base:
     """Load a base for training, evaluation or generation; all of its parameters are frozen.
 
     Args:
         reference: a Hugging Face directory, a hub id, a `.gguf` file, or a built-in name.
         dtype: `auto` takes what this machine multiplies fastest.
         device: `auto` takes a GPU where there is one.
+        quantization: how to pack the linear layers while they are read, if at all.
 
     Raises:
         BaseError: nothing is found under that reference, or it cannot be read.
@@ -106,16 +114,42 @@ def load_base(reference: str, dtype: Precision = "auto", device: str = "auto", e
     chosen = checked_device(device)
     precision = fastest_dtype(chosen) if dtype == "auto" else getattr(torch, dtype)
     try:
-        with working(f"loading {reference} in {str(precision).removeprefix('torch.')} on {chosen}", emit):
+        with working(f"loading {reference} in {_words(precision, quantization)} on {chosen}", emit):
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model, told = AutoModelForCausalLM.from_pretrained(source, dtype=precision, output_loading_info=True)
-            model = model.to(chosen)
+            model, told = _read(AutoModelForCausalLM, source, precision, chosen, quantization)
     except Exception as error:
         raise BaseError(f"cannot load a causal language model from {reference}: {_first_line(error)}") from error
     _check_complete(reference, told, emit)
     model = model.eval().requires_grad_(False)
-    taken = fingerprint(dict(model.named_parameters()), _quantization(source))
+    taken = fingerprint(_source_parameters(model, told), _quantization(source, model))
     return Base(reference, model, tokenizer, renderer_for(model, tokenizer), taken)
+
+
+def _words(precision: torch.dtype, quantization: Scheme | None) -> str:
+    name = str(precision).removeprefix("torch.")
+    return name if quantization is None else f"{quantization}, the rest in {name},"
+
+
+def _read(
+    cls: Any, source: str, precision: torch.dtype, device: torch.device, quantization: Scheme | None
+) -> tuple[Any, Mapping[str, Any]]:
+    """The model on its device, and what transformers says of its reading."""
+    if quantization is not None:
+        from twofold.base.quantised import read_packed
+
+        return read_packed(cls, source, precision, quantization, device)
+    model, told = cls.from_pretrained(source, dtype=precision, output_loading_info=True)
+    if getattr(model, "quantization_method", None) == "bitsandbytes":
+        from twofold.base.quantised import adopt
+
+        return model.to(device), {**told, "packed": adopt(model)}
+    return model.to(device), told
+
+
+def _source_parameters(model: nn.Module, told: Mapping[str, Any]) -> dict[str, Tensor | Sampled]:
+    """The parameters of the 16-bit model, of which packed weights are there as what was sampled of them."""
+    packed: Mapping[str, Sampled] = told.get("packed", {})
+    return {n: packed.get(n, p) for n, p in model.named_parameters()}
 
 
 def _check_complete(reference: str, told: Mapping[str, Any], emit: Emit) -> None:
@@ -249,6 +283,10 @@ def gguf_quantization(file_name: str) -> str | None:
     return next((p for p in reversed(parts) if re.fullmatch(r"(I|T)?Q\d(_\w+)?|MXFP4", p)), None)
 
 
-def _quantization(source: str) -> str | None:
+def _quantization(source: str, model: Any) -> str | None:
+    """The format that a base's values went through before they were read."""
+    stored = getattr(model.config, "quantization_config", None)
+    if stored is not None:
+        return str(getattr(stored, "bnb_4bit_quant_type", "int8"))
     origin = Path(source) / ORIGIN
     return json.loads(origin.read_text())["quantization"] if origin.is_file() else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from twofold.base.load import DEFAULT_BASE, Base, Precision
 from twofold.events import Emit
+from twofold.quant import Kind, Scheme
 from twofold.recipes.adapters import load_with_adapters
 
 
@@ -18,6 +19,7 @@ class ModelFlags:
         adapter: adapter folders, each with an optional scale after a colon.
         dtype: type of the base's weights; `auto` takes what this machine multiplies fastest.
         device: `auto` takes a GPU where there is one.
+        quantization: pack the base's linear layers while they are read, `nf4` or `int8`.
         allow_foreign_base: use adapters that were trained on another base.
     """
 
@@ -25,9 +27,21 @@ class ModelFlags:
     adapter: tuple[str, ...] = ()
     dtype: Precision = "auto"
     device: str = "auto"
+    quantization: Kind | None = None
     allow_foreign_base: bool = False
 
     def load(self, emit: Emit) -> Base:
         """The base with these adapters active."""
-        foreign = self.allow_foreign_base
-        return load_with_adapters(self.base, list(self.adapter), self.dtype, self.device, emit, allow_foreign=foreign)
+        return self.load_as(emit, None if self.quantization is None else Scheme(self.quantization))
+
+    def load_as(self, emit: Emit, quantization: Scheme | None) -> Base:
+        """The same, packed in this way whatever the flags say."""
+        return load_with_adapters(
+            self.base,
+            list(self.adapter),
+            self.dtype,
+            self.device,
+            emit,
+            quantization=quantization,
+            allow_foreign=self.allow_foreign_base,
+        )

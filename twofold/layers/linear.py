@@ -14,9 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
 from twofold.layers.protocol import Share, WeightLayer, bias_of
+from twofold.layers.quantised import QuantisedLinear, frozen_of
 from twofold.lowrank.dora import row_norms, row_squares
 from twofold.lowrank.factors import LowRank, merged_weight
+from twofold.lowrank.frozen import Frozen
 from twofold.lowrank.linear import Projection, group_product
+from twofold.quant import QuantisedWeight
 
 
 class LinearShare(Share):
@@ -127,11 +130,22 @@ class LoraLinear(WeightLayer):
     @classmethod
     def from_base(cls, base: nn.Module) -> LoraLinear:
         """Wrap a frozen linear module; nothing is copied."""
+        if frozen_of(base) is not None:
+            return LoraQuantised(base)
         return (LoraConv1D if isinstance(base, Conv1D) else LoraLinear)(base)
 
     def matrix(self) -> Float[Tensor, "out in_"]:
         """The base weight as (out, in), a view."""
         return self.weight
+
+    def frozen(self) -> Tensor | Frozen:
+        """The base weight as it multiplies."""
+        return self.matrix()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products."""
+        return self.weight.dtype
 
     def linear_shares(self) -> list[LinearShare]:
         """The shares that contribute now."""
@@ -144,7 +158,7 @@ class LoraLinear(WeightLayer):
             return Projection(in_own_precision(self._merged_now, self.weight), effective_bias(self.bias, shares), None)
         cast_before = shares[0].cast if len(shares) == 1 else None
         return Projection(
-            self.matrix(),
+            self.frozen(),
             effective_bias(self.bias, shares),
             combined([s.low_rank() for s in shares]),
             cast_before,
@@ -219,6 +233,28 @@ class LoraConv1D(LoraLinear):
         return matrix.T.contiguous()
 
 
+class LoraQuantised(LoraLinear):
+    """The same over a weight in four or eight bits, ours or bitsandbytes'; merged weights are 16-bit, beside it."""
+
+    def matrix(self) -> Float[Tensor, "out in_"]:
+        return self._packed().dequantised()
+
+    def frozen(self) -> Frozen:
+        return self._packed()
+
+    def forward(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
+        """Never the base's own forward, which in bitsandbytes' modules may shuffle the codes, or round x."""
+        (y,) = project(x, self)
+        return y
+
+    def _packed(self) -> QuantisedWeight:
+        return cast(QuantisedWeight, frozen_of(self.base))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._packed().dtype
+
+
 def effective_bias(bias: Tensor | None, shares: Iterable[LinearShare]) -> Tensor | None:
     """A base's bias with what the shares add to it."""
     for share in shares:
@@ -246,8 +282,8 @@ def projection_of(module: nn.Module) -> Projection:
     """Weight, bias and update of a linear module as they stand now, adapted or not."""
     if isinstance(module, LoraLinear):
         return module.projection()
-    linear = cast(nn.Linear, module)
-    return Projection(linear.weight, linear.bias, None)
+    weight = module.frozen() if isinstance(module, QuantisedLinear) else cast(Tensor, module.weight)
+    return Projection(weight, cast(nn.Linear, module).bias, None)
 
 
 def dropout_of(modules: Iterable[nn.Module]) -> float:
@@ -278,7 +314,7 @@ def cast_once(model: nn.Module) -> Iterator[None]:
     found = [(layer, s) for layer in model.modules() if isinstance(layer, LoraLinear) for s in layer.linear_shares()]
     try:
         for layer, share in found:
-            share.cast = _cast(share, layer.weight.dtype)
+            share.cast = _cast(share, layer.dtype)
             share.norms = None if share.magnitude is None else layer.row_norms(share)
         yield
     finally:

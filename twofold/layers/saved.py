@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from twofold.errors import ConfigError
 from twofold.layers.protocol import AdapterLayer, Share, bias_of
+from twofold.layers.quantised import frozen_of
 
 
 class CopyShare(Share):
@@ -17,6 +19,11 @@ class CopyShare(Share):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
+        if any(frozen_of(m) is not None for m in base.modules()):
+            raise ConfigError(
+                "a module in modules_to_save is quantised, and codes cannot be trained; take it into target_modules, or load "
+                "the base without quantization"
+            )
         dtype = torch.promote_types(next(base.parameters()).dtype, torch.float32)
         self.module = copy.deepcopy(base).to(dtype).requires_grad_(True)
 

@@ -107,7 +107,8 @@ class Group:
         """Stack projections, casting what was not cast before."""
         members, As = [], []
         for p in projections:
-            A, B = p.cast or ((None, None) if p.update is None else (p.update.A.to(dtype), p.update.B.to(dtype)))
+            ready = p.cast if p.cast is not None and p.cast[0].dtype == dtype else None
+            A, B = ready or ((None, None) if p.update is None else (p.update.A.to(dtype), p.update.B.to(dtype)))
             members.append(_member(p, B, dtype))
             if A is not None:
                 As.append(A)

@@ -12,6 +12,7 @@ from twofold import atomic
 from twofold.adapter.attach import adapter_layers
 from twofold.errors import ConfigError
 from twofold.layers.protocol import AdapterLayer
+from twofold.layers.quantised import packed_as
 
 
 def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str | None = None) -> Path:
@@ -24,9 +25,13 @@ def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str
         ConfigError: no adapter is active.
         RunError: the output exists or cannot be written.
     """
-    if not any(layer.active() for _, layer in adapter_layers(model)):
-        raise ConfigError("no adapter is active, so there is nothing to merge")
-    state = merged_state(model)
+    return write_state(model, tokenizer, output, merged_state(model), chat_template=chat_template)
+
+
+def write_state(
+    model: Any, tokenizer: Any, output: Path, state: dict[str, Tensor], *, chat_template: str | None = None
+) -> Path:
+    """Write these tensors as the model's, with its config and the tokenizer."""
     untied = _cut_ties(model, state)
     tied_before = model.config.tie_word_embeddings
     template_before = tokenizer.chat_template
@@ -44,7 +49,17 @@ def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the bare model with the active adapters folded in, by the bare model's names."""
+    """The state of the bare model with the active adapters folded in, by the bare model's names.
+
+    Raises:
+        ConfigError: no adapter is active, or the base's own weights are packed.
+    """
+    if not any(layer.active() for _, layer in adapter_layers(model)):
+        raise ConfigError("no adapter is active, so there is nothing to merge")
+    if packed_as(model) is not None:
+        raise ConfigError(
+            "adapters are merged into the 16-bit base and never into a quantised one; load the base without quantization"
+        )
     state = dict(model.state_dict())
     changed = {layer: layer.folded() for _, layer in adapter_layers(model) if layer.active()}
     for name, layer in model.named_modules(remove_duplicate=False):

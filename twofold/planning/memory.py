@@ -32,6 +32,8 @@ KERNELS = {"cpu": 184 << 20, "cuda": 500 << 20}
 SHAPE_KERNELS = {"cpu": 13 << 20, "cuda": 0}
 """What each further number of rows adds, for which a CPU's back end prepares kernels of its own and keeps them: the mean of eleven
 numbers of rows that a training of SmolLM2-135M went through one after the other, from 224 to 608."""
+PACKING = {"none": 0, "int8": 0, "nf4": 117 << 20}
+"""What loading bitsandbytes adds to a process."""
 SLACK = {"cpu": 0.12, "cuda": 0.0}
 """Freed memory that the allocator can neither reuse nor return, as a share of what comes and goes: the activations once, a
 layer's blocks again and again. Fitted, with the kernels' bytes and the 14 below, on the first table of docs/planner.md;
@@ -266,7 +268,7 @@ def symbol_values(parameters: ParameterPlan, shape: Architecture, step: StepShap
         "proved": PROOF_TOKENS,
         "compared": PROOF_LOGITS,
         "held": setup.held if setup.device == "cpu" else 0,
-        "kernels": KERNELS[setup.device],
+        "kernels": KERNELS[setup.device] + (PACKING[setup.quantization] if setup.device == "cpu" else 0),
         "shapes": setup.shapes,
         "k_shape": SHAPE_KERNELS[setup.device],
         "f": SLACK[setup.device],

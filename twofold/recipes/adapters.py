@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from twofold.adapter.attach import activate
-from twofold.adapter.files import AdapterFiles, load_adapter
+from twofold.adapter.files import AdapterFiles, load_adapter, open_adapter
 from twofold.base.fingerprint import check_same_base
 from twofold.base.load import Base, Precision, load_base, renderer_for
+from twofold.config import build
 from twofold.errors import ConfigError
 from twofold.events import Emit, Message, Warned, silent
+from twofold.quant import Scheme
 
 
 def parse_adapter(reference: str) -> tuple[Path, float]:
@@ -35,6 +37,7 @@ def load_with_adapters(
     device: str = "auto",
     emit: Emit = silent,
     *,
+    quantization: Scheme | None = None,
     allow_foreign: bool = False,
 ) -> Base:
     """A base with the given adapters active, each at its scale, and with the chat template they were trained with.
@@ -42,7 +45,7 @@ def load_with_adapters(
     Raises:
         UserError: a base or an adapter that cannot be used, or adapters trained with different templates.
     """
-    base = load_base(reference, dtype, device, emit)
+    base = load_base(reference, dtype, device, emit, quantization)
     weights: dict[str, float] = {}
     templates: set[str] = set()
     for i, (folder, scale) in enumerate(parse_adapter(a) for a in adapters):
@@ -59,6 +62,27 @@ def load_with_adapters(
         emit(Message(text="using the chat template that the adapter was trained with"))
         base = replace(base, renderer=renderer_for(base.model, base.tokenizer, template))
     return base
+
+
+def trained_over(adapters: list[str]) -> Scheme | None:
+    """How the base was packed that adapters were trained on, if it was and they know.
+
+    Raises:
+        ConfigError: they were trained over differently packed bases.
+    """
+    found = {_recorded_scheme(open_adapter(parse_adapter(a)[0])) for a in adapters}
+    if len(found) > 1:
+        raise ConfigError(
+            f"these adapters were trained over bases packed differently ({', '.join(str(s or 'not at all') for s in found)}); say "
+            "with --quantization which one to compare with"
+        )
+    return next(iter(found), None)
+
+
+def _recorded_scheme(files: AdapterFiles) -> Scheme | None:
+    training = files.provenance.training if files.provenance else None
+    recorded = (training or {}).get("quantization")
+    return None if recorded is None else build(Scheme, recorded, source=f"the training recorded in {files.path}")
 
 
 def check_base(files: AdapterFiles, base: Base, emit: Emit, *, allow_foreign: bool) -> None:

@@ -55,7 +55,7 @@ def _load_base(config: TrainConfig, emit: Emit, world: World) -> Base:
         world.together(lambda: locate(config.base, emit) if world.local_rank == 0 else None)
     if is_sharded(config, world):
         return load_sharded(config.base, config.dtype, config.device, world, emit)
-    return world.together(lambda: load_base(config.base, config.dtype, config.device, emit))
+    return world.together(lambda: load_base(config.base, config.dtype, config.device, emit, config.scheme))
 
 
 def _load_data(config: TrainConfig, base: Base, emit: Emit, *, sharded: bool) -> Loaded:

@@ -23,6 +23,7 @@ from twofold.config import build
 from twofold.errors import ConfigError, RunError
 from twofold.layers.linear import cast_once
 from twofold.machine import peak_memory_bytes, synchronise
+from twofold.quant import Scheme
 from twofold.recipes.plan import HELD_BYTES, PlanSettings
 from twofold.recipes.proof import pad_token
 from twofold.training.objective import Objective, objective_for
@@ -52,7 +53,6 @@ def measure(settings: PlanSettings) -> dict[str, Any]:
 def _check_runnable(settings: PlanSettings) -> None:
     reasons = {
         f"of {settings.base} only the shape is here, without weights": settings.base in KNOWN_SHAPES,
-        "a 4-bit or 8-bit base cannot be trained on here": settings.quantized != "none",
         "only adapters are trained here": settings.method == "full",
         "only Twofold's own loop runs here": settings.loop != "twofold",
     }
@@ -72,7 +72,8 @@ def synthetic_batch(settings: PlanSettings, vocabulary: int) -> PackedBatch:
 def measured(settings: PlanSettings) -> dict[str, Any]:
     """Take the steps in this process."""
     device = torch.device(settings.target)
-    base = load_base(settings.base, settings.dtype, settings.target)
+    scheme = None if settings.quantized == "none" else Scheme(settings.quantized)
+    base = load_base(settings.base, settings.dtype, settings.target, quantization=scheme)
     torch.manual_seed(0)
     attach(base.model, settings.lora)
     objective = objective_for(base.model, pad_token(base), recompute=settings.gradient_checkpointing)

@@ -14,6 +14,7 @@ from twofold.base.blocks import Decoder, NotDescribed, describe
 from twofold.base.load import Base
 from twofold.data.batches import micro_batches, step_indices, steps_per_epoch
 from twofold.data.examples import DataReport, Examples
+from twofold.layers.quantised import packed_as, values_of
 from twofold.planning.advice import far_off
 from twofold.planning.architecture import StepShape, architecture
 from twofold.planning.memory import FAST, PLAIN, Loop, MemoryPlan, Setup, plan_memory
@@ -87,11 +88,13 @@ def preflight(
         TargetError: the adapter's targets match nothing.
     """
     described = describe(base.model)
-    parameters = plan_parameters(config, module_shapes(base.model), sum(p.numel() for p in base.model.parameters()))
+    parameters = plan_parameters(config, module_shapes(base.model), values_of(base.model))
     sizes = architecture(base.model)
     loop = FAST if isinstance(described, Decoder) else PLAIN
+    scheme = packed_as(base.model)
+    packed = "none" if scheme is None else scheme.kind
     shapes = numbers_of_rows(train, training, base.dtype, loop)
-    setup = Setup(loop=loop, device=base.device.type, held=HELD_BYTES, shapes=shapes)
+    setup = Setup(loop=loop, quantization=packed, device=base.device.type, held=HELD_BYTES, shapes=shapes)
     batch = first_batch(train, training)
     first = _shape(batch, training, base.dtype, loop)
     of_first = plan_memory(parameters, sizes, first, setup)

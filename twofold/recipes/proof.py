@@ -29,6 +29,7 @@ from twofold.base.load import Base
 from twofold.errors import ProofError
 from twofold.events import Emit, Warned, silent
 from twofold.functional.widen import Widened
+from twofold.layers.quantised import QuantisedLinear
 from twofold.machine import memory_ran_out
 from twofold.planning.memory import PROOF_LOGITS, PROOF_TOKENS
 from twofold.training.block import all_states
@@ -203,11 +204,10 @@ def within_memory(prove: Callable[[], Proved], emit: Emit) -> tuple[Proved | Non
 
 
 def base_digest(model: nn.Module) -> str:
-    """SHA-256 over every base tensor's bytes, adapters left out."""
+    """SHA-256 over every base tensor's bytes, the scales of packed ones too, adapters left out."""
     own = {id(p) for _, layer in adapter_layers(model) for p in layer.shares.parameters()}
+    scales = (s for m in model.modules() if isinstance(m, QuantisedLinear) for s in m.frozen().scales().values())
     digest = hashlib.sha256()
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            flat = parameter.detach().contiguous().view(-1).view(torch.uint8).cpu()
-            digest.update(flat.numpy().tobytes())
+    for tensor in (*(p for p in model.parameters() if id(p) not in own), *scales):
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()

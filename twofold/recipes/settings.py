@@ -14,6 +14,7 @@ from twofold.config import build, read_yaml
 from twofold.data.examples import DataConfig
 from twofold.errors import ConfigError
 from twofold.lowrank.init import STARTS
+from twofold.quant import Kind, Scheme
 from twofold.training.optim import TrainingConfig
 
 LORA_SETTINGS = tuple(f.name for f in fields(LoraConfig))
@@ -45,6 +46,9 @@ class TrainConfig:
         training: how.
         output: the run folder.
         dtype: type of the frozen weights; `auto` takes what this machine multiplies fastest.
+        quantization: pack the base's linear layers while they are read: `nf4` (4 bits, QLoRA) or `int8`; embeddings, norms and
+            the output head stay what they are, and products are those of the unpacked weights.
+        double_quantization: pack NF4's scales as well, 4.13 bits a weight instead of 4.5.
         device: `auto` takes a GPU where there is one.
         verify: prove at the end that the base is untouched and that the merged model says what the adapter says.
         allow_foreign_base: go on from an adapter that was trained on another base.
@@ -57,6 +61,8 @@ class TrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: str = "runs/latest"
     dtype: Precision = "auto"
+    quantization: Kind | None = None
+    double_quantization: bool = True
     device: str = "auto"
     verify: bool = True
     allow_foreign_base: bool = False
@@ -73,8 +79,18 @@ class TrainConfig:
                 "training.loraplus_lr_ratio says how much faster B learns than A, but with adapter.freeze_a A does not learn at "
                 "all; leave one out, and set training.learning_rate for B"
             )
+        if self.quantization and self.training.parallel == "shard":
+            raise ConfigError(
+                "a quantised base cannot be sharded: its codes are no tensors that FSDP gathers; use training.parallel: data, or "
+                "leave out quantization"
+            )
         if self.data.streaming and self.training.max_steps is None:
             raise ConfigError("data.streaming needs training.max_steps, for nobody knows how long a stream is")
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the base is packed, if it is."""
+        return None if self.quantization is None else Scheme(self.quantization, self.double_quantization)
 
 
 def read_config(path: Path) -> TrainConfig:

@@ -287,6 +287,7 @@ def _provenance(config: TrainConfig, loaded: Loaded, progressed: Progressed) -> 
             "steps": progressed.step,
             "best_step": progressed.best_step,
             "dtype": config.dtype,
+            **({"quantization": asdict(config.scheme)} if config.scheme else {}),
         },
     )
 
@@ -326,6 +327,7 @@ def _figures(config: TrainConfig, run: RunFolder, progressed: Progressed) -> dic
         "adapter": str(run.adapter),
         "base": config.base,
         "dtype": config.dtype,
+        "quantization": config.quantization,
         "device": config.device,
         "steps": progressed.step,
         "best_step": progressed.best_step,
