@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -15,9 +15,9 @@ from twofold.adapter.target import ModuleShape, Targets, find_targets, module_sh
 from twofold.errors import ConfigError, did_you_mean
 from twofold.layers.embedding import EmbeddingShare, LoraEmbedding
 from twofold.layers.linear import LinearShare, LoraLinear
-from twofold.layers.protocol import AdapterLayer, Share, checked_name
+from twofold.layers.protocol import AdapterLayer, Adapters, Share, bare_modules, checked_name, parameters_below
 from twofold.layers.saved import BiasShare, CopyShare, TrainedBias, TrainedCopy
-from twofold.lowrank.init import STARTS, Factors, embedding
+from twofold.lowrank.init import STARTS, Factors, Start, embedding
 
 DEFAULT_NAME = "default"
 
@@ -48,20 +48,11 @@ def attach(model: nn.Module, config: LoraConfig, name: str = DEFAULT_NAME) -> Tr
         TargetError: an entry of the config matches nothing; all of them in one message.
         ConfigError: the name is taken or cannot be one, adapters are merged, or one changes a module in another way.
     """
-    if checked_name(name) in attached(model):
-        raise ConfigError(f"an adapter named '{name}' is attached already; detach it or choose another name")
-    _check_unmerged(model, "attaching another")
-    parts = _parts(config, find_targets(config, module_shapes(model)))
-    _check_kinds(model, parts)
-    if not attached(model):
-        model.requires_grad_(False)
-    for part in parts:
-        _add(model, part, name, config)
-    activate(model, name)
+    put_on(model, made_shares(model, find_targets(config, module_shapes(model)), config, name), config, name)
     return trainable_summary(model)
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What an adapter puts on one module: the layer around it, and its share of that layer."""
 
     module: str
@@ -69,53 +60,96 @@ class _Part(NamedTuple):
     make: Callable[[nn.Module], Share]
 
 
-def _parts(config: LoraConfig, targets: Targets) -> list[_Part]:
+class Made(NamedTuple):
+    """A share that is made but not on the model yet, the layer that takes it, and the place of that in the model."""
+
+    layer: AdapterLayer
+    share: Share
+    parent: nn.Module
+    leaf: str
+
+    @property
+    def base(self) -> nn.Module:
+        """The module that it changes."""
+        return self.layer.base
+
+
+def made_shares(
+    model: nn.Module, targets: Targets, config: LoraConfig, name: str, start: Start | None = None
+) -> dict[str, Made]:
+    """A new adapter's shares by module, the model as it was.
+
+    Args:
+        start: how factors look at first; as the config says when None.
+
+    Raises:
+        ConfigError: as `attach`.
+    """
+    modules, made, clashes = dict(bare_modules(model)), {}, []
+    layers = [m for m in modules.values() if isinstance(m, AdapterLayer)]
+    if any(checked_name(name) in layer.by_name() for layer in layers):
+        raise ConfigError(f"an adapter named '{name}' is attached already; detach it or choose another name")
+    _check_unmerged(layers, "attaching another")
+    for part in _parts(config, targets, start):
+        held = modules[part.module]
+        layer = held if isinstance(held, AdapterLayer) else part.wrap(held)
+        share = part.make(layer.base)
+        clashes += [] if layer is not held or _fits(layer, share, part) else [part.module]
+        parent, _, leaf = part.module.rpartition(".")
+        made[part.module] = Made(layer, share, modules[parent], leaf)
+    if clashes:
+        listed = ", ".join(f"'{m}'" for m in clashes[:8]) + (", ..." if len(clashes) > 8 else "")
+        raise ConfigError(f"another adapter changes {listed} in another way (factors, whole, or bias alone); detach it")
+    return made
+
+
+def put_on(model: nn.Module, made: Mapping[str, Made], config: LoraConfig, name: str) -> None:
+    """Give each layer its share of a new adapter, and make it the active one."""
+    layers = [layer for _, layer in adapter_layers(model)]
+    adapters = layers[0].adapters if layers else Adapters()
+    if not layers:
+        for parameter in parameters_below(model):
+            parameter.requires_grad_(False)
+    adapters.join([*layers, *(m.layer for m in made.values())])
+    for layer, share, parent, leaf in made.values():
+        share.origin = config
+        layer.add(name, share)
+        if getattr(parent, leaf) is not layer:
+            setattr(parent, leaf, layer)
+    adapters.activate({name: 1.0})
+
+
+def _parts(config: LoraConfig, targets: Targets, start: Start | None) -> list[Part]:
+    linear_start = start or STARTS[config.init_lora_weights]
     adapted = [
-        _Part(module, LoraEmbedding.from_base, _embedding_share(config, module, shape))
+        Part(module, LoraEmbedding.from_base, _embedding_share(config, module, shape, start or embedding))
         if shape.kind == "embedding"
-        else _Part(module, LoraLinear.from_base, _linear_share(config, module, shape))
+        else Part(module, LoraLinear.from_base, _linear_share(config, module, shape, linear_start))
         for module, shape in targets.adapted.items()
     ]
-    saved = [_Part(module, TrainedCopy.from_base, CopyShare) for module in targets.saved]
-    return adapted + saved + [_Part(module, TrainedBias.from_base, _bias_share) for module in targets.biased]
+    saved = [Part(module, TrainedCopy.from_base, CopyShare) for module in targets.saved]
+    return adapted + saved + [Part(module, TrainedBias.from_base, _bias_share) for module in targets.biased]
 
 
 def _bias_share(base: nn.Module) -> Share:
     return BiasShare(cast(Tensor, base.bias))
 
 
-def _check_kinds(model: nn.Module, parts: Sequence[_Part]) -> None:
+def _fits(layer: AdapterLayer, share: Share, part: Part) -> bool:
     """Adapters share a layer only if they change it in the same way: by factors, as a whole, or by its bias."""
-    layers = dict(adapter_layers(model))
-    clashes = [p.module for p in parts if p.module in layers and not _fits(layers[p.module], p)]
-    if clashes:
-        listed = ", ".join(f"'{m}'" for m in clashes[:8]) + (", ..." if len(clashes) > 8 else "")
-        raise ConfigError(f"another adapter changes {listed} in another way (factors, whole, or bias alone); detach it")
+    held = next(iter(layer.shares.values()))
+    return type(held) is type(share) or type(part.wrap(layer.base)) is type(layer)
 
 
-def _fits(layer: AdapterLayer, part: _Part) -> bool:
-    return type(part.wrap(layer.base)) is type(layer)
-
-
-def _check_unmerged(model: nn.Module, what: str) -> None:
-    if is_merged(model):
+def _check_unmerged(layers: Iterable[AdapterLayer], what: str) -> None:
+    if any(getattr(layer, "merged", None) is not None for layer in layers):
         raise ConfigError(f"adapters are merged into this model; call unmerge before {what}")
 
 
-def _add(model: nn.Module, part: _Part, name: str, config: LoraConfig) -> None:
-    layer = model.get_submodule(part.module)
-    if not isinstance(layer, AdapterLayer):
-        layer = part.wrap(layer)
-        model.set_submodule(part.module, layer)
-    share = part.make(layer.base)
-    share.origin = config
-    layer.add(name, share)
-
-
-def _linear_share(config: LoraConfig, module: str, shape: ModuleShape) -> Callable[[nn.Module], Share]:
+def _linear_share(config: LoraConfig, module: str, shape: ModuleShape, start: Start) -> Callable[[nn.Module], Share]:
     def make(base: nn.Module) -> Share:
         r, _, scale = resolve(config, module)
-        factors = _like(base, STARTS[config.init_lora_weights](r, shape.in_features, shape.out_features))
+        factors = _like(base, start(r, shape.in_features, shape.out_features))
         trained = shape.bias and config.bias != "none"
         change = torch.zeros_like(factors[1][:, 0]) if trained else None
         return LinearShare(factors, scale, config.lora_dropout, change)
@@ -123,10 +157,10 @@ def _linear_share(config: LoraConfig, module: str, shape: ModuleShape) -> Callab
     return make
 
 
-def _embedding_share(config: LoraConfig, module: str, shape: ModuleShape) -> Callable[[nn.Module], Share]:
+def _embedding_share(config: LoraConfig, module: str, shape: ModuleShape, start: Start) -> Callable[[nn.Module], Share]:
     def make(base: nn.Module) -> Share:
         r, _, scale = resolve(config, module)
-        return EmbeddingShare(_like(base, embedding(r, shape.in_features, shape.out_features)), scale)
+        return EmbeddingShare(_like(base, start(r, shape.in_features, shape.out_features)), scale)
 
     return make
 
@@ -141,9 +175,14 @@ def _like(base: nn.Module, factors: Factors) -> Factors:
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
     """Every adapted layer with its module name in the bare model."""
-    for name, module in model.named_modules():
+    for name, module in bare_modules(model):
         if isinstance(module, AdapterLayer):
             yield name, module
+
+
+def adapters_of(model: nn.Module) -> list[Adapters]:
+    """What the adapted layers refer to: one for a whole model, several where parts of it were adapted apart."""
+    return list(dict.fromkeys(layer.adapters for _, layer in adapter_layers(model)))
 
 
 def shares(model: nn.Module, name: str) -> dict[str, Share]:
@@ -160,17 +199,12 @@ def shares(model: nn.Module, name: str) -> dict[str, Share]:
 
 def attached(model: nn.Module) -> list[str]:
     """Names of the attached adapters, in the order they came."""
-    return list(dict.fromkeys(name for _, layer in adapter_layers(model) for name in layer.shares))
+    return list(dict.fromkeys(name for adapters in adapters_of(model) for name in adapters.held))
 
 
 def active(model: nn.Module) -> dict[str, float]:
     """The adapters that count now, with their weights."""
-    found: dict[str, float] = {}
-    for _, layer in adapter_layers(model):
-        for name, share in layer.shares.items():
-            if cast(Share, share).weight_when_active:
-                found[name] = cast(Share, share).weight_when_active
-    return found
+    return {n: weight for adapters in adapters_of(model) for n, weight in adapters.weights.items() if weight}
 
 
 def config_of(model: nn.Module, name: str = DEFAULT_NAME) -> LoraConfig:
@@ -187,20 +221,21 @@ def activate(model: nn.Module, names: str | Mapping[str, float] | None) -> None:
         ConfigError: a name is not attached, or merged weights are in place.
     """
     weights = {} if names is None else {names: 1.0} if isinstance(names, str) else dict(names)
-    known = attached(model)
+    layers = [layer for _, layer in adapter_layers(model)]
+    found = dict.fromkeys(layer.adapters for layer in layers)
     for name in weights:
-        if name not in known:
-            raise ConfigError(_unknown(name, known))
-    _check_unmerged(model, "choosing others")
+        if not any(name in adapters.held for adapters in found):
+            raise ConfigError(_unknown(name, attached(model)))
+    _check_unmerged(layers, "choosing others")
     _check_copies(model, weights)
-    for _, layer in adapter_layers(model):
-        for name, share in layer.shares.items():
-            cast(Share, share).weight_when_active = weights.get(name, 0.0)
-            share.requires_grad_(name in weights)
+    for adapters in found:
+        adapters.activate(weights)
 
 
 def _check_copies(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Whole modules do not add up: one adapter at a time may bring one, and only at its full weight."""
+    if list(weights.values()) in ([], [1]):
+        return
     for module, layer in adapter_layers(model):
         chosen = [n for n, s in layer.shares.items() if isinstance(s, CopyShare) and weights.get(n, 0.0)]
         if len(chosen) > 1 or any(weights[n] != 1 for n in chosen):
@@ -214,15 +249,14 @@ def _check_copies(model: nn.Module, weights: Mapping[str, float]) -> None:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The bare base, for the length of a `with` block."""
-    layers = [layer for _, layer in adapter_layers(model)]
-    before = [layer.enabled for layer in layers]
+    before = [(adapters, adapters.enabled) for adapters in adapters_of(model)]
     try:
-        for layer in layers:
-            layer.enabled = False
+        for adapters, _ in before:
+            adapters.enabled = False
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+        for adapters, enabled in before:
+            adapters.enabled = enabled
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -234,11 +268,10 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if name is not None:
         shares(model, name)
     if name is not None and attached(model) != [name]:
-        _check_unmerged(model, "detaching one of them")
+        _check_unmerged((layer for _, layer in adapter_layers(model)), "detaching one of them")
     for module, layer in list(adapter_layers(model)):
         for held in [name] if name is not None else list(layer.shares):
-            if held in layer.shares:
-                del layer.shares[held]
+            layer.remove(held)
         if not layer.shares:
             model.set_submodule(module, layer.base)
 
@@ -263,14 +296,14 @@ def unmerge(model: nn.Module) -> None:
 @contextmanager
 def folding(model: nn.Module) -> Iterator[None]:
     """What `merge` makes, for the length of a `with` block, but each weight formed when its layer runs and dropped after."""
-    layers = [layer for _, layer in adapter_layers(model)]
+    found = adapters_of(model)
     try:
-        for layer in layers:
-            layer.folding = True
+        for adapters in found:
+            adapters.folding = True
         yield
     finally:
-        for layer in layers:
-            layer.folding = False
+        for adapters in found:
+            adapters.folding = False
 
 
 def is_merged(model: nn.Module) -> bool:
@@ -280,12 +313,17 @@ def is_merged(model: nn.Module) -> bool:
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
     """Count the parameters that learn and those of the base."""
-    layers = [layer for _, layer in adapter_layers(model)]
-    own = {id(p) for layer in layers for p in layer.shares.parameters()}
-    parameters = list(model.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    base = sum(p.numel() for p in parameters if id(p) not in own)
-    return TrainableSummary(trainable, base, sum(1 for layer in layers if layer.active()))
+    base, learned, modules = set[nn.Parameter](), set[nn.Parameter](), 0
+    for _, module in bare_modules(model):
+        if isinstance(module, AdapterLayer):
+            modules += bool(module.active())
+            chosen = (module.shares[n] for n in module.adapters.weights if n in module.shares)
+            learned.update(p for share in chosen for p in parameters_below(share))
+            base.update(parameters_below(module.base))
+        else:
+            base.update(p for p in module._parameters.values() if p is not None)
+    trainable = sum(p.numel() for p in base | learned if p.requires_grad)
+    return TrainableSummary(trainable, sum(p.numel() for p in base), modules)
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -6,7 +6,7 @@ Every entry that matches nothing is an error, and all of them come in one messag
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.adapter.config import LoraConfig, pattern_matches
 from twofold.errors import TargetError, nearest
-from twofold.layers.protocol import AdapterLayer
+from twofold.layers.protocol import AdapterLayer, bare_modules
 
 Kind = Literal["linear", "conv1d", "embedding", "other"]
 
@@ -42,18 +42,27 @@ class ModuleShape:
 def module_shapes(model: nn.Module) -> dict[str, ModuleShape]:
     """Every named module of a model (on the meta device too); adapted layers count as the base they wrap."""
     heads = _heads(model)
-    layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
-    inside = {id(m) for layer in layers for m in _below(layer)}
-    learned = {id(p) for layer in layers for p in layer.shares.parameters()}
+    counted: dict[nn.Module, dict[int, int]] = {}
     return {
-        name: _shape(module.base if isinstance(module, AdapterLayer) else module, id(module) in heads, learned)
-        for name, module in model.named_modules()
-        if name and id(module) not in inside
+        name: _shape(
+            module.base if isinstance(module, AdapterLayer) else module,
+            id(module) in heads,
+            sum(_sizes(module, counted).values()),
+        )
+        for name, module in bare_modules(model)
+        if name
     }
 
 
-def _below(layer: AdapterLayer) -> list[nn.Module]:
-    return [m for m in layer.modules() if m is not layer]
+def _sizes(module: nn.Module, counted: dict[nn.Module, dict[int, int]]) -> dict[int, int]:
+    """The number of values of each of its parameters as it was before adapters came, by id; `counted` is what is known."""
+    if module not in counted:
+        bare = module.base if isinstance(module, AdapterLayer) else module
+        found = {id(p): p.numel() for p in bare._parameters.values() if p is not None}
+        for child in bare.children():
+            found |= _sizes(child, counted)
+        counted[module] = found
+    return counted[module]
 
 
 def _heads(model: nn.Module) -> set[int]:
@@ -64,11 +73,10 @@ def _heads(model: nn.Module) -> set[int]:
     return found | {id(m) for n, m in model.named_children() if n in ("score", "classifier")}
 
 
-def _shape(module: nn.Module, head: bool, learned: Set[int]) -> ModuleShape:
-    """Its shape as it was before adapters came, whose parameters are those in `learned`, by id."""
+def _shape(module: nn.Module, head: bool, count: int) -> ModuleShape:
+    """Its shape as it was before adapters came, when it had `count` values in its parameters."""
     leaf = next(module.children(), None) is None
     bias = leaf and isinstance(getattr(module, "bias", None), nn.Parameter)
-    count = sum(p.numel() for p in module.parameters() if id(p) not in learned)
     if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and not _computes_as_known(module):
         return ModuleShape("other", bias=bias, parameters=count, head=head, foreign_class=type(module).__name__)
     if isinstance(module, nn.Linear):
@@ -116,19 +124,24 @@ def find_targets(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> Targe
     Raises:
         TargetError: lists every entry that matches nothing or nothing that can be adapted, with the nearest names.
     """
-    problems = [*_unmatched(config, shapes)]
-    adapted = adapted_modules(config, shapes)
+    chosen = _chosen(config, shapes)
+    adapted = {name: shapes[name] for name in chosen if shapes[name].adaptable}
+    problems = [*_unmatched(config, shapes, adapted)]
     saved = _saved(config, shapes)
     problems += [
-        f"'{name}' matches target_modules but {_why_not(shapes[name])}"
-        for name in sorted(_chosen(config, shapes))
-        if name not in adapted and not shapes[name].adaptable
+        f"'{name}' matches target_modules but {_why_not(shapes[name])}" for name in sorted(set(chosen) - set(adapted))
     ]
     problems += [f"'{name}' is in both target_modules and modules_to_save" for name in saved if name in adapted]
     if not adapted and not problems:
         problems.append("target_modules leaves nothing to adapt once exclude_modules and layers_to_transform apply")
     if problems:
         raise TargetError("; ".join(problems))
+    return targets_of(config, shapes, adapted)
+
+
+def targets_of(config: LoraConfig, shapes: Mapping[str, ModuleShape], adapted: dict[str, ModuleShape]) -> Targets:
+    """What an adapter with factors on `adapted` touches besides."""
+    saved = _saved(config, shapes)
     return Targets(adapted, saved, _biased(config, shapes, adapted, saved))
 
 
@@ -145,19 +158,33 @@ def adapted_modules(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> di
 
 def matches(patterns: str | Iterable[str], name: str) -> bool:
     """PEFT's rule: one regular expression for the whole name, or a list of names and endings."""
+    return matcher(patterns)(name)
+
+
+def matcher(patterns: str | Iterable[str]) -> Callable[[str], bool]:
+    """`matches` for many names, at a cost that does not grow with the length of the list."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == p or name.endswith(f".{p}") for p in patterns)
+        whole = re.compile(patterns)
+        return lambda name: whole.fullmatch(name) is not None
+    listed = frozenset(patterns)
+    return lambda name: not listed.isdisjoint(_endings(name))
+
+
+def _endings(name: str) -> list[str]:
+    """The name, and what follows each of its dots."""
+    return [name, *(name[i + 1 :] for i, letter in enumerate(name) if letter == ".")]
 
 
 def _chosen(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[str]:
     preset = PRESETS.get(config.target_modules) if isinstance(config.target_modules, str) else None
-    found = [n for n, s in shapes.items() if (preset(n, s) if preset else matches(config.target_modules, n))]
+    targeted = matcher(config.target_modules)
+    found = [n for n, s in shapes.items() if (preset(n, s) if preset else targeted(n))]
     if config.exclude_modules:
-        found = [n for n in found if not matches(config.exclude_modules or (), n)]
+        excluded = matcher(config.exclude_modules)
+        found = [n for n in found if not excluded(n)]
     if config.layers is not None:
         found = [n for n in found if layer_index(n, config.layers_pattern) in config.layers]
-    return [n for n in found if not _inside_saved(config, n)]
+    return [n for n in found if not _inside_saved(config, n)] if config.modules_to_save else found
 
 
 def _inside_saved(config: LoraConfig, name: str) -> bool:
@@ -190,7 +217,7 @@ PRESETS = {"all-linear": _all_linear, "attention": _attention, "mlp": _mlp}
 
 
 def _saved(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> tuple[str, ...]:
-    return tuple(n for n in shapes if matches(config.modules_to_save or (), n))
+    return tuple(filter(matcher(config.modules_to_save or ()), shapes))
 
 
 def _biased(
@@ -201,20 +228,19 @@ def _biased(
     return tuple(n for n, s in shapes.items() if s.bias and n not in adapted and n not in saved)
 
 
-def _unmatched(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[str]:
+def _unmatched(config: LoraConfig, shapes: Mapping[str, ModuleShape], adapted: Mapping[str, ModuleShape]) -> list[str]:
     adaptable = [n for n, s in shapes.items() if s.adaptable]
     problems = []
     problems += _unmatched_names("target_modules", config.target_modules, adaptable, list(shapes))
     problems += _unmatched_names("exclude_modules", config.exclude_modules or (), adaptable, list(shapes))
     problems += _unmatched_names("modules_to_save", config.modules_to_save or (), list(shapes), list(shapes))
     for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        adapted = adapted_modules(config, shapes)
         problems += [
             f"{key} '{p}' matches no adapted module{_nearest(p, list(adapted))}"
             for p in patterns
             if not any(pattern_matches(p, n) for n in adapted)
         ]
-    indices = {layer_index(n, config.layers_pattern) for n in adaptable}
+    indices = {layer_index(n, config.layers_pattern) for n in adaptable} if config.layers else set()
     missing = [str(i) for i in sorted(config.layers or ()) if i not in indices]
     if missing:
         known = sorted(i for i in indices if i is not None)
@@ -229,10 +255,11 @@ def _unmatched_names(key: str, patterns: str | Sequence[str], like: list[str], n
     if isinstance(patterns, str) and any(matches((patterns,), n) for n in names):
         return [f"{key} '{patterns}' is one text, so a regular expression for whole names; write the list [{patterns}]"]
     entries = (patterns,) if isinstance(patterns, str) else patterns
+    known = {ending for n in names for ending in _endings(n)} if entries else set()
     return [
         f"{key} '{entry}' matches no module{_nearest(entry, like)}"
         for entry in entries
-        if isinstance(patterns, str) or not any(matches((entry,), n) for n in names)
+        if isinstance(patterns, str) or entry not in known
     ]
 
 

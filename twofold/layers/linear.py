@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
-from twofold.layers.protocol import AdapterLayer, Share, bias_of
+from twofold.layers.protocol import AdapterLayer, Share, adopt, bias_of
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.init import Factors
 from twofold.lowrank.linear import Projection, group_product
@@ -48,8 +48,8 @@ class LinearShare(Share):
 
     @torch.no_grad()
     def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        self.A.copy_(tensors["lora_A.weight"])
-        self.B.copy_(tensors["lora_B.weight"])
+        adopt(self.A, tensors["lora_A.weight"])
+        adopt(self.B, tensors["lora_B.weight"])
         if self.bias_change is not None:
             self.bias_change.copy_(tensors["base_layer.bias"].to(self.bias_change) - bias_of(base))
 
