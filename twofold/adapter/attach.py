@@ -223,16 +223,22 @@ def activate(model: nn.Module, names: str | Mapping[str, float] | None) -> None:
     weights = {} if names is None else {names: 1.0} if isinstance(names, str) else dict(names)
     layers = [layer for _, layer in adapter_layers(model)]
     found = dict.fromkeys(layer.adapters for layer in layers)
-    for name in weights:
-        if not any(name in adapters.held for adapters in found):
-            raise ConfigError(_unknown(name, attached(model)))
+    check_known(model, weights)
     _check_unmerged(layers, "choosing others")
-    _check_copies(model, weights)
+    check_weights(model, weights)
     for adapters in found:
         adapters.activate(weights)
 
 
-def _check_copies(model: nn.Module, weights: Mapping[str, float]) -> None:
+def check_known(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse names that are not attached."""
+    known = attached(model)
+    for name in names:
+        if name not in known:
+            raise ConfigError(_unknown(name, known))
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Whole modules do not add up: one adapter at a time may bring one, and only at its full weight."""
     if list(weights.values()) in ([], [1]):
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
-from twofold.layers.protocol import AdapterLayer, Share, adopt, bias_of
+from twofold.layers.protocol import AdapterLayer, Rows, Share, adopt, bias_of
 from twofold.lowrank.factors import LowRank, merged_weight
+from twofold.lowrank.grouped import grouped_update
 from twofold.lowrank.init import Factors
 from twofold.lowrank.linear import Projection, group_product
 
@@ -78,7 +79,15 @@ class LoraLinear(AdapterLayer):
         return cast(list[LinearShare], self.active())
 
     def projection(self) -> Projection:
-        """Weight, bias and combined update as they stand now, for callers that fuse several layers."""
+        """Weight, bias and combined update as they stand now, for callers that fuse several layers.
+
+        Raises:
+            ConfigError: within `rows`, where there is no one update for all.
+        """
+        if self.adapters.rows is not None:
+            raise ConfigError(
+                "layers cannot be fused over rows that have adapters of their own; call the model as it is"
+            )
         shares = self.linear_shares()
         if shares and (self.merged is not None or self.folding):
             return Projection(in_own_precision(self._merged_now, self.weight), self._effective_bias(shares), None)
@@ -97,6 +106,25 @@ class LoraLinear(AdapterLayer):
         if not shares:
             return cast(Tensor, self.base(x))
         (y,) = project(x, self)
+        return y
+
+    def by_rows(self, rows: Rows, *args: Any, **named: Any) -> Tensor:
+        """The base's product over all rows at once, and what each row's adapters add to it."""
+        found = [(i, s) for i, s in enumerate(map(self.by_name().get, rows.names)) if s is not None]
+        (x,) = args or (None,)
+        if named or x is None or len(x) != len(rows.weights) or not all(_only_adds(s) for _, s in found):
+            return super().by_rows(rows, *args, **named)
+        y: Tensor = self.base(x)
+        if not found:
+            return y
+        shares = cast(list[LinearShare], [s for _, s in found])
+        weights = rows.weights[:, [i for i, _ in found]]
+        each = weights.repeat_interleave(x[0].numel() // x.shape[-1], 0)
+        updates = [LowRank(s.A, s.B, s.scale) for s in shares]
+        y = y + grouped_update(x.reshape(-1, x.shape[-1]), updates, each).view(y.shape)
+        changes = [torch.zeros(y.shape[-1]).to(s.A) if s.bias_change is None else s.bias_change for s in shares]
+        if any(s.bias_change is not None for s in shares):
+            y = y + (each.to(changes[0]) @ torch.stack(changes)).view(y.shape).to(y.dtype)
         return y
 
     def delta(self) -> Float[Tensor, "out in_"]:
@@ -124,6 +152,12 @@ class LoraConv1D(LoraLinear):
 
     def matrix(self) -> Float[Tensor, "out in_"]:
         return self.weight.T
+
+
+def _only_adds(share: Share) -> bool:
+    """Whether a share is A and B, and at most a change of the bias: whatever else it has may do more than add to the output."""
+    own = {name for name, value in {**share._parameters, **share._buffers}.items() if value is not None}
+    return isinstance(share, LinearShare) and own <= {"A", "B", "bias_change"} and "A" in share._parameters
 
 
 def _combined(shares: list[LinearShare]) -> LowRank | None:

@@ -11,11 +11,34 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from twofold.errors import ConfigError
+
+
+class Rows(NamedTuple):
+    """Which row of a batch has which adapters.
+
+    Attributes:
+        names: the adapters that occur.
+        weights: how much of each a row has; 0 for none.
+    """
+
+    names: tuple[str, ...]
+    weights: Float[Tensor, "rows names"]
+
+    def groups(self) -> Iterator[tuple[dict[str, float], Int[Tensor, " some"]]]:
+        """Each combination of adapters with the rows that have it; not that of the bare base."""
+        found: dict[tuple[float, ...], list[int]] = {}
+        for i, weights in enumerate(self.weights.tolist()):
+            found.setdefault(tuple(weights), []).append(i)
+        for weights, chosen in found.items():
+            if any(weights):
+                yield dict(zip(self.names, weights, strict=True)), torch.tensor(chosen)
 
 
 class Adapters:
@@ -26,7 +49,10 @@ class Adapters:
         weights: what the contribution of each chosen adapter is multiplied by; at 0 it does not count, but may learn.
         enabled: False runs the base alone.
         folding: True runs on merged weights that are formed for each pass and not kept.
+        rows: the adapters of each row of the batch, in place of `weights`; None: `weights` for all.
     """
+
+    rows: Rows | None = None
 
     def __init__(self) -> None:
         self.held: dict[str, list[Share]] = {}
@@ -158,6 +184,37 @@ class AdapterLayer(nn.Module):
         """The shares by adapter name, as a plain table."""
         return cast(dict[str, Share], self.shares._modules)
 
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        """As of any module; in a mixed batch, each row with its own adapters."""
+        if self.adapters.rows is None or not self.adapters.enabled:
+            return super().__call__(*args, **named)
+        return self.by_rows(self.adapters.rows, *args, **named)
+
+    def by_rows(self, rows: Rows, *args: Any, **named: Any) -> Tensor:
+        """The output for rows with adapters of their own: the base's, and over it that of each combination of adapters.
+
+        Raises:
+            ConfigError: an argument's first dimension is not the batch, so that no row can be told from another.
+        """
+        y = self.base(*args, **named)
+        inputs = [v for v in (*args, *named.values(), y) if v is not None]
+        if any(not isinstance(v, Tensor) or v.dim() == 0 or len(v) != len(rows.weights) for v in inputs):
+            raise ConfigError(_not_rows(self.base, rows))
+        before = self.adapters.weights
+        try:
+            self.adapters.rows = None
+            for weights, chosen in rows.groups():
+                if not weights.keys().isdisjoint(self.by_name()):
+                    self.adapters.weights = weights
+                    at = chosen.to(y.device)
+                    some = [None if a is None else a.index_select(0, at) for a in args]
+                    part = self(*some, **{n: None if a is None else a.index_select(0, at) for n, a in named.items()})
+                    y = y.index_copy(0, at, part)
+        finally:
+            self.adapters.weights, self.adapters.rows = before, rows
+        found: Tensor = y
+        return found
+
     def active(self) -> list[Share]:
         """The shares that contribute now, in the order the adapters came."""
         if not self.adapters.enabled:
@@ -213,6 +270,13 @@ def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if not isinstance(module, AdapterLayer):
             children = list(module.named_children())
             waiting += [(f"{name}.{n}" if name else n, child) for n, child in reversed(children)]
+
+
+def _not_rows(base: nn.Module, rows: Rows) -> str:
+    return (
+        f"a {type(base).__name__} was called with something whose first dimension is not the batch of {len(rows.weights)} rows, so "
+        "the rows' adapters cannot be told apart there; run the rows one by one, or give one adapter for each row of the batch"
+    )
 
 
 _CONTAINER = nn.ModuleDict()
