@@ -223,7 +223,7 @@ def activate(model: nn.Module, names: str | Mapping[str, float] | None) -> None:
     weights = {} if names is None else {names: 1.0} if isinstance(names, str) else dict(names)
     layers = [layer for _, layer in adapter_layers(model)]
     found = dict.fromkeys(layer.adapters for layer in layers)
-    check_known(model, weights)
+    _check_known(found, weights)
     _check_unmerged(layers, "choosing others")
     check_weights(model, weights)
     for adapters in found:
@@ -232,10 +232,14 @@ def activate(model: nn.Module, names: str | Mapping[str, float] | None) -> None:
 
 def check_known(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse names that are not attached."""
-    known = attached(model)
+    _check_known(adapters_of(model), names)
+
+
+def _check_known(found: Iterable[Adapters], names: Iterable[str]) -> None:
+    known = [name for adapters in found for name in adapters.held]
     for name in names:
         if name not in known:
-            raise ConfigError(_unknown(name, known))
+            raise ConfigError(_unknown(name, list(dict.fromkeys(known))))
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, float]) -> None:

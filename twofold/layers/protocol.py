@@ -268,8 +268,8 @@ def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         seen.add(module)
         yield name, module
         if not isinstance(module, AdapterLayer):
-            children = list(module.named_children())
-            waiting += [(f"{name}.{n}" if name else n, child) for n, child in reversed(children)]
+            prefix = f"{name}." if name else ""
+            waiting += [(prefix + n, child) for n, child in reversed(module._modules.items()) if child is not None]
 
 
 def _not_rows(base: nn.Module, rows: Rows) -> str:
