@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from twofold.adapter.config import LoraConfig as LoraConfig
     from twofold.adapter.files import load_adapter as load_adapter
     from twofold.adapter.files import save_adapter as save_adapter
+    from twofold.adapter.rows import rows as rows
     from twofold.base.load import load_base as load_base
     from twofold.errors import TwofoldError as TwofoldError
     from twofold.recipes.inspect import inspect_adapter as inspect_adapter
@@ -41,6 +42,7 @@ _WHERE = {
     "merge": "adapter.attach",
     "merge_checkpoint": "recipes.merge",
     "plan": "recipes.plan",
+    "rows": "adapter.rows",
     "save_adapter": "adapter.files",
     "train": "recipes.train",
     "trainable_summary": "adapter.attach",

@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from twofold import atomic
 from twofold.errors import AdapterFileError
 
+TYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    },
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+
+
+class _Entry(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
 
 class TensorFile:
-    """A safetensors file, opened by its header; tensors are read one at a time when asked for.
+    """A safetensors file, mapped into memory once. Its tensors are views of that map: no byte is read before it is used, none is
+    copied, and a tensor that is written to becomes private, page by page, while the file stays as it is.
+
+    Attributes:
+        shapes: of the tensors, by key.
 
     Raises:
         AdapterFileError: missing, cut short or not safetensors.
@@ -27,17 +53,59 @@ class TensorFile:
         if not path.is_file():
             raise AdapterFileError(f"{path} does not exist")
         try:
-            self._file: Any = safe_open(path, framework="pt")
-            self.shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self._file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+            self._entries, self._start = _header(path)
+            self._bytes = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
             raise AdapterFileError(
                 f"{path} is damaged or not a safetensors file ({error}); copy or train it again"
             ) from error
+        self.shapes = {key: entry.shape for key, entry in self._entries.items()}
 
     def read(self, key: str) -> Tensor:
-        """One tensor, on the CPU, in its stored type."""
-        tensor: Tensor = self._file.get_tensor(key)
-        return tensor
+        """One tensor, on the CPU, in its stored type: a view of the file."""
+        entry = self._entries[key]
+        raw = self._bytes[self._start + entry.begin : self._start + entry.end]
+        if (self._start + entry.begin) % entry.dtype.itemsize:  # old writers did not align
+            raw = raw.clone()
+        return raw.view(entry.dtype).view(entry.shape)
+
+    def is_finite(self) -> bool:
+        """Whether it certainly holds no NaN and no infinity, from one pass over the file.
+
+        A sum over values is finite only if each of them is; one that overflows says nothing, nor does a file of several types.
+        """
+        types = {entry.dtype for entry in self._entries.values()}
+        (dtype, *others) = types or {torch.float32}
+        whole = self._bytes[self._start :]
+        if others or not dtype.is_floating_point or self._start % dtype.itemsize or len(whole) % dtype.itemsize:
+            return False
+        return bool(torch.isfinite(whole.view(dtype).sum()))
+
+
+def _header(path: Path) -> tuple[dict[str, _Entry], int]:
+    """The entries by key, and where their bytes start; they must fill the file without gaps, as safetensors prescribes.
+
+    Raises:
+        ValueError, TypeError, KeyError: the file is not so.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size - 8 - length
+        if size < 0 or not length:
+            raise ValueError("its header reaches beyond its end")
+        raw = json.loads(file.read(length))
+    raw.pop("__metadata__", None)
+    entries = {
+        key: _Entry(TYPES[e["dtype"]], tuple(e["shape"]), *map(int, e["data_offsets"])) for key, e in raw.items()
+    }
+    at = 0
+    for key, entry in sorted(entries.items(), key=lambda e: (e[1].begin, e[1].end)):
+        if entry.begin != at or entry.end - at != math.prod(entry.shape) * entry.dtype.itemsize:
+            raise ValueError(f"'{key}' does not lie where its shape and its neighbours say")
+        at = entry.end
+    if at != size:
+        raise ValueError(f"its tensors take {at} bytes of {size}")
+    return entries, length + 8
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

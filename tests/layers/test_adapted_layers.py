@@ -74,7 +74,7 @@ def test_a_share_is_silent_until_it_is_active_and_while_the_layer_is_disabled() 
     assert not layer.delta().any()
     layer.add("b", share(2))
     assert not torch.equal(layer(x), base(x))
-    layer.enabled = False
+    layer.adapters.enabled = False
     assert torch.equal(layer(x), base(x))
     with pytest.raises(ConfigError, match="'a' is attached already"):
         layer.add("a", share(2))
@@ -158,7 +158,7 @@ def test_embedding_forward_is_the_formula_and_merging_keeps_it(kind: str) -> Non
         torch.testing.assert_close(a, b)
     layer.merge()
     torch.testing.assert_close(layer(ids), expected)
-    layer.enabled = False
+    layer.adapters.enabled = False
     assert torch.equal(layer(ids), base(ids))
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 from torch import nn
 
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.kinds import Part, parts_of
-from twofold.adapter.target import find_targets, module_shapes
+from twofold.adapter.target import Targets, find_targets, module_shapes
 from twofold.adapter.variants import check_variants
 from twofold.errors import ConfigError, did_you_mean
-from twofold.layers.protocol import AdapterLayer, Share, checked_name
-from twofold.layers.quantised import values_of
+from twofold.layers.protocol import AdapterLayer, Adapters, Share, bare_modules, checked_name, parameters_below
+from twofold.layers.quantised import unpacked
 from twofold.layers.saved import CopyShare
 from twofold.lowrank.init import Factors
 
@@ -54,54 +54,79 @@ def attach(
         ConfigError: a variant is asked of a module that it is not defined for, the name is taken or cannot be one, adapters are
             merged, or one changes a module in another way; the model is as it was then.
     """
-    if checked_name(name) in attached(model):
-        raise ConfigError(f"an adapter named '{name}' is attached already; detach it or choose another name")
-    _check_unmerged(model, "attaching another")
     targets = find_targets(config, module_shapes(model))
-    check_variants(config, targets.adapted, factors)
-    parts = parts_of(config, targets, factors)
-    _check_kinds(model, parts)
-    made = [part.make(_base_of(model, part.module)) for part in parts]
-    if not attached(model):
-        model.requires_grad_(False)
-    _replace(model, {m: part.wrap(m) for part, m in _places(model, parts) if not isinstance(m, AdapterLayer)})
-    for share, (_, layer) in zip(made, _places(model, parts), strict=True):
-        share.origin = config
-        cast(AdapterLayer, layer).add(name, share)
-    activate(model, name)
+    put_on(model, made_shares(model, targets, config, name, factors), config, name)
     return trainable_summary(model)
 
 
-def _check_kinds(model: nn.Module, parts: Sequence[Part]) -> None:
-    """Adapters share a layer only if they change it in the same way: by factors, as a whole, or by its bias."""
-    layers = dict(adapter_layers(model))
-    clashes = [p.module for p in parts if p.module in layers and not _fits(layers[p.module], p)]
+class Made(NamedTuple):
+    """A share that is made but not on the model yet, and the layer that takes it."""
+
+    layer: AdapterLayer
+    share: Share
+
+    @property
+    def base(self) -> nn.Module:
+        """The module that it changes."""
+        return self.layer.base
+
+
+def made_shares(
+    model: nn.Module, targets: Targets, config: LoraConfig, name: str, factors: Mapping[str, Factors] | None = None
+) -> dict[str, Made]:
+    """A new adapter's shares by module, the model as it was.
+
+    Raises:
+        ConfigError: as `attach`.
+    """
+    check_variants(config, targets.adapted, factors)
+    modules, made, clashes = dict(bare_modules(model)), {}, []
+    layers = [m for m in modules.values() if isinstance(m, AdapterLayer)]
+    if any(checked_name(name) in layer.by_name() for layer in layers):
+        raise ConfigError(f"an adapter named '{name}' is attached already; detach it or choose another name")
+    _check_unmerged(layers, "attaching another")
+    for part in parts_of(config, targets, factors):
+        held = modules[part.module]
+        layer = held if isinstance(held, AdapterLayer) else part.wrap(held)
+        share = part.make(layer.base)
+        clashes += [] if layer is not held or _fits(layer, share, part) else [part.module]
+        made[part.module] = Made(layer, share)
     if clashes:
         listed = ", ".join(f"'{m}'" for m in clashes[:8]) + (", ..." if len(clashes) > 8 else "")
         raise ConfigError(f"another adapter changes {listed} in another way (factors, whole, or bias alone); detach it")
+    return made
 
 
-def _fits(layer: AdapterLayer, part: Part) -> bool:
-    return type(part.wrap(layer.base)) is type(layer)
+def put_on(model: nn.Module, made: Mapping[str, Made], config: LoraConfig, name: str) -> None:
+    """Give each layer its share of a new adapter, and make it the active one."""
+    layers = [layer for _, layer in adapter_layers(model)]
+    adapters = layers[0].adapters if layers else Adapters()
+    if not layers:
+        for parameter in parameters_below(model):
+            parameter.requires_grad_(False)
+    adapters.join([*layers, *(m.layer for m in made.values())])
+    for layer, share in made.values():
+        share.origin = config
+        layer.add(name, share)
+    known = set(layers)
+    _replace(model, {layer.base: layer for layer, _ in made.values() if layer not in known})
+    adapters.activate({name: 1.0})
 
 
-def _check_unmerged(model: nn.Module, what: str) -> None:
-    if is_merged(model):
+def _fits(layer: AdapterLayer, share: Share, part: Part) -> bool:
+    """Adapters share a layer only if they change it in the same way: by factors, as a whole, or by its bias."""
+    held = next(iter(layer.shares.values()))
+    return type(held) is type(share) or type(part.wrap(layer.base)) is type(layer)
+
+
+def _check_unmerged(layers: Iterable[AdapterLayer], what: str) -> None:
+    if any(getattr(layer, "merged", None) is not None for layer in layers):
         raise ConfigError(f"adapters are merged into this model; call unmerge before {what}")
-
-
-def _base_of(model: nn.Module, module: str) -> nn.Module:
-    found = model.get_submodule(module)
-    return found.base if isinstance(found, AdapterLayer) else found
-
-
-def _places(model: nn.Module, parts: Sequence[Part]) -> list[tuple[Part, nn.Module]]:
-    return [(part, model.get_submodule(part.module)) for part in parts]
 
 
 def _replace(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
     """Put other modules in place of some, wherever these stand: a T5's one embedding has three places."""
-    for parent in list(model.modules()):
+    for parent in list(model.modules()) if by else ():
         for name, child in list(parent._modules.items()):
             if child is not None and child in by:
                 setattr(parent, name, by[child])
@@ -109,9 +134,14 @@ def _replace(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
     """Every adapted layer with its module name in the bare model."""
-    for name, module in model.named_modules():
+    for name, module in bare_modules(model):
         if isinstance(module, AdapterLayer):
             yield name, module
+
+
+def adapters_of(model: nn.Module) -> list[Adapters]:
+    """What the adapted layers refer to: one for a whole model, several where parts of it were adapted apart."""
+    return list(dict.fromkeys(layer.adapters for _, layer in adapter_layers(model)))
 
 
 def shares(model: nn.Module, name: str) -> dict[str, Share]:
@@ -128,17 +158,12 @@ def shares(model: nn.Module, name: str) -> dict[str, Share]:
 
 def attached(model: nn.Module) -> list[str]:
     """Names of the attached adapters, in the order they came."""
-    return list(dict.fromkeys(name for _, layer in adapter_layers(model) for name in layer.shares))
+    return list(dict.fromkeys(name for adapters in adapters_of(model) for name in adapters.held))
 
 
 def active(model: nn.Module) -> dict[str, float]:
     """The adapters that count now, with their weights."""
-    found: dict[str, float] = {}
-    for _, layer in adapter_layers(model):
-        for name, share in layer.shares.items():
-            if cast(Share, share).weight_when_active:
-                found[name] = cast(Share, share).weight_when_active
-    return found
+    return {n: weight for adapters in adapters_of(model) for n, weight in adapters.weights.items() if weight}
 
 
 def config_of(model: nn.Module, name: str = DEFAULT_NAME) -> LoraConfig:
@@ -155,21 +180,37 @@ def activate(model: nn.Module, names: str | Mapping[str, float] | None) -> None:
         ConfigError: a name is not attached, or merged weights are in place.
     """
     weights = {} if names is None else {names: 1.0} if isinstance(names, str) else dict(names)
-    known = attached(model)
-    for name in weights:
+    layers = [layer for _, layer in adapter_layers(model)]
+    found = dict.fromkeys(layer.adapters for layer in layers)
+    _check_known(found, weights)
+    _check_unmerged(layers, "choosing others")
+    check_weights(model, weights)
+    for adapters in found:
+        adapters.activate(weights)
+
+
+def check_known(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse names that are not attached."""
+    _check_known(adapters_of(model), names)
+
+
+def _check_known(found: Iterable[Adapters], names: Iterable[str]) -> None:
+    known = [name for adapters in found for name in adapters.held]
+    for name in names:
         if name not in known:
-            raise ConfigError(_unknown(name, known))
-    _check_unmerged(model, "choosing others")
+            raise ConfigError(_unknown(name, list(dict.fromkeys(known))))
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Refuse weights that an adapter cannot have: whole modules do not add up, and DoRA rescales base and update together."""
+    if list(weights.values()) in ([], [1]):
+        return
     _check_copies(model, weights)
     _check_magnitudes(model, weights)
-    for _, layer in adapter_layers(model):
-        for name, share in layer.shares.items():
-            cast(Share, share).weight_when_active = weights.get(name, 0.0)
-            share.requires_grad_(name in weights)
 
 
 def _check_copies(model: nn.Module, weights: Mapping[str, float]) -> None:
-    """Whole modules do not add up: one adapter at a time may bring one, and only at its full weight."""
+    """One adapter at a time may bring a whole module, and only at its full weight."""
     for module, layer in adapter_layers(model):
         chosen = [n for n, s in layer.shares.items() if isinstance(s, CopyShare) and weights.get(n, 0.0)]
         if len(chosen) > 1 or any(weights[n] != 1 for n in chosen):
@@ -195,15 +236,14 @@ def _check_magnitudes(model: nn.Module, weights: Mapping[str, float]) -> None:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The bare base, for the length of a `with` block."""
-    layers = [layer for _, layer in adapter_layers(model)]
-    before = [layer.enabled for layer in layers]
+    before = [(adapters, adapters.enabled) for adapters in adapters_of(model)]
     try:
-        for layer in layers:
-            layer.enabled = False
+        for adapters, _ in before:
+            adapters.enabled = False
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+        for adapters, enabled in before:
+            adapters.enabled = enabled
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -215,12 +255,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if name is not None:
         shares(model, name)
     if name is not None and attached(model) != [name]:
-        _check_unmerged(model, "detaching one of them")
+        _check_unmerged((layer for _, layer in adapter_layers(model)), "detaching one of them")
     layers = [layer for _, layer in adapter_layers(model)]
     for layer in layers:
         for held in [name] if name is not None else list(layer.shares):
-            if held in layer.shares:
-                del layer.shares[held]
+            layer.remove(held)
     _replace(model, {layer: layer.base for layer in layers if not layer.shares})
 
 
@@ -244,14 +283,14 @@ def unmerge(model: nn.Module) -> None:
 @contextmanager
 def folding(model: nn.Module) -> Iterator[None]:
     """What `merge` makes, for the length of a `with` block, but each weight formed when its layer runs and dropped after."""
-    layers = [layer for _, layer in adapter_layers(model)]
+    found = adapters_of(model)
     try:
-        for layer in layers:
-            layer.folding = True
+        for adapters in found:
+            adapters.folding = True
         yield
     finally:
-        for layer in layers:
-            layer.folding = False
+        for adapters in found:
+            adapters.folding = False
 
 
 def is_merged(model: nn.Module) -> bool:
@@ -261,11 +300,19 @@ def is_merged(model: nn.Module) -> bool:
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
     """Count the parameters that learn and those of the base."""
-    layers = [layer for _, layer in adapter_layers(model)]
-    shared = sum(p.numel() for layer in layers for p in layer.shares.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    base = values_of(model) - shared
-    return TrainableSummary(trainable, base, sum(1 for layer in layers if layer.active()))
+    base, learned, packed, modules = set[nn.Parameter](), set[nn.Parameter](), 0, 0
+    for _, module in bare_modules(model):
+        bare = module.base if isinstance(module, AdapterLayer) else module
+        packed += unpacked(bare)
+        base.update(
+            parameters_below(bare) if bare is not module else (p for p in bare._parameters.values() if p is not None)
+        )
+        if isinstance(module, AdapterLayer):
+            modules += bool(module.active())
+            chosen = (module.shares[n] for n in module.adapters.weights if n in module.shares)
+            learned.update(p for share in chosen for p in parameters_below(share))
+    trainable = sum(p.numel() for p in base | learned if p.requires_grad)
+    return TrainableSummary(trainable, sum(p.numel() for p in base) + packed, modules)
 
 
 def _unknown(name: str, known: list[str]) -> str:

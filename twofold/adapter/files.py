@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,21 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from twofold import atomic
-from twofold.adapter.attach import DEFAULT_NAME, activate, active, adapter_layers, attach, detach, shares
+from twofold.adapter.attach import DEFAULT_NAME, Made, adapter_layers, made_shares, put_on, shares
 from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.names import matcher
 from twofold.adapter.peft_config import exceptions, names_in_full, parse_config, peft_config, with_changes
 from twofold.adapter.target import (
     ModuleShape,
+    Targets,
     adapted_modules,
     adapted_names,
     adapted_parameters,
-    matches,
     module_shapes,
+    targets_of,
     token_rows,
+    wrong_tokens,
 )
+from twofold.adapter.variants import LINEAR
 from twofold.config import build
 from twofold.errors import AdapterFileError, RunError
-from twofold.layers.protocol import AdapterLayer
+from twofold.lowrank.init import Factors, unfilled
 from twofold.lowrank.spectral_init import is_subtracted
 from twofold.tensorfile import TensorFile, nonfinite, write_tensors
 
@@ -66,13 +71,17 @@ class AdapterFiles:
     provenance: Provenance | None
     base_name: str | None
 
-    def modules(self) -> dict[str, dict[str, str]]:
-        """File keys by module path and suffix."""
+    @cached_property
+    def _modules(self) -> dict[str, dict[str, str]]:
         found: dict[str, dict[str, str]] = {}
         for key in self.tensors.shapes:
             module, suffix = split_key(key)
             found.setdefault(module, {})[suffix] = key
         return found
+
+    def modules(self) -> dict[str, dict[str, str]]:
+        """File keys by module path and suffix."""
+        return self._modules
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -152,19 +161,24 @@ def load_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -
     wrong = _wrong_modules(files, shapes, claimed)
     if not (claimed or adapted_parameters(files.config, shapes) or token_rows(files.config, shapes)):
         raise AdapterFileError(_mismatch(files.path, [*wrong.values()] or ["its config names no module of it"]))
-    before, learning = active(model), {p: p.requires_grad for p in model.parameters()}
-    attach(model, _exact_config(files, shapes, claimed), name)
-    try:
-        problems = [*wrong.values(), *_fill(model, files, name, set(wrong))]
-        if problems:
-            raise AdapterFileError(_mismatch(files.path, problems))
-    except Exception:
-        detach(model, name)
-        activate(model, before)
-        for parameter, learns in learning.items():
-            parameter.requires_grad_(learns)
-        raise
+    config = _exact_config(files, shapes, claimed)
+    targets = targets_of(config, shapes, claimed)
+    if beyond := wrong_tokens(config, shapes, targets.tokens):
+        raise AdapterFileError(_mismatch(files.path, beyond))
+    made = made_shares(model, targets, config, name, _places(config, targets))
+    problems = [*wrong.values(), *_fill(model, files, made, set(wrong))]
+    if problems:
+        raise AdapterFileError(_mismatch(files.path, problems))
+    put_on(model, made, config, name)
     return files
+
+
+def _places(config: LoraConfig, targets: Targets) -> dict[str, Factors] | None:
+    """Where the values of a file will go; None where the start itself is needed, which the update is counted from."""
+    if is_subtracted(config.init_lora_weights):
+        return None
+    linear = {name: shape for name, shape in targets.adapted.items() if shape.kind in LINEAR}
+    return {n: unfilled(resolve(config, n).r, s.in_features, s.out_features) for n, s in linear.items()}
 
 
 def _wrong_modules(
@@ -189,24 +203,22 @@ def _exact_config(
     files: AdapterFiles, shapes: Mapping[str, ModuleShape], claimed: Mapping[str, ModuleShape]
 ) -> LoraConfig:
     """The file's config with its targets spelled out in full."""
-    names = sorted(adapted_names(files.config, shapes))
-    patterns = {r: {m: getattr(resolve(files.config, m), r) for m in names} for r in ("r", "alpha")}
+    resolved = {m: resolve(files.config, m) for m in sorted(adapted_names(files.config, shapes))}
     return with_changes(
         files.config,
         target_modules=names_in_full(claimed, shapes),
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        rank_pattern=exceptions(patterns["r"], files.config.r),
-        alpha_pattern=exceptions(patterns["alpha"], files.config.lora_alpha),
+        rank_pattern=exceptions({m: v.r for m, v in resolved.items()}, files.config.r),
+        alpha_pattern=exceptions({m: v.alpha for m, v in resolved.items()}, files.config.lora_alpha),
         modules_to_save=_saved_names(files, shapes),
         ensure_weight_tying=files.config.ensure_weight_tying and not claimed,
     )
 
 
 def _saved_names(files: AdapterFiles, shapes: Mapping[str, ModuleShape]) -> tuple[str, ...] | None:
-    patterns = files.config.modules_to_save or ()
-    return tuple(n for n in shapes if matches(patterns, n)) or None
+    return tuple(filter(matcher(files.config.modules_to_save or ()), shapes)) or None
 
 
 def _wrong_ranks(files: AdapterFiles, claimed: Iterable[str]) -> dict[str, str]:
@@ -222,15 +234,15 @@ def _wrong_ranks(files: AdapterFiles, claimed: Iterable[str]) -> dict[str, str]:
     return problems
 
 
-def _fill(model: nn.Module, files: AdapterFiles, name: str, told: Set[str]) -> list[str]:
-    """Read the tensors into the shares; what is wrong with single tensors, but for modules that were `told` of whole."""
+def _fill(model: nn.Module, files: AdapterFiles, made: Mapping[str, Made], told: Set[str]) -> list[str]:
+    """Give the tensors to the shares; what is wrong with single tensors, but for modules that were `told` of whole."""
     modules = files.modules()
-    layers = dict(adapter_layers(model))
     problems: list[str] = []
     read: set[str] = set()
-    for module, share in shares(model, name).items():
+    finite = files.tensors.is_finite()
+    for module, one in made.items():
         values, found = {}, []
-        for suffix, wanted in share.saved(layers[module].base).items():
+        for suffix, wanted in one.share.saved(one.base).items():
             key = _key_of(modules, module, suffix)
             if key is None:
                 found.append(f"missing tensor '{PREFIX}{module}.{suffix}'")
@@ -241,11 +253,14 @@ def _fill(model: nn.Module, files: AdapterFiles, name: str, told: Set[str]) -> l
                 there, here = files.tensors.shapes[key], tuple(wanted.shape)
                 found.append(f"'{key}' has shape {there} where this model needs {here}")
         problems += [] if module in told else found
-        problems += [f"'{module}.{suffix}' holds NaN or infinity" for suffix in nonfinite(values)]
+        problems += [] if finite else [f"'{module}.{suffix}' holds NaN or infinity" for suffix in nonfinite(values)]
         if not found:
-            share.load(layers[module].base, values)
+            one.share.load(one.base, values)
     left = [k for k in sorted(files.tensors.shapes) if k not in read and split_key(k)[0] not in told]
-    return problems + [f"unexpected tensor '{k}'" for k in left if not _says_nothing_new(model, files, k, read)]
+    if left:
+        bases = {name: layer.base for name, layer in adapter_layers(model)} | {m: made[m].base for m in made}
+        problems += [f"unexpected tensor '{k}'" for k in left if not _says_nothing_new(model, bases, files, k, read)]
+    return problems
 
 
 def _key_of(modules: Mapping[str, Mapping[str, str]], module: str, suffix: str) -> str | None:
@@ -254,30 +269,31 @@ def _key_of(modules: Mapping[str, Mapping[str, str]], module: str, suffix: str) 
     return modules.get(module, {}).get(suffix) or modules.get(inner, {}).get(last)
 
 
-def _says_nothing_new(model: nn.Module, files: AdapterFiles, key: str, read: Set[str]) -> bool:
+def _says_nothing_new(
+    model: nn.Module, bases: Mapping[str, nn.Module], files: AdapterFiles, key: str, read: Set[str]
+) -> bool:
     """Whether a tensor that nothing reads may stay.
 
     PEFT saves the whole base embedding or head beside its adapter, and with `bias: all` some biases under several names: that of
     a module trained whole, its original's, and each name of a tied one. They may stay if they say what is known anyway.
     """
-    layers = dict(adapter_layers(model))
     found = files.tensors.read(key)
     twin = key.replace(".modules_to_save.", ".")
     if twin == key:
-        ours = _base_tensor(layers, key.replace(".original_module.", "."))
+        ours = _base_tensor(bases, key.replace(".original_module.", "."))
         if ours is not None:
             return ours.shape == found.shape and torch.equal(found.to(ours), ours)
         tied = _plain_tensor(model, key)
-        twin = next((k for k in read if tied is not None and _base_tensor(layers, k) is tied), key)
+        twin = next((k for k in read if tied is not None and _base_tensor(bases, k) is tied), key)
     return twin in read and torch.equal(files.tensors.read(twin), found)
 
 
-def _base_tensor(layers: Mapping[str, AdapterLayer], key: str) -> Tensor | None:
+def _base_tensor(bases: Mapping[str, nn.Module], key: str) -> Tensor | None:
     """The base's own tensor that a key of the file stands for, if it is one of an adapted module."""
     module, suffix = split_key(key)
-    if module not in layers or suffix not in ("base_layer.weight", "base_layer.bias", "weight", "bias"):
+    if module not in bases or suffix not in ("base_layer.weight", "base_layer.bias", "weight", "bias"):
         return None
-    return cast(Tensor | None, getattr(layers[module].base, suffix.rpartition(".")[2], None))
+    return cast(Tensor | None, getattr(bases[module], suffix.rpartition(".")[2], None))
 
 
 def _plain_tensor(model: nn.Module, key: str) -> Tensor | None:

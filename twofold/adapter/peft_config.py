@@ -13,7 +13,8 @@ from torch import nn
 
 from twofold.adapter.attach import adapter_layers, config_of
 from twofold.adapter.config import LoraConfig, resolve
-from twofold.adapter.target import ModuleShape, adapted_modules, adapted_names, matches, module_shapes
+from twofold.adapter.names import matcher
+from twofold.adapter.target import ModuleShape, adapted_modules, adapted_names, module_shapes
 from twofold.config import build
 from twofold.errors import AdapterFileError
 from twofold.layers.linear import LoraConv1D
@@ -132,7 +133,7 @@ def names_in_full(adapted: Iterable[str], shapes: Mapping[str, ModuleShape]) -> 
 
 
 def _matched(patterns: list[str], shapes: Mapping[str, ModuleShape]) -> set[str]:
-    return {n for n in shapes if matches(patterns, n)}
+    return set(filter(matcher(patterns), shapes))
 
 
 def _stable(

@@ -6,8 +6,7 @@ Every entry that matches nothing is an error, and all of them come in one messag
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -18,10 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.adapter.claims import broken_ties, claimed_twice
 from twofold.adapter.config import LoraConfig, pattern_matches
+from twofold.adapter.names import layer_index, matcher, matches, tails
 from twofold.adapter.parameters import ParameterShape, own_parameters, ties_of
 from twofold.errors import TargetError, nearest
-from twofold.layers.protocol import AdapterLayer
-from twofold.layers.quantised import frozen_of, values_of
+from twofold.layers.protocol import AdapterLayer, bare_modules
+from twofold.layers.quantised import frozen_of, unpacked
 
 Kind = Literal["linear", "conv1d", "embedding", "convolution", "attention", "other"]
 """`conv1d` is Hugging Face's transposed linear map, `convolution` one of torch's over one to three dimensions,
@@ -67,17 +67,19 @@ class ModuleShape:
 def module_shapes(model: nn.Module) -> dict[str, ModuleShape]:
     """Every named module of a model (on the meta device too); adapted layers count as the base they wrap."""
     heads = _heads(model)
-    layers = [m for m in model.modules() if isinstance(m, AdapterLayer)]
-    inside = {id(m) for layer in layers for m in _below(layer)}
-    learned = {id(p) for layer in layers for p in layer.shares.parameters()}
+    counted: dict[nn.Module, dict[int, int]] = {}
     bare = {
         name: module.base if isinstance(module, AdapterLayer) else module
-        for name, module in model.named_modules()
-        if name and id(module) not in inside
+        for name, module in bare_modules(model)
+        if name
     }
     ties = ties_of(bare)
     found = {
-        name: replace(_shape(module, id(module) in heads, learned), own=own_parameters(module), tied_to=ties.get(name))
+        name: replace(
+            _shape(module, id(module) in heads, sum(_sizes(module, counted).values())),
+            own=own_parameters(module),
+            tied_to=ties.get(name),
+        )
         for name, module in bare.items()
     }
     return _with_input_embedding(model, bare, found)
@@ -99,8 +101,15 @@ def _with_input_embedding(
     return shapes
 
 
-def _below(layer: AdapterLayer) -> list[nn.Module]:
-    return [m for m in layer.modules() if m is not layer]
+def _sizes(module: nn.Module, counted: dict[nn.Module, dict[int, int]]) -> dict[int, int]:
+    """The number of values of each of its parameters as it was before adapters came, by id; `counted` is what is known."""
+    if module not in counted:
+        bare = module.base if isinstance(module, AdapterLayer) else module
+        found = {id(p): p.numel() for p in bare._parameters.values() if p is not None}
+        for child in bare.children():
+            found |= _sizes(child, counted)
+        counted[module] = found
+    return counted[module]
 
 
 def _heads(model: nn.Module) -> set[int]:
@@ -112,13 +121,12 @@ def _heads(model: nn.Module) -> set[int]:
     return {id(m.base if isinstance(m, AdapterLayer) else m) for m in found}
 
 
-def _shape(module: nn.Module, head: bool, learned: Set[int]) -> ModuleShape:
-    """Its shape as it was before adapters came, whose parameters are those in `learned`, by id."""
+def _shape(module: nn.Module, head: bool, count: int) -> ModuleShape:
+    """Its shape as it was before adapters came, when it had `count` values in its parameters."""
     leaf = next(module.children(), None) is None
     bias = leaf and isinstance(getattr(module, "bias", None), nn.Parameter)
-    count = sum(p.numel() for p in module.parameters() if id(p) not in learned)
     if (packed := frozen_of(module)) is not None:
-        return ModuleShape("linear", packed.shape[1], packed.shape[0], bias, values_of(module), head)
+        return ModuleShape("linear", packed.shape[1], packed.shape[0], bias, count + unpacked(module), head)
     if isinstance(module, nn.Linear | nn.Embedding | Conv1D | _ConvNd) and not _computes_as_known(module):
         return ModuleShape("other", bias=bias, parameters=count, head=head, foreign_class=type(module).__name__)
     if isinstance(module, nn.Linear):
@@ -183,16 +191,15 @@ def find_targets(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> Targe
     Raises:
         TargetError: lists every entry that matches nothing or nothing that can be adapted, with the nearest names.
     """
-    problems = [*_unmatched(config, shapes)]
-    adapted = adapted_modules(config, shapes)
-    saved = _saved(config, shapes)
+    chosen = _chosen(config, shapes)
+    adapted = {name: shapes[name] for name in chosen if shapes[name].adaptable}
+    problems = [*_unmatched(config, shapes, adapted)]
+    targets = targets_of(config, shapes, adapted)
     problems += [
-        f"'{name}' matches target_modules but {_why_not(shapes[name])}"
-        for name in sorted(_chosen(config, shapes))
-        if name not in adapted and not shapes[name].adaptable
+        f"'{name}' matches target_modules but {_why_not(shapes[name])}" for name in sorted(set(chosen) - set(adapted))
     ]
-    parameters, tokens, tied = adapted_parameters(config, shapes), token_rows(config, shapes), tied_rows(config, shapes)
-    problems += _wrong_tokens(config, shapes, tokens)
+    saved, parameters, tokens, tied = targets.saved, targets.parameters, targets.tokens, targets.tied
+    problems += wrong_tokens(config, shapes, tokens)
     if config.bias == "all" and any(s.kind == "attention" for s in shapes.values()):
         problems.append("bias='all' does not reach the biases inside MultiheadAttention; use 'none' or 'lora_only'")
     if config.ensure_weight_tying:
@@ -204,6 +211,13 @@ def find_targets(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> Targe
         problems.append("target_modules leaves nothing to adapt once exclude_modules and layers_to_transform apply")
     if problems:
         raise TargetError("; ".join(problems))
+    return targets
+
+
+def targets_of(config: LoraConfig, shapes: Mapping[str, ModuleShape], adapted: dict[str, ModuleShape]) -> Targets:
+    """What an adapter with factors on `adapted` touches besides."""
+    saved = _saved(config, shapes)
+    parameters, tokens, tied = adapted_parameters(config, shapes), token_rows(config, shapes), tied_rows(config, shapes)
     return Targets(adapted, saved, _biased(config, shapes, adapted, saved), parameters, tokens, tied)
 
 
@@ -244,9 +258,10 @@ def tied_rows(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> dict[str
     return {n: source for n in same if rows.get(n, rows[source]) == rows[source]}
 
 
-def _wrong_tokens(
+def wrong_tokens(
     config: LoraConfig, shapes: Mapping[str, ModuleShape], tokens: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
+    """What is wrong with the tokens whose rows are trained, by module."""
     problems = []
     for name, rows in tokens.items():
         shape = shapes[name]
@@ -261,21 +276,16 @@ def _wrong_tokens(
     return problems
 
 
-def matches(patterns: str | Iterable[str], name: str) -> bool:
-    """PEFT's rule: one regular expression for the whole name, or a list of names and endings."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == p or name.endswith(f".{p}") for p in patterns)
-
-
 def _chosen(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[str]:
     preset = PRESETS.get(config.target_modules) if isinstance(config.target_modules, str) else None
-    found = [n for n, s in shapes.items() if (preset(n, s) if preset else matches(config.target_modules, n))]
+    targeted = matcher(config.target_modules)
+    found = [n for n, s in shapes.items() if (preset(n, s) if preset else targeted(n))]
     if config.exclude_modules:
-        found = [n for n in found if not matches(config.exclude_modules or (), n)]
+        excluded = matcher(config.exclude_modules)
+        found = [n for n in found if not excluded(n)]
     if config.layers is not None:
         found = [n for n in found if layer_index(n, config.layers_pattern) in config.layers]
-    return [n for n in found if not _inside_saved(config, n)]
+    return [n for n in found if not _inside_saved(config, n)] if config.modules_to_save else found
 
 
 def _inside_saved(config: LoraConfig, name: str) -> bool:
@@ -283,12 +293,6 @@ def _inside_saved(config: LoraConfig, name: str) -> bool:
     parts = name.split(".")
     parents = [".".join(parts[:i]) for i in range(1, len(parts) + isinstance(config.target_modules, str))]
     return any(matches(config.modules_to_save or (), p) for p in parents)
-
-
-def layer_index(name: str, pattern: str | None) -> int | None:
-    """The index of the layer that a module lies in, by PEFT's rule; None outside the layers."""
-    found = re.match(rf".*\.{pattern}\.(\d+)\." if pattern else r".*\.[^.]*\.(\d+)\.", f".{name}")
-    return int(found.group(1)) if found else None
 
 
 def _all_linear(name: str, shape: ModuleShape) -> bool:
@@ -308,7 +312,7 @@ PRESETS = {"all-linear": _all_linear, "attention": _attention, "mlp": _mlp}
 
 
 def _saved(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> tuple[str, ...]:
-    return tuple(n for n in shapes if matches(config.modules_to_save or (), n))
+    return tuple(filter(matcher(config.modules_to_save or ()), shapes))
 
 
 def _biased(
@@ -319,21 +323,21 @@ def _biased(
     return tuple(n for n, s in shapes.items() if s.bias and n not in adapted and n not in saved)
 
 
-def _unmatched(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[str]:
+def _unmatched(config: LoraConfig, shapes: Mapping[str, ModuleShape], adapted: Mapping[str, ModuleShape]) -> list[str]:
     adaptable = [n for n, s in shapes.items() if s.adaptable]
     problems = []
     problems += _unmatched_names("target_modules", config.target_modules, adaptable, list(shapes))
     problems += _unmatched_names("exclude_modules", config.exclude_modules or (), adaptable, list(shapes))
     problems += _unmatched_names("modules_to_save", config.modules_to_save or (), list(shapes), list(shapes))
     problems += _unmatched_inside(config, shapes)
+    named = [*adapted, *_parameter_names(config, shapes)]
     for key, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        adapted = adapted_names(config, shapes)
         problems += [
-            f"{key} '{p}' matches no adapted module{_nearest(p, list(adapted))}"
+            f"{key} '{p}' matches no adapted module{_nearest(p, named)}"
             for p in patterns
-            if not any(pattern_matches(p, n) for n in adapted)
+            if not any(pattern_matches(p, n) for n in named)
         ]
-    indices = {layer_index(n, config.layers_pattern) for n in adaptable}
+    indices = {layer_index(n, config.layers_pattern) for n in adaptable} if config.layers else set()
     missing = [str(i) for i in sorted(config.layers or ()) if i not in indices]
     if missing:
         known = sorted(i for i in indices if i is not None)
@@ -344,8 +348,11 @@ def _unmatched(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[st
 
 def adapted_names(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[str]:
     """The names that patterns of rank and scale are matched with: of adapted modules, and of adapted parameters."""
-    parameters = adapted_parameters(config, shapes)
-    return [*adapted_modules(config, shapes), *(f"{n}.{p.name}" for n, found in parameters.items() for p in found)]
+    return [*adapted_modules(config, shapes), *_parameter_names(config, shapes)]
+
+
+def _parameter_names(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[str]:
+    return [f"{n}.{p.name}" for n, found in adapted_parameters(config, shapes).items() for p in found]
 
 
 def _unmatched_inside(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[str]:
@@ -377,10 +384,11 @@ def _unmatched_names(key: str, patterns: str | Sequence[str], like: list[str], n
     if isinstance(patterns, str) and any(matches((patterns,), n) for n in names):
         return [f"{key} '{patterns}' is one text, so a regular expression for whole names; write the list [{patterns}]"]
     entries = (patterns,) if isinstance(patterns, str) else patterns
+    known = {ending for n in names for ending in tails(n)} if entries else set()
     return [
         f"{key} '{entry}' matches no module{_nearest(entry, like)}"
         for entry in entries
-        if isinstance(patterns, str) or not any(matches((entry,), n) for n in names)
+        if isinstance(patterns, str) or entry not in known
     ]
 
 

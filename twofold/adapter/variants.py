@@ -112,5 +112,10 @@ def like(weight: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor
     """The factors on a weight's device, in float32 or the weight's wider type, their rows one after the other in memory: fused
     AdamW goes through a parameter and its moments as they lie, and those of a checkpoint lie so."""
     dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
-    a, b = (f.detach().to(weight.device, dtype).clone(memory_format=torch.contiguous_format) for f in factors)
+    a, b = (_laid_out(f.detach().to(weight.device, dtype)) for f in factors)
     return a, b
+
+
+def _laid_out(factor: Tensor) -> Tensor:
+    """A copy that lies row by row; one value that is repeated without memory of its own stays so."""
+    return factor if 0 in factor.stride() else factor.clone(memory_format=torch.contiguous_format)

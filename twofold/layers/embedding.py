@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from twofold.functional.widen import in_own_precision
-from twofold.layers.protocol import Share, WeightLayer
+from twofold.layers.protocol import Share, WeightLayer, adopt
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.init import Factors
 
@@ -33,8 +33,8 @@ class EmbeddingShare(Share):
 
     @torch.no_grad()
     def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        self.A.copy_(tensors["lora_embedding_A"])
-        self.B.copy_(tensors["lora_embedding_B"])
+        adopt(self.A, tensors["lora_embedding_A"])
+        adopt(self.B, tensors["lora_embedding_B"])
 
 
 class LoraEmbedding(WeightLayer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -13,11 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
-from twofold.layers.protocol import Share, WeightLayer, bias_of
+from twofold.layers.protocol import Rows, Share, WeightLayer, adopt, bias_of
 from twofold.layers.quantised import QuantisedLinear, frozen_of
 from twofold.lowrank.dora import row_norms, row_squares
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.frozen import Frozen
+from twofold.lowrank.grouped import grouped_update
 from twofold.lowrank.linear import Projection, group_product
 from twofold.quant import QuantisedWeight
 
@@ -102,12 +103,12 @@ class LinearShare(Share):
 
     @torch.no_grad()
     def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        self.A.copy_(tensors["lora_A.weight"])
-        self.B.copy_(tensors["lora_B.weight"])
+        adopt(self.A, tensors["lora_A.weight"])
+        adopt(self.B, tensors["lora_B.weight"])
         if self.b_bias is not None:
-            self.b_bias.copy_(tensors["lora_B.bias"])
+            adopt(self.b_bias, tensors["lora_B.bias"])
         if self.magnitude is not None:
-            self.magnitude.copy_(tensors["lora_magnitude_vector"])
+            adopt(self.magnitude, tensors["lora_magnitude_vector"])
         if self.bias_change is not None:
             self.bias_change.copy_(tensors["base_layer.bias"].to(self.bias_change) - bias_of(base))
 
@@ -152,7 +153,15 @@ class LoraLinear(WeightLayer):
         return cast(list[LinearShare], self.active())
 
     def projection(self) -> Projection:
-        """Weight, bias and combined update as they stand now, for callers that fuse several layers."""
+        """Weight, bias and combined update as they stand now, for callers that fuse several layers.
+
+        Raises:
+            ConfigError: within `rows`, where there is no one update for all.
+        """
+        if self.adapters.rows is not None:
+            raise ConfigError(
+                "layers cannot be fused over rows that have adapters of their own; call the model as it is"
+            )
         shares = self.linear_shares()
         if shares and (self.merged is not None or self.folding):
             return Projection(in_own_precision(self._merged_now, self.weight), effective_bias(self.bias, shares), None)
@@ -183,6 +192,25 @@ class LoraLinear(WeightLayer):
         if not shares:
             return cast(Tensor, self.base(x))
         (y,) = project(x, self)
+        return y
+
+    def by_rows(self, rows: Rows, *args: Any, **named: Any) -> Tensor:
+        """The base's product over all rows at once, and what each row's adapters add to it."""
+        found = [(i, s) for i, s in enumerate(map(self.by_name().get, rows.names)) if s is not None]
+        (x,) = args or (None,)
+        if named or x is None or len(x) != len(rows.weights) or not all(_only_adds(s) for _, s in found):
+            return super().by_rows(rows, *args, **named)
+        y: Tensor = self.base(x)
+        if not found:
+            return y
+        shares = cast(list[LinearShare], [s for _, s in found])
+        weights = rows.weights[:, [i for i, _ in found]]
+        each = weights.repeat_interleave(x[0].numel() // x.shape[-1], 0)
+        updates = [LowRank(s.A, s.B, s.scale) for s in shares]
+        y = y + grouped_update(x.reshape(-1, x.shape[-1]), updates, each).view(y.shape)
+        changes = [torch.zeros(y.shape[-1]).to(s.A) if s.bias_change is None else s.bias_change for s in shares]
+        if any(s.bias_change is not None for s in shares):
+            y = y + (each.to(changes[0]) @ torch.stack(changes)).view(y.shape).to(y.dtype)
         return y
 
     @torch.no_grad()
@@ -253,6 +281,12 @@ class LoraQuantised(LoraLinear):
     @property
     def dtype(self) -> torch.dtype:
         return self._packed().dtype
+
+
+def _only_adds(share: Share) -> bool:
+    """Whether a share is A and B, and at most a change of the bias: whatever else it has may do more than add to the output."""
+    own = {name for name, value in {**share._parameters, **share._buffers}.items() if value is not None}
+    return isinstance(share, LinearShare) and own <= {"A", "B", "bias_change"} and "A" in share._parameters
 
 
 def effective_bias(bias: Tensor | None, shares: Iterable[LinearShare]) -> Tensor | None:

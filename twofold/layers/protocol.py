@@ -1,33 +1,136 @@
 """What every adapted layer is: a frozen base module and the shares that adapters hold in it.
 
-An adapter's *share* of a layer is a module of its own, which knows its name, its weight while active and its tensors.
+An adapter's *share* of a layer is a module of its own, which knows its name and its tensors. Which adapters count now is said
+once for a whole model, in the `Adapters` that all of its layers and shares refer to: choosing others touches the shares of those
+alone, and a forward pass looks at the active ones, however many are loaded.
 Whoever needs the adapters of a model asks its layers; nothing is found by looking for letters in names.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
 
 
+class Rows(NamedTuple):
+    """Which row of a batch has which adapters.
+
+    Attributes:
+        names: the adapters that occur.
+        weights: how much of each a row has; 0 for none.
+    """
+
+    names: tuple[str, ...]
+    weights: Float[Tensor, "rows names"]
+
+    def groups(self) -> Iterator[tuple[dict[str, float], Int[Tensor, " some"]]]:
+        """Each combination of adapters with the rows that have it; not that of the bare base."""
+        found: dict[tuple[float, ...], list[int]] = {}
+        for i, weights in enumerate(self.weights.tolist()):
+            found.setdefault(tuple(weights), []).append(i)
+        for weights, chosen in found.items():
+            if any(weights):
+                yield dict(zip(self.names, weights, strict=True)), torch.tensor(chosen)
+
+
+class Adapters:
+    """What the layers of one model share: the adapters there are, and which of them count now.
+
+    Attributes:
+        held: the shares of each adapter, in the order the adapters came.
+        weights: what the contribution of each chosen adapter is multiplied by; at 0 it does not count, but may learn.
+        enabled: False runs the base alone.
+        folding: True runs on merged weights that are formed for each pass and not kept.
+        rows: the adapters of each row of the batch, in place of `weights`; None: `weights` for all.
+    """
+
+    rows: Rows | None = None
+
+    def __init__(self) -> None:
+        self.held: dict[str, list[Share]] = {}
+        self.weights: dict[str, float] = {}
+        self.enabled, self.folding = True, False
+
+    def activate(self, weights: Mapping[str, float]) -> None:
+        """Let these adapters count and learn, and no others."""
+        for name in self.weights.keys() | weights.keys():
+            for share in self.held.get(name, ()):
+                share.requires_grad_(name in weights)
+        self.weights = {name: weights[name] for name in self.held if name in weights}
+
+    def join(self, layers: Iterable[AdapterLayer]) -> None:
+        """Be the one that these layers refer to; what they held and had chosen stays so."""
+        for layer in layers:
+            if layer.adapters is not self:
+                self.weights |= {n: w for n, w in layer.adapters.weights.items() if n in layer.shares}
+                for name, share in layer.by_name().items():
+                    self.held.setdefault(name, []).append(share)
+                    share.adapters = self
+                layer.adapters = self
+
+    def forget(self, name: str, share: Share) -> None:
+        """Drop one share of an adapter, and with the last one the adapter."""
+        self.held[name].remove(share)
+        if not self.held[name]:
+            del self.held[name]
+            self.weights.pop(name, None)
+
+
+HOOKS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, OrderedDict))
+
+
 class Share(nn.Module):
     """One adapter's part of one layer.
 
+    Thousands of them lie in a model that serves many adapters, so the tables of hooks that every module has, most of its size, are
+    made when first asked for.
+
     Attributes:
-        weight_when_active: the factor its contribution is multiplied by; 0.0 while it is not active.
+        name: of its adapter.
+        adapters: those of the model it lies in.
         origin: the configuration that it was made from, for whoever saves it.
     """
 
-    weight_when_active: float = 0.0
+    name: str = ""
+    adapters: Adapters
     origin: object = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        for table in HOOKS:
+            del self.__dict__[table]
+        self.adapters = Adapters()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in HOOKS:
+            object.__setattr__(self, name, OrderedDict())
+            return self.__dict__[name]
+        return super().__getattr__(name)
+
+    @property
+    def weight_when_active(self) -> float:
+        """The factor its contribution is multiplied by, as that of its adapter's other shares; 0.0 while it is not active."""
+        return self.adapters.weights.get(self.name, 0.0)
+
+    @weight_when_active.setter
+    def weight_when_active(self, weight: float) -> None:
+        self.adapters.weights[self.name] = weight
+
+    def requires_grad_(self, requires_grad: bool = True) -> Share:
+        """As of any module, but at the cost of its few parameters alone."""
+        for parameter in parameters_below(self):
+            parameter.requires_grad_(requires_grad)
+        return self
 
     def saved(self, base: nn.Module) -> dict[str, Tensor]:
         """The tensors of its file, by PEFT's suffix after the module's path."""
@@ -38,45 +141,97 @@ class Share(nn.Module):
         return self.saved(base)
 
     def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Take the values of `saved` back; names and shapes were checked before."""
+        """Take the values of `saved` back, whose names and shapes were checked before; uncopied, where their type fits."""
         raise NotImplementedError
+
+
+def adopt(parameter: Tensor, values: Tensor) -> None:
+    """Let a parameter hold `values`, which may lie in a mapped file, in its own type and on its own device."""
+    parameter.data = values.to(parameter.device, parameter.dtype)
 
 
 class AdapterLayer(nn.Module):
     """A frozen `base` module and its `shares`, by adapter name.
 
     Attributes:
-        enabled: False runs the base alone.
-        folding: True runs on a merged weight that is formed for each pass and not kept.
+        adapters: which adapters count now, the same object in every layer of a model.
     """
 
     base: nn.Module
     shares: nn.ModuleDict
-    enabled: bool
-    folding: bool
+    adapters: Adapters
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
         self.shares = nn.ModuleDict()
-        self.enabled, self.folding = True, False
+        self.adapters = Adapters()
         self.training = base.training
 
     def add(self, name: str, share: Share) -> None:
-        """Hold one more adapter's share, not active yet."""
+        """Hold one more adapter's share, active only if it was active by itself."""
         if name in self.shares:
             raise ConfigError(f"an adapter named '{name}' is attached already; detach it or choose another name")
-        share.train(self.training)
+        if share.training != self.training:
+            share.train(self.training)
         self.shares[checked_name(name)] = share
+        if share.weight_when_active:
+            self.adapters.weights[name] = share.weight_when_active
+        share.name, share.adapters = name, self.adapters
+        self.adapters.held.setdefault(name, []).append(share)
+
+    def remove(self, name: str) -> None:
+        """Let go of an adapter's share, if there is one."""
+        if name in self.shares:
+            self.adapters.forget(name, self.by_name()[name])
+            del self.shares[name]
+
+    def by_name(self) -> dict[str, Share]:
+        """The shares by adapter name, as a plain table."""
+        return cast(dict[str, Share], self.shares._modules)
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        """As of any module; in a mixed batch, each row with its own adapters."""
+        if self.adapters.rows is None or not self.adapters.enabled:
+            return super().__call__(*args, **named)
+        return self.by_rows(self.adapters.rows, *args, **named)
+
+    def by_rows(self, rows: Rows, *args: Any, **named: Any) -> Tensor:
+        """The output for rows with adapters of their own: the base's, and over it that of each combination of adapters.
+
+        Raises:
+            ConfigError: an argument's first dimension is not the batch, so that no row can be told from another.
+        """
+        y = self.base(*args, **named)
+        inputs = [v for v in (*args, *named.values(), y) if v is not None]
+        if any(not isinstance(v, Tensor) or v.dim() == 0 or len(v) != len(rows.weights) for v in inputs):
+            raise ConfigError(_not_rows(self.base, rows))
+        before = self.adapters.weights
+        try:
+            self.adapters.rows = None
+            for weights, chosen in rows.groups():
+                if not weights.keys().isdisjoint(self.by_name()):
+                    self.adapters.weights = weights
+                    at = chosen.to(y.device)
+                    some = [None if a is None else a.index_select(0, at) for a in args]
+                    part = self(*some, **{n: None if a is None else a.index_select(0, at) for n, a in named.items()})
+                    y = y.index_copy(0, at, part)
+        finally:
+            self.adapters.weights, self.adapters.rows = before, rows
+        found: Tensor = y
+        return found
 
     def active(self) -> list[Share]:
-        """The shares that contribute now."""
-        return [s for s in self._shares() if s.weight_when_active != 0] if self.enabled else []
+        """The shares that contribute now, in the order the adapters came."""
+        if not self.adapters.enabled:
+            return []
+        shares = self.by_name()
+        return [shares[n] for n, weight in self.adapters.weights.items() if weight and n in shares]
 
-    def _shares(self) -> Iterator[Share]:
-        for share in self.shares.values():
-            if isinstance(share, Share):
-                yield share
+    @property
+    def folding(self) -> bool:
+        """Whether it runs on a merged weight that is formed for each pass and not kept."""
+        return self.adapters.folding
 
     @property
     def weight(self) -> Tensor:
@@ -183,13 +338,47 @@ class WeightsLayer(AdapterLayer):
         return super()._apply(fn, recurse)
 
 
+def parameters_below(module: nn.Module) -> list[nn.Parameter]:
+    """Its parameters, as `parameters` has them (one that is shared comes as often as it is), at a tenth of the time."""
+    found = [p for p in module._parameters.values() if p is not None]
+    for child in module._modules.values():
+        if child is not None:
+            found += parameters_below(child)
+    return found
+
+
+def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by its name in the bare model, as `named_modules` does, but for what lies inside of adapted layers."""
+    seen: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        if not isinstance(module, AdapterLayer):
+            prefix = f"{name}." if name else ""
+            waiting += [(prefix + n, child) for n, child in reversed(module._modules.items()) if child is not None]
+
+
+def _not_rows(base: nn.Module, rows: Rows) -> str:
+    return (
+        f"a {type(base).__name__} was called with something whose first dimension is not the batch of {len(rows.weights)} rows, so "
+        "the rows' adapters cannot be told apart there; run the rows one by one, or give one adapter for each row of the batch"
+    )
+
+
+_CONTAINER = nn.ModuleDict()
+
+
 def checked_name(name: str) -> str:
     """`name` if an adapter may bear it.
 
     Raises:
         ConfigError: it holds characters that files and requests cannot carry, or is a word of the container itself.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_@-]*", name) or hasattr(nn.ModuleDict(), name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_@-]*", name) or hasattr(_CONTAINER, name):
         raise ConfigError(f"'{name}' cannot name an adapter: use letters, digits, '_', '-' and '@', as in 'my-adapter'")
     return name
 

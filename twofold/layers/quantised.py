@@ -109,6 +109,10 @@ def packed_as(model: nn.Module) -> Scheme | None:
 
 def values_of(model: nn.Module) -> int:
     """How many values the parameters of a module and of all below it stand for: packed ones are counted unpacked."""
-    packed = [(m, w) for m in model.modules() if (w := frozen_of(m)) is not None]
-    more = sum(w.shape[0] * w.shape[1] - cast(Tensor, m.weight).numel() for m, w in packed)
-    return sum(p.numel() for p in model.parameters()) + more
+    return sum(p.numel() for p in model.parameters()) + sum(map(unpacked, model.modules()))
+
+
+def unpacked(module: nn.Module) -> int:
+    """How many more values its packed weight stands for than it has codes; 0 where it is not packed."""
+    weight = frozen_of(module)
+    return 0 if weight is None else weight.shape[0] * weight.shape[1] - cast(Tensor, module.weight).numel()

@@ -17,6 +17,8 @@ from torch import Tensor
 from twofold.errors import ConfigError
 
 Factors = tuple[Float[Tensor, "r in_"], Float[Tensor, "out r"]]
+Start = Callable[[int, int, int], Factors]
+"""From r, in and out to A and B."""
 
 
 def kaiming(r: int, in_features: int, out_features: int) -> Factors:
@@ -57,7 +59,14 @@ def embedding(r: int, vocabulary: int, dim: int) -> Factors:
     return torch.zeros(r, vocabulary), torch.randn(dim, r)
 
 
-STARTS: dict[bool | str, Callable[[int, int, int], Factors]] = {
+def unfilled(r: int, in_features: int, out_features: int) -> Factors:
+    """Factors of one value, repeated without memory of their own: the place of values that are read from a file."""
+    return _NOTHING.expand(r, in_features), _NOTHING.expand(out_features, r)
+
+
+_NOTHING = torch.zeros(())
+
+STARTS: dict[bool | str, Start] = {
     True: kaiming,
     False: both_random,
     "gaussian": gaussian,

@@ -1,0 +1,31 @@
+"""PEFT's rules for what a pattern says of a module's name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+
+def matches(patterns: str | Iterable[str], name: str) -> bool:
+    """PEFT's rule: one regular expression for the whole name, or a list of names and endings."""
+    return matcher(patterns)(name)
+
+
+def matcher(patterns: str | Iterable[str]) -> Callable[[str], bool]:
+    """`matches` for many names, at a cost that does not grow with the length of the list."""
+    if isinstance(patterns, str):
+        whole = re.compile(patterns)
+        return lambda name: whole.fullmatch(name) is not None
+    listed = frozenset(patterns)
+    return lambda name: not listed.isdisjoint(tails(name))
+
+
+def tails(name: str) -> list[str]:
+    """The name, and what follows each of its dots."""
+    return [name, *(name[i + 1 :] for i, letter in enumerate(name) if letter == ".")]
+
+
+def layer_index(name: str, pattern: str | None) -> int | None:
+    """The index of the layer that a module lies in, by PEFT's rule; None outside the layers."""
+    found = re.match(rf".*\.{pattern}\.(\d+)\." if pattern else r".*\.[^.]*\.(\d+)\.", f".{name}")
+    return int(found.group(1)) if found else None

@@ -1,0 +1,85 @@
+"""Many adapters in one batch: each row of x has updates of its own, with weights of its own.
+
+    y_i = Σ_j w_ij · scale_j · B_j A_j x_i
+
+Two ways lead there. *Masked*: all A stacked, one product h = x Aᵀ over every row and every rank, h zeroed where a row does not have
+the adapter, and one product with all B stacked. Nothing is gathered, but work is done for pairs of row and adapter that do not
+belong together. *Segments*: for each adapter the rows that have it are gathered, multiplied, and added back: no work too much,
+but several small calls an adapter. Which is cheaper follows from the sizes (`masked_is_cheaper`): decode steps of a few rows are
+masked, long prompts are cut into segments. The idea is that of the kernels of Punica and S-LoRA (arXiv 2310.18547, 2311.03285).
+
+Rows that have no update get exact zeros, whatever the values of the adapters are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from twofold.lowrank.factors import LowRank
+
+CALLS = 2.0e6
+"""What the calls of one segment cost, in multiply-adds that the machine could do meanwhile (2 cores of an EPYC, float32)."""
+
+
+def grouped_update(
+    x: Float[Tensor, "rows in_"], updates: Sequence[LowRank], weights: Float[Tensor, "rows updates"]
+) -> Float[Tensor, "rows out"]:
+    """What several updates of one weight add to its output, row by row.
+
+    Args:
+        updates: of any ranks and scales, over the same weight.
+        weights: how much of each update a row gets; 0 for none. On the CPU or on x's device.
+
+    Returns:
+        (rows, out) in x's type.
+    """
+    if not updates:
+        raise ValueError("there is no update to add")
+    ranks, counts = [u.rank for u in updates], (weights != 0).sum(0).tolist()
+    width = x.shape[1] + updates[0].B.shape[0]
+    way = masked if masked_is_cheaper(len(x), width, ranks, counts) else segments
+    return way(x, updates, weights)
+
+
+def masked_is_cheaper(rows: int, width: int, ranks: Sequence[int], counts: Sequence[int]) -> bool:
+    """Whether the products too many cost less than the calls of one segment for each update that some row has.
+
+    Args:
+        width: in + out of the weight.
+        counts: how many rows have each update.
+    """
+    needed = sum(r * count for r, count in zip(ranks, counts, strict=True)) * width
+    return rows * sum(ranks) * width - needed <= CALLS * sum(count > 0 for count in counts)
+
+
+def masked(
+    x: Float[Tensor, "rows in_"], updates: Sequence[LowRank], weights: Float[Tensor, "rows updates"]
+) -> Float[Tensor, "rows out"]:
+    """`grouped_update` by two products over all rows and all ranks."""
+    A = torch.cat([u.A for u in updates]).to(x.dtype)
+    B = torch.cat([u.B for u in updates], dim=1).to(x.dtype)
+    scales = weights * weights.new_tensor([u.scale for u in updates])
+    of_ranks = scales.repeat_interleave(torch.tensor([u.rank for u in updates]).to(weights.device), 1)
+    of_ranks = of_ranks.to(x.device, x.dtype)
+    h = F.linear(x, A)
+    return F.linear(torch.where(of_ranks == 0, 0.0, h * of_ranks), B)
+
+
+def segments(
+    x: Float[Tensor, "rows in_"], updates: Sequence[LowRank], weights: Float[Tensor, "rows updates"]
+) -> Float[Tensor, "rows out"]:
+    """`grouped_update` by two products for each update, over the rows that have it."""
+    y = x.new_zeros(len(x), updates[0].B.shape[0])
+    for j, update in enumerate(updates):
+        (chosen,) = weights[:, j].nonzero(as_tuple=True)
+        if len(chosen):
+            scale = (weights[chosen, j, None] * update.scale).to(x.device, x.dtype)
+            chosen = chosen.to(x.device)
+            h = F.linear(x.index_select(0, chosen), update.A.to(x.dtype)) * scale
+            y = y.index_add(0, chosen, F.linear(h, update.B.to(x.dtype)))
+    return y
