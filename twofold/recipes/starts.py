@@ -69,7 +69,7 @@ def eva_start(
 
 
 def _explained(moments: Tensor) -> Tensor:
-    values = torch.linalg.eigvalsh(moments).flip(0).clamp_min(0)
+    values: Tensor = torch.linalg.eigvalsh(moments).flip(0).clamp_min(0)
     return values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
 
