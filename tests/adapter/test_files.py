@@ -313,7 +313,6 @@ def test_a_base_embedding_that_peft_saved_beside_must_be_this_bases(tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"use_dora": True}, "missing tensor 'base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector'"),
         ({"use_dora": True, "lora_bias": True}, "use_dora cannot go with lora_bias"),
         ({"use_qalora": True, "arrow_config": {"top_k": 3}}, "arrow_config={'top_k': 3}, use_qalora=True"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices=[1, 2]"),
