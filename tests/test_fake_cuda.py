@@ -122,15 +122,18 @@ def test_group_forward_and_backward(dtype: torch.dtype, dropout: float) -> None:
         Projection(gpu(6, 8, dtype=dtype), gpu(6, dtype=dtype), update),
         Projection(gpu(4, 8, dtype=dtype), None, None),
     ]
-    inside, kept = Group.of(group, dtype, dropout), drop(x, dropout)
-    outputs, h = group_forward(x, kept, inside)
-    dx, found = group_backward(outputs, x, kept, h, inside, input_gradient=True)
-    assert [f.shape for f in found] == [(2, 8), (6, 2)]
-    on_gpu(*outputs, h, dx, *found)
-    assert dx is not None
-    assert dx.dtype is dtype
-    on_gpu(*group_product(x[None], group, dropout))
-    on_gpu(update.delta(), merged_weight(gpu(6, 8, dtype=dtype), [update.delta()]))
+    for stretch in (None, gpu(6).requires_grad_()):
+        group[0] = group[0]._replace(stretch=stretch)
+        with torch.no_grad():
+            inside, kept = Group.of(group, dtype, dropout), drop(x, dropout)
+            outputs, h = group_forward(x, kept, inside)
+            dx, found = group_backward(outputs, x, kept, h, inside, input_gradient=True)
+            on_gpu(update.delta(), merged_weight(gpu(6, 8, dtype=dtype), [update.delta()]))
+        assert [f.shape for f in found] == [(2, 8), (6, 2), *([] if stretch is None else [(6,)])]
+        on_gpu(*outputs, h, dx, *found)
+        assert dx is not None
+        assert {dx.dtype, *(y.dtype for y in outputs)} == {dtype}
+        on_gpu(*group_product(x[None], group, dropout))
 
 
 @DTYPES
@@ -287,6 +290,27 @@ def test_prompts_and_a_decode_step(dtype: torch.dtype, family: str, monkeypatch:
     logits.append(streams.step([7]))
     on_gpu(*logits)
     assert [tuple(found.shape) for found in logits] == [(2, 64), (2, 64), (1, 64)]
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_dora": True}, {"lora_bias": True}, {"freeze_a": True}, {"init_lora_weights": "olora", "use_dora": True}],
+    ids=" ".join,
+)
+def test_variants_on_both_paths(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    decoder = described("llama", dtype, **settings)
+    for block in decoder.blocks:
+        for modules in block.projections():
+            for module in modules:
+                assert isinstance(module, LoraLinear)
+                on_gpu(
+                    *(t for t in module.shares.state_dict().values()),
+                    module(gpu(2, 3, module.matrix().shape[1], dtype=dtype)),
+                )
+                on_gpu(module.fold(), module.delta())
+        tensors, learned = decoder.tensors(block)
+        on_gpu(*(m.stretch for g in tensors.groups() for m in g.members if m.stretch is not None), *learned)
 
 
 @DTYPES

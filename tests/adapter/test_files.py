@@ -313,13 +313,13 @@ def test_a_base_embedding_that_peft_saved_beside_must_be_this_bases(tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"use_dora": True}, "use_dora=True"),
-        ({"use_dora": True, "lora_bias": True}, "lora_bias=True, use_dora=True"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora cannot go with lora_bias"),
+        ({"use_qalora": True, "arrow_config": {"top_k": 3}}, "arrow_config={'top_k': 3}, use_qalora=True"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"use_qalora": True}, "use_qalora=True"),
         ({"made_up_later": 3}, "made_up_later=3"),
         ({"peft_type": "IA3"}, "describes a IA3 adapter"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda' changed the base"),
         ({"r": "four"}, "'r' is 'four' but should be a whole number"),
         ({"bias": "some"}, "'bias' is 'some' but may be none, lora_only, all"),
     ],

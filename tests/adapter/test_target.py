@@ -274,7 +274,7 @@ def test_a_module_named_both_adapted_and_saved_is_refused() -> None:
         ({"rank_pattern": {"q_proj": 0}}, "rank must be at least 1"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"target_modules": ()}, "target_modules is empty"),
-        ({"init_lora_weights": "pissa"}, "may be true, gaussian"),
+        ({"init_lora_weights": "pisa"}, "may be true, false, gaussian"),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(settings: dict[str, object], said: str) -> None:

@@ -103,3 +103,9 @@ def test_half_a_pair_of_factors_is_an_error(llama_base: Path, tmp_path: Path) ->
     save_file(tensors, path)
     with pytest.raises(AdapterFileError, match=r"up_proj' has lora_A.weight without its partner"):
         inspect_adapter(path.parent)
+
+
+def test_the_lengths_of_dora_are_said_to_be_left_out(llama_base: Path, tmp_path: Path) -> None:
+    report = inspect_adapter(adapter(llama_base, tmp_path / "a", use_dora=True))
+    assert [f.code for f in report.findings] == ["dora"]
+    assert not inspect_adapter(adapter(llama_base, tmp_path / "b")).findings

@@ -67,6 +67,9 @@ def report_adapter(files: AdapterFiles) -> AdapterReport:
     broken = [name for name, update in updates.items() if nonfinite({"A": update.A, "B": update.B})]
     reports = [_module(name, update) for name, update in updates.items() if name not in broken]
     findings = [Finding("error", "not-finite", f"'{name}' holds NaN or infinity") for name in broken]
+    if files.config.use_dora:
+        said = "these figures are of B·A alone: DoRA also sets the lengths of the rows, for which the base's weights are needed"
+        findings.append(Finding("warning", "dora", said))
     return AdapterReport(files.config.r, reports, [*findings, *(f for r in reports for f in _findings(r))])
 
 
