@@ -216,6 +216,8 @@ def test_bfloat16_and_a_weight_of_a_linear_layer() -> None:
             "in both target_modules and target_parameters",
         ),
         ({"lora_dropout": 0.1}, ConfigError, "lora_dropout cannot fall"),
+        ({"use_dora": True}, ConfigError, "use_dora is defined for linear layers alone"),
+        ({"init_lora_weights": "pissa"}, ConfigError, "pissa is defined for linear layers alone"),
     ],
 )
 def test_what_makes_no_sense_is_refused(more: dict[str, Any], error: type[Exception], message: str) -> None:

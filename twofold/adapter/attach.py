@@ -58,7 +58,7 @@ def attach(
         raise ConfigError(f"an adapter named '{name}' is attached already; detach it or choose another name")
     _check_unmerged(model, "attaching another")
     targets = find_targets(config, module_shapes(model))
-    check_variants(config, targets.adapted, factors)
+    check_variants(config, targets, factors)
     parts = parts_of(config, targets, factors)
     _check_kinds(model, parts)
     made = [part.make(_base_of(model, part.module)) for part in parts]
