@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from families import randomise
+from families import build_model, logits, randomise
 from tiny_adapters import learned
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
-def build(case: str) -> tuple[Any, Tensor, LoraConfig]:
+def made(case: str) -> tuple[Any, Tensor, LoraConfig]:
     make, given, settings = CASES[case]
     torch.manual_seed(0)
     return make(), given(), LoraConfig(r=4, lora_alpha=4, **settings)
@@ -77,7 +78,7 @@ def build(case: str) -> tuple[Any, Tensor, LoraConfig]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_from_planning_to_merging(case: str, tmp_path: Path) -> None:
-    model, x, config = build(case)
+    model, x, config = made(case)
     before, state = model(x), {k: v.clone() for k, v in model.state_dict().items()}
     planned = plan_parameters(config, module_shapes(model), 1).trainable
     attach(model, config)
@@ -97,7 +98,7 @@ def test_from_planning_to_merging(case: str, tmp_path: Path) -> None:
     trained = model.eval()(x)
 
     save_adapter(model, tmp_path / "a")
-    other, _, _ = build(case)
+    other, _, _ = made(case)
     load_adapter(other.eval(), tmp_path / "a")
     torch.testing.assert_close(other(x), trained, rtol=1e-5, atol=1e-6)
     report = report_adapter(open_adapter(tmp_path / "a"))
@@ -108,14 +109,47 @@ def test_from_planning_to_merging(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(other(x), trained, rtol=1e-4, atol=1e-5)
     detach(model)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert repr(model) == repr(build(case)[0].eval())
+    assert repr(model) == repr(made(case)[0].eval())
 
 
 def test_a_vit_merged_for_good_is_a_plain_vit() -> None:
-    model, x, config = build("vit")
+    model, x, config = made("vit")
     attach(model.eval(), config)
     randomise(learned(model))
     expected = model(x)
     plain = VitBlock().eval()
     plain.load_state_dict(merged_state(model))
     torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-4)
+
+
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert-classifier": {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]},
+    "t5": {"target_modules": ["q", "v", "wi", "wo"]},
+}
+
+
+@pytest.mark.parametrize("family", list(ENCODERS))
+def test_an_encoder_with_its_head_and_an_encoder_decoder(family: str, tmp_path: Path) -> None:
+    """Trained here, opened by PEFT, and merged into what transformers opens."""
+    model = build_model(family)
+    attach(model, LoraConfig(r=4, **ENCODERS[family]))
+    optimiser = torch.optim.Adam([p for _, p in learned(model)], lr=0.05)
+    losses = []
+    for _ in range(6):
+        found = logits(model).flatten(0, -2)
+        loss = nn.functional.cross_entropy(found, torch.arange(len(found)) % 3)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+    expected = logits(model)
+    save_adapter(model, tmp_path / "a")
+    again = build_model(family)
+    load_adapter(again, tmp_path / "a")
+    torch.testing.assert_close(logits(again), expected)
+    theirs = peft.PeftModel.from_pretrained(build_model(family), tmp_path / "a").eval()
+    torch.testing.assert_close(logits(theirs), expected, rtol=1e-4, atol=1e-4)
+    bare = build_model(family)
+    bare.load_state_dict(merged_state(model))
+    torch.testing.assert_close(logits(bare), expected, rtol=1e-4, atol=1e-4)

@@ -79,7 +79,7 @@ def made_shares(
     Raises:
         ConfigError: as `attach`.
     """
-    check_variants(config, targets.adapted, factors)
+    check_variants(config, targets, factors)
     modules, made, clashes = dict(bare_modules(model)), {}, []
     layers = [m for m in modules.values() if isinstance(m, AdapterLayer)]
     if any(checked_name(name) in layer.by_name() for layer in layers):

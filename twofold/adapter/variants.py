@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.adapter.config import LoraConfig, resolve
-from twofold.adapter.target import ModuleShape
+from twofold.adapter.target import ModuleShape, Targets
 from twofold.errors import ConfigError
 from twofold.layers.linear import LinearShare
 from twofold.lowrank.dora import row_norms, row_squares
@@ -20,21 +20,22 @@ from twofold.lowrank.spectral_init import DATA_STARTS, is_subtracted, weight_sta
 LINEAR = ("linear", "conv1d")
 
 
-def check_variants(config: LoraConfig, adapted: Mapping[str, ModuleShape], given: Mapping[str, Factors] | None) -> None:
-    """Refuse what a variant cannot do for the modules that it is asked for.
+def check_variants(config: LoraConfig, targets: Targets, given: Mapping[str, Factors] | None) -> None:
+    """Refuse what a variant cannot do for the modules and parameters that it is asked for.
 
     Raises:
         ConfigError: names the setting and the modules.
     """
     asked = linear_only(config)
-    others = [name for name, shape in adapted.items() if shape.kind not in LINEAR]
+    others = [name for name, shape in targets.adapted.items() if shape.kind not in LINEAR]
+    others += [f"{name}.{shape.name}" for name, found in targets.parameters.items() for shape in found]
     if asked and others:
         raise ConfigError(
             f"{' and '.join(asked)} is defined for linear layers alone, but the targets include {_listed(others)}; "
             "leave these out by exclude_modules, or take plain LoRA"
         )
     if config.init_lora_weights in DATA_STARTS:
-        missing = [name for name in adapted if name not in (given or {})]
+        missing = [name for name in targets.adapted if name not in (given or {})]
         if missing:
             raise ConfigError(
                 f"init_lora_weights: {config.init_lora_weights} is computed from data or from the unquantised weights before "

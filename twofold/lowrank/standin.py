@@ -22,6 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+RANKS = 8
+"""Values of 16 bits in 16 bytes."""
+
 
 @dataclass(frozen=True)
 class Sum:
@@ -42,6 +45,11 @@ class Sum:
     def turned(self) -> Sum:
         """Each matrix transposed."""
         return Sum(self.weight.mT, self.right.mT, self.left.mT)
+
+    def aligned(self) -> Sum:
+        """The same with a rank that grouped products take, whose rows must begin every 16 bytes."""
+        missing = -self.left.shape[-1] % RANKS
+        return Sum(self.weight, F.pad(self.left, (0, missing)), F.pad(self.right, (0, 0, 0, missing)))
 
     def times(self, product: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
         """product(x, W + L R), for a product that is linear and takes matrices on its right."""
@@ -116,7 +124,7 @@ def _grouped(function: Any, x: Any, weight: Any, *, offs: Any = None, bias: Any 
     """Rows of x in groups, one matrix of the stack for each."""
     if isinstance(x, StandIn) or bias is not None or out_dtype is not None:
         return NotImplemented
-    return weight.stands_for.times(lambda rows, matrices: function(rows, matrices, offs=offs), x)
+    return weight.stands_for.aligned().times(lambda rows, matrices: function(rows, matrices, offs=offs), x)
 
 
 ASKED = {getattr(Tensor, n).__get__ for n in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout")}
