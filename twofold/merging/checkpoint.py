@@ -30,7 +30,7 @@ def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str
     if not any(layer.active() for _, layer in adapter_layers(model)):
         raise ConfigError("no adapter is active, so there is nothing to merge")
     state = merged_state(model)
-    untied = _cut_ties(model, state)
+    untied = cut_ties(model, state)
     tied_before = model.config.tie_word_embeddings
     template_before = tokenizer.chat_template
     try:
@@ -74,7 +74,7 @@ def _folded(layer: AdapterLayer) -> dict[str, Tensor]:
     raise TypeError(f"{type(layer).__name__} cannot be merged")
 
 
-def _cut_ties(model: Any, state: dict[str, Tensor]) -> bool:
+def cut_ties(model: Any, state: dict[str, Tensor]) -> bool:
     """Whether the input and output embeddings, tied in the base, differ once merged."""
     names = {id(m): n for n, m in model.named_modules()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
