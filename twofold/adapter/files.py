@@ -306,8 +306,11 @@ def _plain_tensor(model: nn.Module, key: str) -> Tensor | None:
 
 
 def _mismatch(path: Path, problems: list[str]) -> str:
-    shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-    return f"the adapter at {path} does not fit this model: {shown}"
+    return f"the adapter at {path} does not fit this model: {_listed(problems)}"
+
+
+def _listed(problems: list[str]) -> str:
+    return "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -328,14 +331,20 @@ def save_adapter(
         RunError: the folder cannot be written.
     """
     path = Path(path)
-    tensors = adapter_tensors(model, name)
+    shares(model, name)
     _check_replaceable(path)
     with atomic.new_folder(path, replace=True) as folder:
-        atomic.write_json(folder / CONFIG, peft_config(model, name, base_name))
+        write_into(model, folder, name, base_name=base_name)
         if provenance is not None:
             atomic.write_json(folder / OURS, {f.name: getattr(provenance, f.name) for f in fields(provenance)})
-        write_tensors(folder / TENSORS, tensors)
     return path
+
+
+def write_into(model: nn.Module, folder: Path, name: str, *, base_name: str | None) -> None:
+    """Write an adapter's two files among whatever else a folder holds; each of them is whole or as it was, the config last."""
+    config = peft_config(model, name, base_name)
+    write_tensors(folder / TENSORS, adapter_tensors(model, name))
+    atomic.write_json(folder / CONFIG, config)
 
 
 def _check_replaceable(path: Path) -> None:
@@ -357,3 +366,26 @@ def adapter_tensors(model: nn.Module, name: str = DEFAULT_NAME) -> dict[str, Ten
         for module, share in shares(model, name).items()
         for suffix, tensor in share.plain(layers[module].base).items()
     }
+
+
+def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str = DEFAULT_NAME) -> None:
+    """Give an attached adapter the values of `tensors`, by their keys in the file.
+
+    Raises:
+        AdapterFileError: a key too many or too few, another shape, or values that are not finite; all of them in one message.
+    """
+    wanted = adapter_tensors(model, name)
+    problems = [f"missing tensor '{k}'" for k in wanted if k not in tensors]
+    problems += [f"unexpected tensor '{k}'" for k in tensors if k not in wanted]
+    problems += [
+        f"'{k}' has shape {tuple(t.shape)} where this model needs {tuple(wanted[k].shape)}"
+        for k, t in tensors.items()
+        if k in wanted and t.shape != wanted[k].shape
+    ]
+    problems += [f"'{k}' holds NaN or infinity" for k in nonfinite(tensors)]
+    if problems:
+        raise AdapterFileError(f"these tensors do not fit adapter '{name}': " + _listed(problems))
+    layers = dict(adapter_layers(model))
+    for module, share in shares(model, name).items():
+        suffixes = share.saved(layers[module].base)
+        share.load(layers[module].base, {s: tensors[f"{PREFIX}{module}.{s}"].clone() for s in suffixes})

@@ -32,7 +32,7 @@ def write_state(
     model: Any, tokenizer: Any, output: Path, state: dict[str, Tensor], *, chat_template: str | None = None
 ) -> Path:
     """Write these tensors as the model's, with its config and the tokenizer."""
-    untied = _cut_ties(model, state)
+    untied = cut_ties(model, state)
     tied_before = model.config.tie_word_embeddings
     template_before = tokenizer.chat_template
     try:
@@ -71,7 +71,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _cut_ties(model: Any, state: dict[str, Tensor]) -> bool:
+def cut_ties(model: Any, state: dict[str, Tensor]) -> bool:
     """Whether the input and output embeddings, tied in the base, differ once merged."""
     names = {id(m): n for n, m in model.named_modules()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
