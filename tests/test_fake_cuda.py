@@ -193,19 +193,21 @@ def test_convolutions_attention_experts_and_tokens(dtype: torch.dtype, monkeypat
         torch, "tensor", lambda found, device: torch.empty(len(found), dtype=torch.int64, device=device)
     )
     x = gpu(2, 4, 8, dtype=dtype)
-    made: dict[str, tuple[nn.Module, Any]] = {
-        "conv": (nn.Conv1d(4, 4, 3, groups=2, padding=1, padding_mode="circular"), x),
-        "mha": (nn.MultiheadAttention(8, 2, batch_first=True), x),
-        "experts": (Experts(), x),
-        "tokens": (nn.Embedding(9, 8), ids(2, 3)),
-    }
+    with torch.device(GPU):
+        made: dict[str, nn.Module] = {
+            "conv": nn.Conv1d(4, 4, 3, groups=2, padding=1, padding_mode="circular", dtype=dtype),
+            "mha": nn.MultiheadAttention(8, 2, batch_first=True, dtype=dtype),
+            "experts": Experts(dtype),
+            "tokens": nn.Embedding(9, 8, dtype=dtype),
+        }
     settings: dict[str, Any] = {"target_modules": ("conv", "mha"), "target_parameters": ("experts.weight",)}
-    model = nn.ModuleDict({name: module for name, (module, _) in made.items()}).to(GPU, dtype)
+    model = nn.ModuleDict(made)
     attach(model, LoraConfig(r=2, trainable_token_indices={"tokens": [3, 4]}, **settings))
     for merged in (False, True):
         if merged:
             merge(model)
-        for name, (_, given) in made.items():
+        for name in made:
+            given = ids(2, 3) if name == "tokens" else x
             out = model[name](given, given, given)[0] if name == "mha" else model[name](given)
             assert out.dtype is dtype
             on_gpu(out, *(p for p in model[name].parameters()))
@@ -214,9 +216,9 @@ def test_convolutions_attention_experts_and_tokens(dtype: torch.dtype, monkeypat
 class Experts(nn.Module):
     """Two stacked maps, multiplied by one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(2, 8, 8))
+        self.weight = nn.Parameter(torch.empty(2, 8, 8, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(nn.functional.linear(x, self.weight[0]), self.weight[1])

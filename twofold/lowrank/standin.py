@@ -68,7 +68,10 @@ class StandIn(Tensor):
     stands_for: Sum
 
     @classmethod
-    def of(cls, found: Sum) -> StandIn:
+    def of(cls, found: Sum) -> Tensor:
+        """A tensor in place of a sum; the sum itself where W is a tensor of a kind of its own, such as a sharded one."""
+        if type(found.weight) not in (Tensor, torch.nn.Parameter):
+            return found.formed()
         made: StandIn = found.weight.detach().as_subclass(cls)
         made.stands_for = found
         return made
