@@ -261,7 +261,6 @@ def tied_rows(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> dict[str
 def wrong_tokens(
     config: LoraConfig, shapes: Mapping[str, ModuleShape], tokens: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """What is wrong with the tokens whose rows are trained, by module."""
     problems = []
     for name, rows in tokens.items():
         shape = shapes[name]
