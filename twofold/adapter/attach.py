@@ -14,7 +14,15 @@ from twofold.adapter.kinds import Part, parts_of
 from twofold.adapter.target import Targets, find_targets, module_shapes
 from twofold.adapter.variants import check_variants
 from twofold.errors import ConfigError, did_you_mean
-from twofold.layers.protocol import AdapterLayer, Adapters, Share, bare_modules, checked_name, parameters_below
+from twofold.layers.protocol import (
+    AdapterLayer,
+    Adapters,
+    Share,
+    adapted_layers,
+    bare_modules,
+    checked_name,
+    parameters_below,
+)
 from twofold.layers.quantised import unpacked
 from twofold.layers.saved import CopyShare
 from twofold.lowrank.init import Factors
@@ -99,14 +107,14 @@ def made_shares(
 
 def put_on(model: nn.Module, made: Mapping[str, Made], config: LoraConfig, name: str) -> None:
     """Give each layer its share of a new adapter, and make it the active one."""
-    layers = [layer for _, layer in adapter_layers(model)]
+    layers = adapted_layers(model)
     adapters = layers[0].adapters if layers else Adapters()
     if not layers:
         for parameter in parameters_below(model):
             parameter.requires_grad_(False)
     adapters.join([*layers, *(m.layer for m in made.values())])
     for layer, share in made.values():
-        share.origin = config
+        share.__dict__["origin"] = config  # as assigning it does, but for a search among parameters
         layer.add(name, share)
     known = set(layers)
     _replace(model, {layer.base: layer for layer, _ in made.values() if layer not in known})
@@ -120,16 +128,22 @@ def _fits(layer: AdapterLayer, share: Share, part: Part) -> bool:
 
 
 def _check_unmerged(layers: Iterable[AdapterLayer], what: str) -> None:
-    if any(getattr(layer, "merged", None) is not None for layer in layers):
+    if any(layer.is_merged() for layer in layers):
         raise ConfigError(f"adapters are merged into this model; call unmerge before {what}")
 
 
 def _replace(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
     """Put other modules in place of some, wherever these stand: a T5's one embedding has three places."""
-    for parent in list(model.modules()) if by else ():
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in by:
-                setattr(parent, name, by[child])
+    seen: set[nn.Module] = set()
+    waiting = [model] if by else []
+    while waiting:
+        parent = waiting.pop()
+        seen.add(parent)
+        for name, child in parent._modules.items():
+            if child in by:
+                parent._modules[name] = by[child]
+            elif child is not None and child not in seen:
+                waiting.append(child)
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
@@ -141,7 +155,7 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
 
 def adapters_of(model: nn.Module) -> list[Adapters]:
     """What the adapted layers refer to: one for a whole model, several where parts of it were adapted apart."""
-    return list(dict.fromkeys(layer.adapters for _, layer in adapter_layers(model)))
+    return list(dict.fromkeys(layer.adapters for layer in adapted_layers(model)))
 
 
 def shares(model: nn.Module, name: str) -> dict[str, Share]:
@@ -180,7 +194,7 @@ def activate(model: nn.Module, names: str | Mapping[str, float] | None) -> None:
         ConfigError: a name is not attached, or merged weights are in place.
     """
     weights = {} if names is None else {names: 1.0} if isinstance(names, str) else dict(names)
-    layers = [layer for _, layer in adapter_layers(model)]
+    layers = adapted_layers(model)
     found = dict.fromkeys(layer.adapters for layer in layers)
     _check_known(found, weights)
     _check_unmerged(layers, "choosing others")
@@ -195,10 +209,9 @@ def check_known(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _check_known(found: Iterable[Adapters], names: Iterable[str]) -> None:
-    known = [name for adapters in found for name in adapters.held]
     for name in names:
-        if name not in known:
-            raise ConfigError(_unknown(name, list(dict.fromkeys(known))))
+        if not any(name in adapters.held for adapters in found):
+            raise ConfigError(_unknown(name, list(dict.fromkeys(n for adapters in found for n in adapters.held))))
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, float]) -> None:
@@ -255,8 +268,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if name is not None:
         shares(model, name)
     if name is not None and attached(model) != [name]:
-        _check_unmerged((layer for _, layer in adapter_layers(model)), "detaching one of them")
-    layers = [layer for _, layer in adapter_layers(model)]
+        _check_unmerged(adapted_layers(model), "detaching one of them")
+    layers = adapted_layers(model)
     for layer in layers:
         for held in [name] if name is not None else list(layer.shares):
             layer.remove(held)
@@ -269,14 +282,14 @@ def merge(model: nn.Module) -> None:
     Lossless to undo: the base's tensors stay as they are and `unmerge` returns to them. Until then the adapted
     layers' weights are held twice.
     """
-    for _, layer in adapter_layers(model):
+    for layer in adapted_layers(model):
         if layer.active():
             layer.merge()
 
 
 def unmerge(model: nn.Module) -> None:
     """Go back from merged weights to the base and its adapters, bit for bit."""
-    for _, layer in adapter_layers(model):
+    for layer in adapted_layers(model):
         layer.unmerge()
 
 
@@ -295,7 +308,7 @@ def folding(model: nn.Module) -> Iterator[None]:
 
 def is_merged(model: nn.Module) -> bool:
     """Whether merged weights are in place."""
-    return any(getattr(layer, "merged", None) is not None for _, layer in adapter_layers(model))
+    return any(layer.is_merged() for layer in adapted_layers(model))
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:

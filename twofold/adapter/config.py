@@ -154,4 +154,6 @@ def pattern_matches(pattern: str, module: str) -> bool:
 
 
 def _first_match(patterns: Mapping[str, V], module: str, default: V) -> V:
+    if not patterns:
+        return default
     return next((value for pattern, value in patterns.items() if pattern_matches(pattern, module)), default)

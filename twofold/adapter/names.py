@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 
 def matches(patterns: str | Iterable[str], name: str) -> bool:
@@ -20,9 +21,11 @@ def matcher(patterns: str | Iterable[str]) -> Callable[[str], bool]:
     return lambda name: not listed.isdisjoint(tails(name))
 
 
-def tails(name: str) -> list[str]:
-    """The name, and what follows each of its dots."""
-    return [name, *(name[i + 1 :] for i, letter in enumerate(name) if letter == ".")]
+@lru_cache(maxsize=1 << 16)
+def tails(name: str) -> tuple[str, ...]:
+    """The name, and what follows each of its dots. Every pattern of every adapter asks this of the same few hundred names."""
+    parts = name.split(".")
+    return (name, *(".".join(parts[i:]) for i in range(1, len(parts))))
 
 
 def layer_index(name: str, pattern: str | None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,13 +31,14 @@ class ParameterShape:
 
 def own_parameters(module: nn.Module) -> tuple[ParameterShape, ...]:
     """Its parameters of two and three dimensions, those of modules inside it aside, in its order."""
-    transposed = bool(getattr(module, "is_transposed", False))
+    if not module._parameters:
+        return ()
+    transposed = bool(module.__dict__.get("is_transposed", getattr(type(module), "is_transposed", False)))
     found = []
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() in (2, 3):
-            experts = parameter.shape[0] if parameter.dim() == 3 else 1
-            swapped = transposed and parameter.dim() == 3
-            rows, columns = parameter.shape[-2:]
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.dim() in (2, 3):
+            *stack, rows, columns = parameter.shape
+            experts, swapped = math.prod(stack), transposed and bool(stack)
             widths = (rows, columns) if swapped else (columns, rows)
             found.append(ParameterShape(name, experts, *widths, swapped))
     return tuple(found)

@@ -6,8 +6,9 @@ Every entry that matches nothing is an error, and all of them come in one messag
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -74,14 +75,10 @@ def module_shapes(model: nn.Module) -> dict[str, ModuleShape]:
         if name
     }
     ties = ties_of(bare)
-    found = {
-        name: replace(
-            _shape(module, id(module) in heads, sum(_sizes(module, counted).values())),
-            own=own_parameters(module),
-            tied_to=ties.get(name),
-        )
-        for name, module in bare.items()
-    }
+    found = {}
+    for name, module in bare.items():
+        shape = partial(ModuleShape, head=id(module) in heads, own=own_parameters(module), tied_to=ties.get(name))
+        found[name] = _shape(module, shape, sum(_sizes(module, counted).values()))
     return _with_input_embedding(model, bare, found)
 
 
@@ -106,8 +103,8 @@ def _sizes(module: nn.Module, counted: dict[nn.Module, dict[int, int]]) -> dict[
     if module not in counted:
         bare = module.base if isinstance(module, AdapterLayer) else module
         found = {id(p): p.numel() for p in bare._parameters.values() if p is not None}
-        for child in bare.children():
-            found |= _sizes(child, counted)
+        for child in bare._modules.values():
+            found |= _sizes(child, counted) if child is not None else {}
         counted[module] = found
     return counted[module]
 
@@ -121,32 +118,33 @@ def _heads(model: nn.Module) -> set[int]:
     return {id(m.base if isinstance(m, AdapterLayer) else m) for m in found}
 
 
-def _shape(module: nn.Module, head: bool, count: int) -> ModuleShape:
-    """Its shape as it was before adapters came, when it had `count` values in its parameters."""
-    leaf = next(module.children(), None) is None
-    bias = leaf and isinstance(getattr(module, "bias", None), nn.Parameter)
+def _shape(module: nn.Module, shape: Callable[..., ModuleShape], count: int) -> ModuleShape:
+    """Its shape as it was before adapters came, when it had `count` values in its parameters; `shape` fills in what else is known."""
+    leaf = all(child is None for child in module._modules.values())
+    bias = leaf and module._parameters.get("bias") is not None
     if (packed := frozen_of(module)) is not None:
-        return ModuleShape("linear", packed.shape[1], packed.shape[0], bias, count + unpacked(module), head)
-    if isinstance(module, nn.Linear | nn.Embedding | Conv1D | _ConvNd) and not _computes_as_known(module):
-        return ModuleShape("other", bias=bias, parameters=count, head=head, foreign_class=type(module).__name__)
+        return shape("linear", packed.shape[1], packed.shape[0], bias, count + unpacked(module))
+    if isinstance(module, PRODUCTS) and not _computes_as_known(module):
+        return shape("other", bias=bias, parameters=count, foreign_class=type(module).__name__)
     if isinstance(module, nn.Linear):
-        return ModuleShape("linear", module.in_features, module.out_features, bias, count, head)
+        return shape("linear", module.in_features, module.out_features, bias, count)
     if isinstance(module, Conv1D):
-        return ModuleShape("conv1d", module.nx, module.nf, bias, count, head)
+        return shape("conv1d", module.nx, module.nf, bias, count)
     if isinstance(module, nn.Embedding):
-        return ModuleShape("embedding", module.num_embeddings, module.embedding_dim, bias, count, head)
+        return shape("embedding", module.num_embeddings, module.embedding_dim, bias, count)
     if isinstance(module, _ConvNd):
         window = module.in_channels * math.prod(module.kernel_size)
-        return ModuleShape("convolution", window, module.out_channels, bias, count, head, groups=module.groups)
+        return shape("convolution", window, module.out_channels, bias, count, groups=module.groups)
     if isinstance(module, nn.MultiheadAttention):
         if type(module).forward is not nn.MultiheadAttention.forward or not module._qkv_same_embed_dim:
-            return ModuleShape("other", parameters=count, foreign_class=f"{type(module).__name__} with kdim or vdim")
+            return shape("other", parameters=count, foreign_class=f"{type(module).__name__} with kdim or vdim")
         d = module.embed_dim
-        return ModuleShape("attention", d, 3 * d, parameters=count, second=2 * d)
+        return shape("attention", d, 3 * d, parameters=count, second=2 * d)
     width = cast(nn.Parameter, module.bias).numel() if bias else 0
-    return ModuleShape("other", 0, width, bias, count, head)
+    return shape("other", 0, width, bias, count)
 
 
+PRODUCTS = (nn.Linear, nn.Embedding, Conv1D, _ConvNd)
 FORWARDS = {c.forward for c in (nn.Linear, nn.Embedding, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
@@ -235,6 +233,8 @@ def adapted_modules(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> di
 def adapted_parameters(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> dict[str, tuple[ParameterShape, ...]]:
     """By module, the parameters that `target_parameters` names, in the module's order."""
     entries = config.target_parameters or ()
+    if not entries:
+        return {}
     found = {n: tuple(p for p in s.own if matches(entries, f"{n}.{p.name}")) for n, s in shapes.items()}
     return {name: parameters for name, parameters in found.items() if parameters}
 
@@ -242,8 +242,10 @@ def adapted_parameters(config: LoraConfig, shapes: Mapping[str, ModuleShape]) ->
 def token_rows(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> dict[str, tuple[int, ...]]:
     """By module, the rows of its weight that `trainable_token_indices` names."""
     given = config.trainable_token_indices or ()
+    if not given:
+        return {}
     if not isinstance(given, Mapping):
-        return {n: tuple(given) for n, s in shapes.items() if s.input_embedding and given}
+        return {n: tuple(given) for n, s in shapes.items() if s.input_embedding}
     return {n: tuple(rows) for entry, rows in given.items() for n in shapes if matches((entry,), n)}
 
 
@@ -311,7 +313,7 @@ PRESETS = {"all-linear": _all_linear, "attention": _attention, "mlp": _mlp}
 
 
 def _saved(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> tuple[str, ...]:
-    return tuple(filter(matcher(config.modules_to_save or ()), shapes))
+    return tuple(filter(matcher(config.modules_to_save), shapes)) if config.modules_to_save else ()
 
 
 def _biased(

@@ -67,7 +67,7 @@ def linear_share(
     """
     r, _, scale = resolve(config, module)
     try:
-        start = given[module] if given and module in given else _start(config, shape, base, r, scale)
+        start = _own(given[module]) if given and module in given else _start(config, shape, base, r, scale)
         factors = like(cast(Tensor, base.weight), start)
     except ConfigError as error:
         raise ConfigError(f"'{module}': {error}") from error
@@ -85,6 +85,12 @@ def linear_share(
         share.magnitude = nn.Parameter(row_norms(weight, row_squares(weight), share.low_rank()))
         share.weight_when_active = 0.0
     return share
+
+
+def _own(given: Factors) -> Factors:
+    """A copy of factors that belong to someone else; one value that is repeated needs none."""
+    A, B = (f if 0 in f.stride() else f.clone() for f in given)
+    return A, B
 
 
 def _start(config: LoraConfig, shape: ModuleShape, base: nn.Module, r: int, scale: float) -> Factors:
@@ -118,5 +124,6 @@ def like(weight: Tensor, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor
 
 
 def _laid_out(factor: Tensor) -> Tensor:
-    """A copy that lies row by row; one value that is repeated without memory of its own stays so."""
-    return factor if 0 in factor.stride() else factor.clone(memory_format=torch.contiguous_format)
+    """Row by row in memory that holds nothing else; one value that is repeated without memory of its own stays so."""
+    alone = factor.is_contiguous() and factor.untyped_storage().nbytes() == factor.nbytes
+    return factor if alone or 0 in factor.stride() else factor.clone(memory_format=torch.contiguous_format)

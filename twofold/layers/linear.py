@@ -37,6 +37,11 @@ class LinearShare(Share):
 
     cast: tuple[Tensor, Tensor] | None = None
     norms: Tensor | None = None
+    A: Tensor
+    B: nn.Parameter
+    bias_change: nn.Parameter | None
+    b_bias: nn.Parameter | None
+    magnitude: nn.Parameter | None
     start_A: Tensor | None
     start_B: Tensor | None
 
@@ -48,14 +53,11 @@ class LinearShare(Share):
         bias_change: Float[Tensor, " out"] | None = None,
     ) -> None:
         super().__init__()
-        self.A: Tensor = nn.Parameter(factors[0])
-        self.B = nn.Parameter(factors[1])
-        self.bias_change = None if bias_change is None else nn.Parameter(bias_change)
-        self.b_bias: nn.Parameter | None = None
-        self.magnitude: nn.Parameter | None = None
-        self.register_buffer("start_A", None)
-        self.register_buffer("start_B", None)
-        self.scale, self.dropout = scale, dropout
+        change = None if bias_change is None else nn.Parameter(bias_change)
+        A, B = nn.Parameter(factors[0]), nn.Parameter(factors[1])
+        self._parameters.update(A=A, B=B, bias_change=change, b_bias=None, magnitude=None)  # as assigning them does
+        self._buffers.update(start_A=None, start_B=None)
+        self.__dict__.update(scale=scale, dropout=dropout)
 
     def count_from_start(self) -> None:
         """From now on the update is s·BA − s·B0A0, with the factors as they are now for B0 and A0."""
@@ -126,7 +128,8 @@ class LoraLinear(WeightLayer):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
-        self.register_buffer("squares", None, persistent=False)
+        self._buffers["squares"] = None
+        self._non_persistent_buffers_set.add("squares")
 
     @classmethod
     def from_base(cls, base: nn.Module) -> LoraLinear:

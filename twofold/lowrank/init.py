@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -59,8 +60,9 @@ def embedding(r: int, vocabulary: int, dim: int) -> Factors:
     return torch.zeros(r, vocabulary), torch.randn(dim, r)
 
 
+@cache
 def unfilled(r: int, in_features: int, out_features: int) -> Factors:
-    """Factors of one value, repeated without memory of their own: the place of values that are read from a file."""
+    """Factors of one value, repeated without memory of their own: the place of values that are read from a file. Not to be written."""
     return _NOTHING.expand(r, in_features), _NOTHING.expand(out_features, r)
 
 
