@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twofold.adapter.attach import activate, active, attach, attached, detach, disabled, shares
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import load_adapter, save_adapter
-from twofold.layers.linear import LoraLinear
+from twofold.layers.linear import LinearShare, LoraLinear
 from twofold.layers.protocol import Share
 
 
@@ -53,6 +53,43 @@ def test_loading_and_switching_look_at_no_adapter_that_is_not_concerned(
     logits(model)
     assert set(touched.names) <= {"", "new", "a5", "a2"}
     assert "a2" in touched.names
+
+
+def test_switching_walks_the_model_at_most_once(folder: Path) -> None:
+    """However many adapters there are, and with no look at a parameter of an adapter that is neither left nor chosen."""
+    model = build_model("llama")
+    for i in range(3):
+        load_adapter(model, folder, f"a{i}")
+    seen: list[nn.Module] = []
+
+    class Walked(dict[str, nn.Module]):
+        def values(self) -> Any:
+            seen.append(model)
+            return super().values()
+
+    model.__dict__["_modules"] = Walked(model._modules)
+    activate(model, "a1")
+    assert len(seen) == 1
+    assert {n.split(".shares.")[1].split(".")[0] for n, _ in learned(model)} == {"a1"}
+
+
+def test_a_start_follows_from_the_seed_alone(folder: Path) -> None:
+    """Whatever is attached already; and what an adapter starts from is its own, also when the caller keeps the factors."""
+    starts = []
+    for held in (0, 2):
+        model = build_model("llama")
+        for i in range(held):
+            load_adapter(model, folder, f"a{i}")
+        torch.manual_seed(11)
+        attach(model, LoraConfig(r=4), "new")
+        starts.append({m: s.A.detach() for m, s in shares(model, "new").items() if isinstance(s, LinearShare)})
+    assert starts[0].keys() == starts[1].keys()
+    assert all(torch.equal(starts[0][m], starts[1][m]) for m in starts[0])
+    given = {m: (torch.ones(4, s.A.shape[1]), torch.zeros(s.B.shape[0], 4)) for m, s in shares(model, "new").items()}
+    attach(model, LoraConfig(r=4, init_lora_weights="eva"), "given", factors=given)
+    with torch.no_grad():
+        next(iter(given.values()))[0].zero_()
+    assert all(bool((s.A == 1).all()) for s in shares(model, "given").values())
 
 
 def mapped(model: nn.Module, name: str) -> set[int]:

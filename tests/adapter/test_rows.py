@@ -15,7 +15,8 @@ from twofold.adapter.rows import rows
 from twofold.errors import ConfigError
 from twofold.layers.embedding import EmbeddingShare, LoraEmbedding
 from twofold.layers.linear import LinearShare, LoraLinear, project
-from twofold.layers.protocol import AdapterLayer, Rows
+from twofold.layers.protocol import AdapterLayer
+from twofold.layers.rows import Rows
 from twofold.layers.saved import BiasShare, CopyShare, TrainedBias, TrainedCopy
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.grouped import grouped_update, masked, masked_is_cheaper, segments
@@ -156,3 +157,34 @@ def test_two_whole_copies_of_a_module_do_not_fit_on_one_row_but_on_two() -> None
         found = model(input_ids=ids).logits
     activate(model, "b")
     torch.testing.assert_close(found[1], model(input_ids=ids).logits[1], rtol=1e-4, atol=1e-5)
+
+
+class Mixture(nn.Module):
+    """Experts that are plain modules; every row goes to the first of them, but in an order that a router makes up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+        self.experts = nn.ModuleDict({"expert_0": nn.Linear(6, 6), "expert_1": nn.Linear(6, 6)})
+        self.shared_experts = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.arange(len(x)).flip(0)
+        y: Tensor = self.up(x) + self.shared_experts(x)
+        return y.index_add(0, order, self.experts["expert_0"](x[order]))
+
+
+def test_rows_in_the_order_of_a_router_are_refused_and_adapters_outside_of_experts_served() -> None:
+    model = Mixture().eval()
+    x = torch.randn(3, 6)
+    attach(model, LoraConfig(r=2), "all")
+    attach(model, LoraConfig(r=2, target_modules=("up", "shared_experts")), "outside")
+    randomise([(n, p) for n, p in model.named_parameters() if ".shares." in n], scale=0.3)
+    with rows(model, ["outside", None, "outside"]):
+        found = model(x)
+    activate(model, "outside")
+    torch.testing.assert_close(found[0], model(x)[0])
+    activate(model, None)
+    torch.testing.assert_close(found[1], model(x)[1])
+    with pytest.raises(ConfigError, match="in the order of a router"), rows(model, ["all", None, "outside"]):
+        model(x)

@@ -24,6 +24,7 @@ from twofold.layers.protocol import (
     parameters_below,
 )
 from twofold.layers.quantised import unpacked
+from twofold.layers.rows import is_routed
 from twofold.layers.saved import CopyShare
 from twofold.lowrank.init import Factors
 
@@ -113,7 +114,8 @@ def put_on(model: nn.Module, made: Mapping[str, Made], config: LoraConfig, name:
         for parameter in parameters_below(model):
             parameter.requires_grad_(False)
     adapters.join([*layers, *(m.layer for m in made.values())])
-    for layer, share in made.values():
+    for module, (layer, share) in made.items():
+        layer.routed = is_routed(module)
         share.__dict__["origin"] = config  # as assigning it does, but for a search among parameters
         layer.add(name, share)
     known = set(layers)

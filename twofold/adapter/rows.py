@@ -10,7 +10,7 @@ from torch import nn
 
 from twofold.adapter.attach import adapters_of, check_known, check_weights, is_merged
 from twofold.errors import ConfigError
-from twofold.layers.protocol import Rows
+from twofold.layers.rows import Rows
 
 
 @contextmanager
@@ -21,7 +21,8 @@ def rows(model: nn.Module, names: Sequence[str | Mapping[str, float] | None]) ->
         names: one for each row of the batch: an adapter, several with a weight each, or None for the bare base.
 
     Raises:
-        ConfigError: a name is not attached, the model is training or merged, or a row would need two whole copies of a module.
+        ConfigError: a name is not attached, the model is training or merged, or a row would need two whole copies of a module;
+            from the model's forward, an adapted layer sees other rows than the batch's, or in the order of a mixture's router.
     """
     if model.training:
         raise ConfigError(

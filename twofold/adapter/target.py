@@ -69,11 +69,7 @@ def module_shapes(model: nn.Module) -> dict[str, ModuleShape]:
     """Every named module of a model (on the meta device too); adapted layers count as the base they wrap."""
     heads = _heads(model)
     counted: dict[nn.Module, dict[int, int]] = {}
-    bare = {
-        name: module.base if isinstance(module, AdapterLayer) else module
-        for name, module in bare_modules(model)
-        if name
-    }
+    bare = {n: m.base if isinstance(m, AdapterLayer) else m for n, m in bare_modules(model) if n}
     ties = ties_of(bare)
     found = {}
     for name, module in bare.items():
@@ -119,7 +115,7 @@ def _heads(model: nn.Module) -> set[int]:
 
 
 def _shape(module: nn.Module, shape: Callable[..., ModuleShape], count: int) -> ModuleShape:
-    """Its shape as it was before adapters came, when it had `count` values in its parameters; `shape` fills in what else is known."""
+    """Its shape as it was before adapters came, when it had `count` values in its parameters; `shape` knows the rest."""
     leaf = all(child is None for child in module._modules.values())
     bias = leaf and module._parameters.get("bias") is not None
     if (packed := frozen_of(module)) is not None:

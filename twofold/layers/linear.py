@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
-from twofold.layers.protocol import Rows, Share, WeightLayer, adopt, bias_of
+from twofold.layers.protocol import Share, WeightLayer, adopt, bias_of
 from twofold.layers.quantised import QuantisedLinear, frozen_of
+from twofold.layers.rows import Rows
 from twofold.lowrank.dora import row_norms, row_squares
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.frozen import Frozen

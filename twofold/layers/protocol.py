@@ -12,35 +12,14 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
-
-
-class Rows(NamedTuple):
-    """Which row of a batch has which adapters.
-
-    Attributes:
-        names: the adapters that occur.
-        weights: how much of each a row has; 0 for none.
-    """
-
-    names: tuple[str, ...]
-    weights: Float[Tensor, "rows names"]
-
-    def groups(self) -> Iterator[tuple[dict[str, float], Int[Tensor, " some"]]]:
-        """Each combination of adapters with the rows that have it; not that of the bare base."""
-        found: dict[tuple[float, ...], list[int]] = {}
-        for i, weights in enumerate(self.weights.tolist()):
-            found.setdefault(tuple(weights), []).append(i)
-        for weights, chosen in found.items():
-            if any(weights):
-                yield dict(zip(self.names, weights, strict=True)), torch.tensor(chosen)
+from twofold.layers.rows import Rows, in_other_order, not_rows
 
 
 class Adapters:
@@ -159,11 +138,13 @@ class AdapterLayer(nn.Module):
 
     Attributes:
         adapters: which adapters count now, the same object in every layer of a model.
+        routed: whether it sees the rows that a router picks, in the router's order.
     """
 
     base: nn.Module
     shares: nn.ModuleDict
     adapters: Adapters
+    routed: bool = False
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -194,9 +175,15 @@ class AdapterLayer(nn.Module):
         return cast(dict[str, Share], self.shares._modules)
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        """As of any module; in a mixed batch, each row with its own adapters."""
+        """As of any module; in a mixed batch, each row with its own adapters.
+
+        Raises:
+            ConfigError: in a mixed batch, the rows come in the order of a router.
+        """
         if self.adapters.rows is None or not self.adapters.enabled:
             return super().__call__(*args, **named)
+        if self.routed and not self.by_name().keys().isdisjoint(self.adapters.rows.names):
+            raise ConfigError(in_other_order(self.base))
         return self.by_rows(self.adapters.rows, *args, **named)
 
     def by_rows(self, rows: Rows, *args: Any, **named: Any) -> Tensor:
@@ -208,7 +195,7 @@ class AdapterLayer(nn.Module):
         y = self.base(*args, **named)
         inputs = [v for v in (*args, *named.values(), y) if v is not None]
         if any(not isinstance(v, Tensor) or v.dim() == 0 or len(v) != len(rows.weights) for v in inputs):
-            raise ConfigError(_not_rows(self.base, rows))
+            raise ConfigError(not_rows(self.base, rows))
         before = self.adapters.weights
         try:
             self.adapters.rows = None
@@ -389,13 +376,6 @@ def adapted_layers(model: nn.Module) -> list[AdapterLayer]:
             elif module._modules:
                 waiting += [child for child in reversed(module._modules.values()) if child is not None]
     return found
-
-
-def _not_rows(base: nn.Module, rows: Rows) -> str:
-    return (
-        f"a {type(base).__name__} was called with something whose first dimension is not the batch of {len(rows.weights)} rows, so "
-        "the rows' adapters cannot be told apart there; run the rows one by one, or give one adapter for each row of the batch"
-    )
 
 
 _CONTAINER = nn.ModuleDict()

@@ -62,7 +62,7 @@ def embedding(r: int, vocabulary: int, dim: int) -> Factors:
 
 @cache
 def unfilled(r: int, in_features: int, out_features: int) -> Factors:
-    """Factors of one value, repeated without memory of their own: the place of values that are read from a file. Not to be written."""
+    """Factors of one value, repeated without memory of their own: a place for a file's values."""
     return _NOTHING.expand(r, in_features), _NOTHING.expand(out_features, r)
 
 
