@@ -142,7 +142,7 @@ def _replace(model: nn.Module, by: Mapping[nn.Module, nn.Module]) -> None:
         parent = waiting.pop()
         seen.add(parent)
         for name, child in parent._modules.items():
-            if child in by:
+            if child is not None and child in by:
                 parent._modules[name] = by[child]
             elif child is not None and child not in seen:
                 waiting.append(child)

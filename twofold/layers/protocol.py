@@ -45,8 +45,9 @@ class Adapters:
         for name in self.weights.keys() | weights.keys():
             for share in self.held.get(name, ()):
                 share.requires_grad_(name in weights)
-        in_order = self.held if len(weights) > 1 else weights.keys() & self.held.keys()
-        self.weights = {name: weights[name] for name in in_order if name in weights}
+        known = [name for name in weights if name in self.held]
+        in_order = known if len(known) < 2 else [name for name in self.held if name in weights]
+        self.weights = {name: weights[name] for name in in_order}
 
     def join(self, layers: Iterable[AdapterLayer]) -> None:
         """Be the one that these layers refer to; what they held and had chosen stays so."""
