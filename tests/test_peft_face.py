@@ -15,9 +15,12 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 import twofold.peft as face
-from twofold.adapter.attach import attached
-from twofold.errors import AdapterFileError, ConfigError, TargetError
+from twofold.adapter.attach import activate, attached
+from twofold.errors import AdapterFileError, ConfigError, RunError, TargetError
+from twofold.merging.attached import METHODS
 from twofold.peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from twofold.peft.arguments import CHANGES_NOTHING
+from twofold.peft.config import NO_EFFECT, NOT_DONE, QUERY_AND_VALUE
 
 FILE = "adapter_model.safetensors"
 
@@ -69,7 +72,7 @@ def test_the_first_steps_say_the_same_in_both(capsys: pytest.CaptureFixture[str]
 
 
 def test_usual_targets_are_those_of_peft() -> None:
-    for family, targets in face.QUERY_AND_VALUE.items():
+    for family, targets in QUERY_AND_VALUE.items():
         assert set(targets) == set(USUAL[family]), family
     assert get_peft_model(build_model("gpt2"), LoraConfig()).peft_config["default"].target_modules == ("c_attn",)
     with pytest.raises(ConfigError, match="target_modules is not given"):
@@ -146,16 +149,170 @@ def test_merging_that_would_not_be_finite_is_refused_and_undone() -> None:
         assert torch.equal(logits(model), expected)
 
 
-def test_concatenating_is_the_exact_weighted_sum(pair: tuple[Any, Any]) -> None:
+def deltas(model: Any, name: str) -> dict[str, Tensor]:
+    activate(model, name)
+    return {n: layer.delta() for n, layer in face.model.live.adapter_layers(model)}
+
+
+@pytest.mark.parametrize("method", [*METHODS, "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"])
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], "all-linear"], ids=["embedding", "linear"])
+def test_one_adapter_combined_alone_stays_what_it_is(method: str, targets: Any) -> None:
+    model = ours(r=4, lora_alpha=3, use_rslora=True, target_modules=targets)
+    randomise([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    model.add_weighted_adapter(["default"], [1.0], "same", combination_type=method, density=1.0)
+    assert model.active_adapters == ["default"]
+    expected = deltas(model, "default")
+    for module, found in deltas(model, "same").items():
+        assert (found - expected[module]).norm() <= 1e-6 * expected[module].norm(), module
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "dare_linear", "magnitude_prune"])
+def test_sums_are_exact_where_the_rank_allows(method: str, pair: tuple[Any, Any]) -> None:
     _, here = pair
-    here.add_weighted_adapter(["a", "b"], [0.7, -1.5], "both", combination_type="cat")
-    assert here.active_adapters == ["a"]
+    here.add_weighted_adapter(["a", "b"], [0.7, -1.5], "both", combination_type=method, svd_rank=6)
     here.set_adapter("both")
     found = logits(here)
-    face.live.activate(here, {"a": 0.7, "b": -1.5})
+    activate(here, {"a": 0.7, "b": -1.5})
     close(found, logits(here))
-    with pytest.raises(ConfigError, match="'cat' is exact"):
-        here.add_weighted_adapter(["a", "b"], [1.0, 1.0], "other", combination_type="linear")
+    assert here.peft_config["both"].r == 6
+
+
+def test_truncating_is_that_of_peft_and_says_what_is_lost(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    """Without rank-stabilised scales, which PEFT gets wrong."""
+    folders = random_adapter(tmp_path / "c", seed=3), random_adapter(tmp_path / "d", seed=4)
+    models: list[Any] = []
+    for library in (peft, face):
+        model: Any = library.PeftModel.from_pretrained(build_model("llama"), folders[0], adapter_name="a")  # type: ignore[attr-defined]
+        model.load_adapter(folders[1], adapter_name="b")
+        models.append(model.eval())
+    theirs, here = models
+    theirs.add_weighted_adapter(["a", "b"], [0.7, -1.5], "both", svd_rank=3)
+    with pytest.warns(UserWarning, match="of the energy of the combined update"):
+        here.add_weighted_adapter(["a", "b"], [0.7, -1.5], "both", svd_rank=3)
+    theirs.set_adapter("both"), here.set_adapter("both")
+    torch.testing.assert_close(logits(here), logits(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:adapter .* lost")
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
+def test_thinned_updates_are_those_of_the_formula(method: str, pair: tuple[Any, Any]) -> None:
+    """At full rank nothing is cut off, so the whole deltas can be compared."""
+    _, here = pair
+    one, two = deltas(here, "a"), deltas(here, "b")
+    torch.manual_seed(5)
+    here.add_weighted_adapter(["a", "b"], [0.7, -1.5], "both", combination_type=method, density=0.5, svd_rank=32)
+    torch.manual_seed(5)
+    for module, found in deltas(here, "both").items():
+        parts = [0.7 * one[module], -1.5 * two[module]]
+        if "dare" in method:
+            parts = [torch.where(torch.rand(p.shape) < 0.5, p / 0.5, 0.0) for p in parts]
+        else:
+            parts = [torch.where(p.abs() >= p.abs().median(), p, 0.0) for p in parts]
+        expected = parts[0] + parts[1]
+        if "ties" in method:
+            agree = [(p * expected > 0).float() for p in parts]
+            mass = 0.7 * agree[0] + 1.5 * agree[1]
+            summed = parts[0] * agree[0] + parts[1] * agree[1]
+            expected = torch.where(mass > 0, summed / mass.clamp_min(1e-9), 0.0) * 2.2
+        assert (found - expected).norm() <= 0.02 * expected.norm(), module
+
+
+def test_combinations_that_would_be_wrong_are_refused(pair: tuple[Any, Any]) -> None:
+    _, here = pair
+    with pytest.raises(ConfigError, match=r"by 'linear' in 'model.*summing factors would be off"):
+        here.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", combination_type="linear")
+    with pytest.raises(ConfigError, match="named 'tie'; did you mean 'ties'"):
+        here.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", combination_type="tie")
+    with pytest.raises(ConfigError, match="density is 0"):
+        here.add_weighted_adapter(["a"], [1.0], "c", combination_type="ties", density=0)
+    with pytest.raises(ConfigError, match="2 adapters have 1 weights"):
+        here.add_weighted_adapter(["a", "b"], [1.0], "c")
+    with pytest.raises(ConfigError, match="attached already"):
+        here.add_weighted_adapter(["a"], [1.0], "b")
+    assert here.active_adapters == ["a"]
+    for settings in ({"use_dora": True}, {"bias": "all"}, {"lora_bias": True}, {"modules_to_save": ["lm_head"]}):
+        model = get_peft_model(build_model("llama-tied"), LoraConfig(r=2, **settings))
+        with pytest.raises(ConfigError, match="more than the two factors"):
+            model.add_weighted_adapter(["default"], [1.0], "c", combination_type="cat")
+        assert attached(model) == ["default"]
+
+
+def test_convolutions_are_combined_too() -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 3))
+    model: Any = get_peft_model(plain, LoraConfig(r=2, target_modules=["0", "2"]))
+    randomise([(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    x = torch.randn(5, 4, 3, 3)
+    expected = model(x)
+    model.add_weighted_adapter(["default"], [1.0], "same")
+    model.set_adapter("same")
+    close(model(x), expected)
+
+
+def test_settings_that_are_not_done_are_refused_with_a_reason() -> None:
+    harmless = {"loftq_config": {}, "use_qalora": False, "qalora_group_size": 16, "megatron_core": "megatron.core"}
+    assert LoraConfig(**harmless).r == 8
+    known = set(peft.LoraConfig.__dataclass_fields__)
+    assert known - set(LoraConfig.__dataclass_fields__) <= set(NOT_DONE) | NO_EFFECT, "every setting is answered"
+    for name, why in NOT_DONE.items():
+        with pytest.raises(ConfigError, match=name) as caught:
+            LoraConfig(**{name: {"a": 1}})
+        assert why in str(caught.value)
+    with pytest.raises(ConfigError, match="no 'lora_alfa'; did you mean 'lora_alpha'"):
+        LoraConfig(lora_alfa=3)
+
+
+def test_arguments_are_accepted_where_they_change_nothing(tmp_path: Path) -> None:
+    path = random_adapter(tmp_path / "a")
+    model: Any = PeftModel.from_pretrained(
+        build_model("llama"), path, "a", is_trainable=True, low_cpu_mem_usage=True, torch_device="cpu", key_mapping=None
+    )
+    assert all(p.requires_grad for n, p in model.named_parameters() if ".shares." in n)
+    model.save_pretrained(tmp_path / "b", safe_serialization=True, save_embedding_layers="auto")
+    with pytest.raises(ConfigError, match=r"safe_serialization=False is not done here: .* can run code"):
+        model.save_pretrained(tmp_path / "b", safe_serialization=False)
+    with pytest.raises(ConfigError, match="mixed=True is not done here"):
+        get_peft_model(build_model("llama"), LoraConfig(), mixed=True)
+    assert all(accepted and why for accepted, why in CHANGES_NOTHING.values())
+
+
+FEATURES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"use_dora": True, "target_modules": "all-linear"}),
+    ("llama", {"lora_bias": True}),
+    ("llama", {"init_lora_weights": "pissa", "use_rslora": True}),
+    ("llama", {"init_lora_weights": "olora"}),
+    ("llama", {"init_lora_weights": "orthogonal", "rank_pattern": {"v_proj": 4}, "alpha_pattern": {"v_proj": 3}}),
+    ("llama", {"layers_to_transform": [1], "layers_pattern": ["layers"], "target_modules": ["q_proj"]}),
+    ("llama-tied", {"bias": "lora_only", "target_modules": ["q_proj"]}),
+    ("llama", {"trainable_token_indices": [5, 9], "exclude_modules": ["v_proj"]}),
+    ("llama", {"modules_to_save": ["lm_head"], "target_modules": {"q_proj", "up_proj"}}),
+    ("bert-classifier", {"task_type": "SEQ_CLS"}),
+    ("t5", {"task_type": "SEQ_2_SEQ_LM"}),
+    ("gpt2", {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj"]}),
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("family", "settings"), FEATURES, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+def test_what_the_settings_make_is_what_they_make_in_peft(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = peft.get_peft_model(build_model(family), peft.LoraConfig(r=4, **settings))
+    here: Any = get_peft_model(build_model(family), LoraConfig(r=4, **settings))
+    assert here.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+    with torch.no_grad():
+        for _, parameter in sorted((n, p) for n, p in here.named_parameters() if p.requires_grad):
+            parameter.add_(torch.randn(parameter.shape) * 0.05)
+    here.save_pretrained(tmp_path / "a")
+    back = peft.PeftModel.from_pretrained(build_model(family), tmp_path / "a").eval()
+    torch.testing.assert_close(logits(back), logits(here.eval()), rtol=1e-4, atol=1e-4)
+
+
+def test_a_config_alone_is_written_and_read_by_both(tmp_path: Path) -> None:
+    LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"]).save_pretrained(tmp_path / "ours")
+    assert peft.LoraConfig.from_pretrained(tmp_path / "ours").r == 4
+    peft.LoraConfig(r=5, target_modules=["q_proj"]).save_pretrained(tmp_path / "theirs")
+    assert PeftConfig.from_pretrained(tmp_path / "theirs").r == 5
 
 
 def test_what_is_saved_loads_in_peft_and_back(tmp_path: Path) -> None:
@@ -195,17 +352,26 @@ def test_state_dicts_are_strict() -> None:
         face.set_peft_model_state_dict(other, {**state, "x": tensor})
 
 
-def test_trainer_trains_saves_and_peft_loads_the_checkpoint(tmp_path: Path) -> None:
+def training(path: Path, **settings: Any) -> TrainingArguments:
+    quiet: dict[str, Any] = {"report_to": [], "use_cpu": True, "logging_steps": 1, "disable_tqdm": True}
+    return TrainingArguments(str(path), learning_rate=0.02, lr_scheduler_type="constant", **quiet, **settings)
+
+
+def trainee() -> Any:
     base = face.prepare_model_for_kbit_training(
         build_model("llama"), gradient_checkpointing_kwargs={"use_reentrant": False}
     )
-    model: Any = get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"]))
+    torch.manual_seed(3)
+    return get_peft_model(base, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj"]))
+
+
+ROWS: Any = [{"input_ids": torch.arange(i, i + 6) % 60, "labels": torch.arange(i, i + 6) % 60} for i in range(16)]
+
+
+def test_trainer_trains_saves_and_peft_loads_the_checkpoint(tmp_path: Path) -> None:
+    model = trainee()
     assert isinstance(model, PreTrainedModel)
-    rows = [{"input_ids": torch.arange(i, i + 6) % 60, "labels": torch.arange(i, i + 6) % 60} for i in range(16)]
-    settings = TrainingArguments(
-        str(tmp_path), max_steps=12, save_steps=6, logging_steps=1, learning_rate=0.02, report_to=[], use_cpu=True
-    )
-    trainer = Trainer(model, settings, train_dataset=rows)  # type: ignore[arg-type]
+    trainer = Trainer(model, training(tmp_path, max_steps=12, save_steps=6), train_dataset=ROWS)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses[-1] < losses[0] - 0.1
@@ -218,3 +384,18 @@ def test_trainer_trains_saves_and_peft_loads_the_checkpoint(tmp_path: Path) -> N
     theirs = peft.PeftModel.from_pretrained(build_model("llama"), last).eval()
     close(logits(theirs), logits(model.eval()))
     assert attached(model) == ["default"]
+
+
+def test_our_trainer_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path: Path) -> None:
+    whole, again = trainee(), trainee()
+    face.Trainer(whole, training(tmp_path, max_steps=8, save_steps=4), train_dataset=ROWS).train()
+    trainer = face.Trainer(again, training(tmp_path / "b", max_steps=8, save_steps=4), train_dataset=ROWS)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert trainer.state.global_step == 8
+    assert torch.equal(logits(again.eval()), logits(whole.eval()))
+    other = trainee()
+    other.add_adapter("second", LoraConfig(r=2))
+    with pytest.raises(RunError, match="holds no adapter 'second'"):
+        face.Trainer(other, training(tmp_path / "c"), train_dataset=ROWS).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+        )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from twofold import atomic
-from twofold.adapter.attach import DEFAULT_NAME, Made, adapter_layers, made_shares, put_on, shares
+from twofold.adapter.attach import DEFAULT_NAME, Made, adapter_layers, config_of, made_shares, put_on, shares
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.names import matcher
 from twofold.adapter.peft_config import exceptions, names_in_full, parse_config, peft_config, with_changes
@@ -374,6 +374,10 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str = DEF
     Raises:
         AdapterFileError: a key too many or too few, another shape, or values that are not finite; all of them in one message.
     """
+    if is_subtracted(config_of(model, name).init_lora_weights):
+        raise AdapterFileError(
+            f"adapter '{name}' counts from its start, which no file holds; load the file by load_adapter"
+        )
     wanted = adapter_tensors(model, name)
     problems = [f"missing tensor '{k}'" for k in wanted if k not in tensors]
     problems += [f"unexpected tensor '{k}'" for k in tensors if k not in wanted]

@@ -68,7 +68,7 @@ def peft_config(model: nn.Module, name: str, base_name: str | None) -> dict[str,
     ranked = adapted_names(config, shapes)
     return {
         "peft_type": "LORA",
-        "task_type": _task(model),
+        "task_type": task_of(model),
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": config.r,
@@ -165,7 +165,8 @@ def _as_int(value: float | int) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def _task(model: nn.Module) -> str | None:
+def task_of(model: nn.Module) -> str | None:
+    """What a model is for, in PEFT's words, by the name of its class."""
     tasks = {
         "ForCausalLM": "CAUSAL_LM",
         "LMHeadModel": "CAUSAL_LM",

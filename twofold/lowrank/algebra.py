@@ -140,7 +140,14 @@ def ties(
     With `mean`, the weighted mean of those that agree, as the paper has it, times the sum of the weights, so that one
     adapter of weight 1 stays what it is; without, their weighted sum.
     """
-    parts = torch.stack([trimmed(u.delta() * w, density) for u, w in zip(updates, weights, strict=True)])
+    return elected([trimmed(u.delta() * w, density) for u, w in zip(updates, weights, strict=True)], weights, mean=mean)
+
+
+def elected(
+    deltas: Sequence[Float[Tensor, "out in_"]], weights: Sequence[float], *, mean: bool = True
+) -> Float[Tensor, "out in_"]:
+    """The second half of `ties`, of deltas that are weighted and thinned out already, in whatever way."""
+    parts = torch.stack(list(deltas))
     agree = torch.sign(parts) == torch.sign(parts.sum(0))
     total = torch.where(agree, parts, 0.0).sum(0)
     if not mean:

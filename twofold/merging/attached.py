@@ -1,0 +1,191 @@
+"""Adapters of a live model combined into one more: their true updates, by a method of `lowrank.algebra`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from twofold.adapter.attach import adapter_layers, attach, attached, shares
+from twofold.adapter.config import LoraConfig
+from twofold.adapter.peft_config import exceptions, names_in_full
+from twofold.adapter.target import module_shapes
+from twofold.errors import ConfigError, did_you_mean
+from twofold.layers.embedding import EmbeddingShare
+from twofold.layers.linear import LinearShare
+from twofold.layers.protocol import Share
+from twofold.lowrank import algebra
+from twofold.lowrank.algebra import Reduced
+from twofold.lowrank.factors import LowRank
+
+Weighted = list[tuple[LowRank, float]]
+"""The updates of one module, each with its adapter's weight."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How updates become one.
+
+    Attributes:
+        method: a name of METHODS.
+        r: largest rank of what comes out, where the method brings it down to one; None for the largest of the adapters'.
+        density: the share of entries that ties, dare and pruning keep.
+    """
+
+    method: str = "cat"
+    r: int | None = None
+    density: float = 1.0
+
+
+def _cat(found: Weighted, r: int, density: float) -> Reduced:
+    return Reduced(algebra.concatenated(*_apart(found)), 0.0)
+
+
+def _svd(found: Weighted, r: int, density: float) -> Reduced:
+    return algebra.truncated(algebra.concatenated(*_apart(found)), r)
+
+
+def _linear(found: Weighted, r: int, density: float) -> Reduced:
+    return Reduced(algebra.linear(*_apart(found)), 0.0)
+
+
+def _ties(found: Weighted, r: int, density: float) -> Reduced:
+    if len(found) == 1 and density == 1:
+        return _svd(found, r, density)
+    return algebra.factored(algebra.ties(*_apart(found), density), r)
+
+
+def _dare_linear(found: Weighted, r: int, density: float) -> Reduced:
+    if density == 1:
+        return _svd(found, r, density)
+    return algebra.factored(algebra.sum_of(_thinned(found, density)), r)
+
+
+def _dare_ties(found: Weighted, r: int, density: float) -> Reduced:
+    if len(found) == 1 and density == 1:
+        return _svd(found, r, density)
+    return algebra.factored(algebra.elected(_thinned(found, density), [w for _, w in found]), r)
+
+
+def _magnitude_prune(found: Weighted, r: int, density: float) -> Reduced:
+    if density == 1:
+        return _svd(found, r, density)
+    return algebra.factored(algebra.sum_of([algebra.trimmed(u.delta() * w, density) for u, w in found]), r)
+
+
+METHODS: dict[str, Callable[[Weighted, int, float], Reduced]] = {
+    "cat": _cat,
+    "svd": _svd,
+    "linear": _linear,
+    "ties": _ties,
+    "dare_linear": _dare_linear,
+    "dare_ties": _dare_ties,
+    "magnitude_prune": _magnitude_prune,
+}
+"""From the updates of a module, the rank asked for and the density to the one that comes out."""
+
+
+def _apart(found: Weighted) -> tuple[list[LowRank], list[float]]:
+    return [u for u, _ in found], [w for _, w in found]
+
+
+def _thinned(found: Weighted, density: float) -> list[Tensor]:
+    """Drawn from torch's generator, as starts are."""
+    return algebra.dare(*_apart(found), density, torch.default_generator)
+
+
+@torch.no_grad()
+def add_combined(
+    model: nn.Module, weights: Sequence[tuple[str, float]], name: str, how: Combination
+) -> dict[str, float]:
+    """Attach `name`, an adapter whose update in every module is what the method makes of those of the adapters named.
+
+    Returns:
+        By module, the share of the energy that was lost on the way to the rank.
+
+    Raises:
+        ConfigError: an adapter is not attached or is more than factors, the method is not known, or `linear` would not be exact.
+    """
+    _check(model, weights, name, how)
+    found = _updates(model, weights)
+    r = how.r or max(u.rank for updates in found.values() for u, _ in updates)
+    reduced = {}
+    for module, updates in found.items():
+        try:
+            reduced[module] = METHODS[how.method](updates, r, how.density)
+        except ConfigError as error:
+            raise ConfigError(f"adapters cannot be combined by '{how.method}' in '{module}': {error}") from error
+    _attach(model, {module: one.update for module, one in reduced.items()}, name)
+    return {module: one.lost for module, one in reduced.items()}
+
+
+def _check(model: nn.Module, weights: Sequence[tuple[str, float]], name: str, how: Combination) -> None:
+    problems = []
+    if how.method not in METHODS:
+        problems.append(
+            f"there is no way of combining adapters named '{how.method}'{did_you_mean(how.method, METHODS)}; "
+            f"there are {', '.join(METHODS)}"
+        )
+    if not weights:
+        problems.append("no adapters are given, so there is nothing to combine")
+    if not 0 < how.density <= 1:
+        problems.append(f"density is {how.density}, but must be above 0 and at most 1")
+    if how.r is not None and how.r < 1:
+        problems.append(f"the rank is {how.r}, but must be at least 1")
+    if name in attached(model):
+        problems.append(f"an adapter named '{name}' is attached already; delete it or choose another name")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _updates(model: nn.Module, weights: Sequence[tuple[str, float]]) -> dict[str, Weighted]:
+    """By module, the updates of those adapters that change it."""
+    layers = dict(adapter_layers(model))
+    found: dict[str, Weighted] = {}
+    for adapter, weight in weights:
+        for module, share in shares(model, adapter).items():
+            found.setdefault(module, []).append((_update(adapter, module, share, layers[module].base), weight))
+    return found
+
+
+def _update(adapter: str, module: str, share: Share, base: nn.Module) -> LowRank:
+    """A share's whole update, active or not, as a matrix.
+
+    Raises:
+        ConfigError: it is more than two factors, or none.
+    """
+    named = share.plain(base)
+    if not isinstance(share, LinearShare | EmbeddingShare) or len(named) != 2:
+        raise ConfigError(
+            f"adapter '{adapter}' is more than the two factors of one map in '{module}' ({', '.join(named)}), and such tensors do "
+            "not add up with the update; combine adapters of plain LoRA, or merge them into the base one after the other"
+        )
+    if getattr(base, "groups", 1) > 1:
+        raise ConfigError(
+            f"'{module}' is a convolution with groups, whose update is no one product of two factors; leave it out"
+        )
+    A, B = named.values()
+    return LowRank(A.flatten(1), B.flatten(1), share.scale)
+
+
+def _attach(model: nn.Module, updates: Mapping[str, LowRank], name: str) -> None:
+    """A new adapter with these updates."""
+    ranks = {module: update.rank for module, update in updates.items()}
+    r = max(ranks.values())
+    patterns = exceptions(ranks, r)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=r,
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        target_modules=names_in_full(ranks, module_shapes(model)),
+    )
+    with torch.random.fork_rng():
+        attach(model, config, name)
+    layers = dict(adapter_layers(model))
+    for module, share in shares(model, name).items():
+        update, base = updates[module], layers[module].base
+        values = (update.A.clone(), update.B * update.scale)
+        share.load(base, {k: v.reshape(t.shape) for (k, t), v in zip(share.saved(base).items(), values, strict=True)})
