@@ -226,14 +226,21 @@ def before_and_after(report: Json) -> Table | None:
     measured = [(name, figures) for name in ("base", "adapter", "merged") if (figures := found.get(name))]
     if not measured:
         return None
-    examples, tokens = (shown(measured[0][1].get(key), ",") for key in ("examples", "tokens"))
     rows = [[name.capitalize(), *_loss_cells(figures, found.get("base"))] for name, figures in measured]
-    caption = f"Measured on {examples} held-out examples with {tokens} supervised tokens"
-    return Table(caption, ["Model", "Loss", "Token accuracy", "Loss against the base"], rows)
+    caption, accuracy = _measured_on(measured[0][1])
+    return Table(caption, ["Model", "Loss", accuracy, "Loss against the base"], rows)
+
+
+def _measured_on(figures: Json) -> tuple[str, str]:
+    """What the figures are of: classes of whole examples, or tokens."""
+    examples, tokens = (shown(figures.get(key), ",") for key in ("examples", "tokens"))
+    if "accuracy" in figures:
+        return f"Measured on {examples} held-out examples", "Accuracy"
+    return f"Measured on {examples} held-out examples with {tokens} supervised tokens", "Token accuracy"
 
 
 def _loss_cells(figures: Json, base: Json | None) -> list[str]:
-    loss, accuracy = figures.get("loss"), figures.get("token_accuracy")
+    loss, accuracy = figures.get("loss"), figures.get("accuracy", figures.get("token_accuracy"))
     return [shown(loss, ".4f"), shown(accuracy, ".2%"), _change(figures, base)]
 
 
