@@ -18,6 +18,8 @@ from tiny_runs import Heard, adapter_tensors, changed
 from twofold.data.examples import DataConfig
 from twofold.errors import ConfigError, DataError
 from twofold.events import Step
+from twofold.recipes.adapters import load_with_adapters
+from twofold.recipes.merge import merge_checkpoint
 from twofold.recipes.settings import AdapterSettings, TrainConfig
 from twofold.recipes.train import dry_run, train
 from twofold.training.optim import TrainingConfig
@@ -258,3 +260,20 @@ def test_an_encoder_decoder_learns_is_proved_and_says_the_same_in_peft(answering
 def test_a_model_of_another_task_is_refused_by_name(answering: TrainConfig, classifier_base: Path) -> None:
     with pytest.raises(Exception, match="cannot load a sequence-to-sequence model from"):
         dry_run(replace(answering, base=str(classifier_base)))
+
+
+# ---------------------------------------------------------------------------------------------- merging
+
+
+@pytest.mark.parametrize("fixture", ["classifying", "answering"])
+def test_a_merged_folder_says_the_same_and_names_its_classes(
+    fixture: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    config: TrainConfig = request.getfixturevalue(fixture)
+    report = train(config)
+    base = load_with_adapters(config.base, [report["adapter"]], "float32", "cpu")
+    found = merge_checkpoint(base, tmp_path / "merged")
+    assert found["verification"]["passed"] is True
+    if fixture == "classifying":
+        merged = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+        assert merged.config.id2label == dict(enumerate(sorted(COLOURS[:3])))

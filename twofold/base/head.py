@@ -86,6 +86,12 @@ def head_modules(model: Any) -> tuple[str, ...]:
     return found
 
 
+def head_of(model: Any) -> Head:
+    """The head that a loaded model has."""
+    task = task_of(model)
+    return Head(task=task, labels=labels_of(model) if task == "sequence-classification" else ())
+
+
 def labels_of(model: Any) -> tuple[str, ...]:
     """A classifier's class names in the order of its logits."""
     return tuple(model.config.id2label[i] for i in range(model.config.num_labels))

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from twofold.adapter.config import LoraConfig
-from twofold.adapter.files import AdapterFiles
-from twofold.base.head import Head, TaskName, head_modules, labels_of
+from twofold.adapter.files import OURS, AdapterFiles
+from twofold.base.head import Head, TaskName, head_modules, head_of, labels_of
 from twofold.base.load import Base
 from twofold.data.examples import Examples, load_examples
 from twofold.data.tasks import answered, classified, find_labels
 from twofold.errors import ConfigError
 from twofold.events import Emit
+from twofold.recipes.adapters import recorded_head
 from twofold.recipes.settings import TrainConfig
 from twofold.training.objective import HeldOut
 
@@ -43,14 +44,11 @@ class Task:
         Raises:
             ConfigError: another task, or other classes.
         """
-        recorded = (files.provenance.training if files.provenance else None) or {}
-        ours = self.provenance(base)
-        if "steps" in recorded and {k: recorded.get(k) for k in ("task", "labels")} != {
-            k: ours.get(k) for k in ("task", "labels")
-        }:
+        theirs, ours = recorded_head([files.path]), head_of(base.model)
+        if (files.path / OURS).is_file() and (theirs.task, theirs.labels) != (ours.task, ours.labels):
             raise ConfigError(
-                f"{files.path} was trained for {recorded.get('task', 'causal-lm')} with labels {recorded.get('labels')}, not for "
-                f"{self.name} with {ours.get('labels')}; train from the base, or give it the data it is for"
+                f"{files.path} was trained for {theirs.task} with labels {list(theirs.labels)}, not for {ours.task} with "
+                f"{list(ours.labels)}; train from the base, or give it the data it is for"
             )
 
     def figures(self, found: HeldOut) -> dict[str, Any]:
