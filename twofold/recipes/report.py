@@ -227,21 +227,16 @@ def before_and_after(report: Json) -> Table | None:
     if not measured:
         return None
     rows = [[name.capitalize(), *_loss_cells(figures, found.get("base"))] for name, figures in measured]
-    caption, accuracy = _measured_on(measured[0][1])
+    first = measured[0][1]
+    caption, accuracy = f"Measured on {shown(first.get('examples'), ',')} held-out examples", "Accuracy"
+    if "accuracy" not in first:
+        caption, accuracy = f"{caption} with {shown(first.get('tokens'), ',')} supervised tokens", "Token accuracy"
     return Table(caption, ["Model", "Loss", accuracy, "Loss against the base"], rows)
 
 
-def _measured_on(figures: Json) -> tuple[str, str]:
-    """What the figures are of: classes of whole examples, or tokens."""
-    examples, tokens = (shown(figures.get(key), ",") for key in ("examples", "tokens"))
-    if "accuracy" in figures:
-        return f"Measured on {examples} held-out examples", "Accuracy"
-    return f"Measured on {examples} held-out examples with {tokens} supervised tokens", "Token accuracy"
-
-
 def _loss_cells(figures: Json, base: Json | None) -> list[str]:
-    loss, accuracy = figures.get("loss"), figures.get("accuracy", figures.get("token_accuracy"))
-    return [shown(loss, ".4f"), shown(accuracy, ".2%"), _change(figures, base)]
+    accuracy = figures.get("accuracy", figures.get("token_accuracy"))
+    return [shown(figures.get("loss"), ".4f"), shown(accuracy, ".2%"), _change(figures, base)]
 
 
 def _change(figures: Json, base: Json | None) -> str:
