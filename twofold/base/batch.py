@@ -12,15 +12,23 @@ from torch import Tensor
 
 
 class Example(NamedTuple):
-    """Token ids, and which of them the model learns to produce (its own loss is counted where True)."""
+    """Token ids, and which of them the model learns to produce (its own loss is counted where True).
+
+    An example may have a class instead: it is predicted once, from all of it, and counts as one supervised token.
+    """
 
     token_ids: list[int]
     supervised: list[bool]
+    label: int | None = None
 
     @property
     def supervised_tokens(self) -> int:
         """The first token of an example has nothing before it to be predicted from."""
-        return sum(self.supervised[1:])
+        return sum(self.supervised[1:]) + (self.label is not None)
+
+    def first(self, tokens: int) -> Example:
+        """Its beginning."""
+        return self._replace(token_ids=self.token_ids[:tokens], supervised=self.supervised[:tokens])
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class PackedBatch:
         positions: (rows,) place of each token in its own example.
         lengths: tokens of each example.
         predicting: (supervised,) the rows whose next token counts.
-        labels: (supervised,) that next token.
+        labels: (supervised,) that next token, or the class of the example which ends in that row.
     """
 
     token_ids: Int[Tensor, " rows"]
@@ -58,15 +66,22 @@ class PackedBatch:
 def pack(examples: Sequence[Example]) -> PackedBatch:
     """Lay examples end to end; no label crosses from one to the next."""
     token_ids = torch.tensor([t for e in examples for t in e.token_ids])
+    lengths = tuple(len(e.token_ids) for e in examples)
+    predicting, labels = _classes(examples, lengths) or _next_tokens(examples, token_ids)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return PackedBatch(token_ids, positions, lengths, predicting, labels)
+
+
+def _next_tokens(examples: Sequence[Example], token_ids: Tensor) -> tuple[Tensor, Tensor]:
     counts = torch.tensor([s and i > 0 for e in examples for i, s in enumerate(e.supervised)], dtype=torch.bool)
     at = counts.nonzero()[:, 0]
-    return PackedBatch(
-        token_ids=token_ids,
-        positions=torch.cat([torch.arange(len(e.token_ids)) for e in examples]),
-        lengths=tuple(len(e.token_ids) for e in examples),
-        predicting=at - 1,
-        labels=token_ids[at],
-    )
+    return at - 1, token_ids[at]
+
+
+def _classes(examples: Sequence[Example], lengths: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    """The last row and the class of each example; None where they have none."""
+    labels = [e.label for e in examples if e.label is not None]
+    return (torch.tensor(lengths).cumsum(0) - 1, torch.tensor(labels)) if labels else None
 
 
 def idle_batch() -> PackedBatch:

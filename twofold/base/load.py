@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from twofold import atomic
 from twofold.base.chat import Renderer
 from twofold.base.fingerprint import Fingerprint, Sampled, fingerprint
+from twofold.base.head import Head
 from twofold.base.known_shapes import KNOWN_SHAPES
 from twofold.downloads import cache_folder, wheel_file
 from twofold.errors import BaseError, did_you_mean
@@ -62,7 +63,8 @@ class Base:
         model: a transformers model, frozen, in evaluation mode.
         tokenizer: its tokenizer.
         renderer: messages to tokens, the one renderer for everything.
-        fingerprint: taken before adapters change the names of modules.
+        fingerprint: taken before adapters change the names of modules; of what its files hold.
+        made: parameters that its files lack and that start at random: a classification head's.
     """
 
     reference: str
@@ -70,6 +72,7 @@ class Base:
     tokenizer: Any
     renderer: Renderer
     fingerprint: Fingerprint
+    made: tuple[str, ...] = ()
 
     @property
     def public_name(self) -> str:
@@ -96,6 +99,7 @@ def load_base(
     device: str = "auto",
     emit: Emit = silent,
     quantization: Scheme | None = None,
+    head: Head | None = None,
 ) -> Base:
     """Load a base for training, evaluation or generation; all of its parameters are frozen.
 
@@ -104,25 +108,38 @@ def load_base(
         dtype: `auto` takes what this machine multiplies fastest.
         device: `auto` takes a GPU where there is one.
         quantization: how to pack the linear layers while they are read, if at all.
+        head: what it is to predict with; next tokens, if not given.
 
     Raises:
         BaseError: nothing is found under that reference, or it cannot be read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     source = locate(reference, emit)
+    head = head or Head()
     chosen = checked_device(device)
     precision = fastest_dtype(chosen) if dtype == "auto" else getattr(torch, dtype)
     try:
         with working(f"loading {reference} in {_words(precision, quantization)} on {chosen}", emit):
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model, told = _read(AutoModelForCausalLM, source, precision, chosen, quantization)
+            model, told = _read(head, source, precision, chosen, quantization)
     except Exception as error:
-        raise BaseError(f"cannot load a causal language model from {reference}: {_first_line(error)}") from error
-    _check_complete(reference, told, emit)
+        raise BaseError(f"cannot load a {head.words} from {reference}: {_first_line(error)}") from error
+    made = head.made(model, told)
+    _check_complete(reference, head, {**told, "missing_keys": set(told["missing_keys"]) - set(made)}, emit)
     model = model.eval().requires_grad_(False)
-    taken = fingerprint(_source_parameters(model, told), _quantization(source, model))
-    return Base(reference, model, tokenizer, renderer_for(model, tokenizer), taken)
+    known = {n: p for n, p in _source_parameters(model, told).items() if n not in made}
+    taken = fingerprint(known, _quantization(source, model))
+    if head.labels:
+        _tell_padding(model, tokenizer)
+    return Base(reference, model, tokenizer, renderer_for(model, tokenizer), taken, tuple(made))
+
+
+def _tell_padding(model: Any, tokenizer: Any) -> None:
+    """A decoder that classifies reads the class off the last token which is no padding, and must know that token."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id or 0
 
 
 def _words(precision: torch.dtype, quantization: Scheme | None) -> str:
@@ -131,14 +148,17 @@ def _words(precision: torch.dtype, quantization: Scheme | None) -> str:
 
 
 def _read(
-    cls: Any, source: str, precision: torch.dtype, device: torch.device, quantization: Scheme | None
+    head: Head, source: str, precision: torch.dtype, device: torch.device, quantization: Scheme | None
 ) -> tuple[Any, Mapping[str, Any]]:
     """The model on its device, and what transformers says of its reading."""
+    cls = head.loader()
     if quantization is not None:
         from twofold.base.quantised import read_packed
 
         return read_packed(cls, source, precision, quantization, device)
-    model, told = cls.from_pretrained(source, dtype=precision, output_loading_info=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(head.seed)
+        model, told = cls.from_pretrained(source, dtype=precision, output_loading_info=True, **head.settings())
     if getattr(model, "quantization_method", None) == "bitsandbytes":
         from twofold.base.quantised import adopt
 
@@ -152,12 +172,12 @@ def _source_parameters(model: nn.Module, told: Mapping[str, Any]) -> dict[str, T
     return {n: packed.get(n, p) for n, p in model.named_parameters()}
 
 
-def _check_complete(reference: str, told: Mapping[str, Any], emit: Emit) -> None:
+def _check_complete(reference: str, head: Head, told: Mapping[str, Any], emit: Emit) -> None:
     """Refuse a base with random weights in it: transformers makes up what a checkpoint lacks."""
     lacking = sorted([*told["missing_keys"], *(str(m[0]) for m in told["mismatched_keys"])])
     if lacking:
         raise BaseError(
-            f"{reference} is no whole causal language model: {len(lacking)} tensors are missing or of another shape "
+            f"{reference} is no whole {head.words}: {len(lacking)} tensors are missing or of another shape "
             f"({', '.join(lacking[:4])}{', ...' if len(lacking) > 4 else ''}), and random ones would stand in for them"
         )
     if told["unexpected_keys"]:

@@ -113,6 +113,9 @@ def show_preflight(found: Preflight, console: Console = stderr) -> None:
         f"  data        {train.examples:,} examples, {train.tokens:,} tokens, {train.supervised_tokens:,} supervised "
         f"({train.supervised_tokens / train.tokens:.0%}); format {train.format}, columns {', '.join(train.columns)}"
     )
+    if train.classes:
+        counted = ", ".join(f"{name} ({count:,})" for name, count in train.classes.items())
+        console.print(f"  classes     {len(train.classes)}: {counted}")
     console.print(
         f"  truncation  {train.too_long} examples over the limit, {train.lost_supervised_tokens} supervised tokens lost; "
         f"the longest has {train.longest} tokens"

@@ -42,9 +42,8 @@ def _show(report: dict) -> None:  # type: ignore[type-arg]
     stdout.print(speed_of(report))
     for name, found in report["evaluation"].items():
         if found:
-            stdout.print(
-                f"  held-out loss, {name:<8} {found['loss']:.4f}   token accuracy {found['token_accuracy']:.1%}"
-            )
+            what = "accuracy" if "accuracy" in found else "token_accuracy"
+            stdout.print(f"  held-out loss, {name:<8} {found['loss']:.4f}   {what.replace('_', ' ')} {found[what]:.1%}")
     proof = report["verification"]
     if proof:
         stdout.print(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +59,7 @@ class DataReport:
         unsupervised: examples left out because nothing in them is supervised.
         digest: SHA-256 of all tokens and masks.
         streamed: whether these are only the first examples of a stream.
+        classes: how many examples each class has, where texts are classified.
     """
 
     source: str
@@ -73,6 +74,7 @@ class DataReport:
     unsupervised: int
     digest: str
     streamed: bool = False
+    classes: Mapping[str, int] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "columns": list(self.columns)}
@@ -108,7 +110,7 @@ def examples_of(table: Table, config: DataConfig, renderer: Renderer, emit: Emit
         if i % 200 == 0:
             emit(Progress(task=task, done=i, total=len(table.rows)))
     emit(Progress(task=task, done=len(table.rows), total=len(table.rows)))
-    return _fit(rendered, table, config)
+    return fit(rendered, table, config)
 
 
 def render_row(
@@ -157,10 +159,15 @@ def within(rendered: list[Example], config: DataConfig, source: str) -> list[Exa
     if long and config.too_long == "refuse":
         raise DataError(f"{len(long)} examples of {source} are over {limit} tokens; raise data.max_length")
     kept = [e for e in rendered if len(e.token_ids) <= limit or config.too_long == "cut"]
-    return [Example(e.token_ids[:limit], e.supervised[:limit]) for e in kept]
+    return [e.first(limit) for e in kept]
 
 
-def _fit(rendered: list[Example], table: Table, config: DataConfig) -> Examples:
+def fit(rendered: list[Example], table: Table, config: DataConfig) -> Examples:
+    """The examples within the length limit, with the account of them.
+
+    Raises:
+        DataError: over-long where that is refused, or nothing is supervised.
+    """
     limit = config.max_length
     long = [e for e in rendered if len(e.token_ids) > limit]
     kept = within(rendered, config, table.source)
@@ -202,5 +209,5 @@ def _nothing_supervised(report: DataReport, limit: int) -> str:
 def _digest(examples: list[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(repr(tuple(example)).encode())
+        digest.update(repr(tuple(part for part in example if part is not None)).encode())
     return digest.hexdigest()

@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from twofold.errors import DataError
 
-Format = Literal["messages", "conversations", "prompt-completion", "instruction", "text"]
+Format = Literal["messages", "conversations", "prompt-completion", "instruction", "text", "labelled"]
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 COLUMNS: dict[Format, tuple[str, ...]] = {
@@ -22,6 +22,7 @@ COLUMNS: dict[Format, tuple[str, ...]] = {
     "text": ("text",),
 }
 """The columns that each format needs, in the order they are looked for."""
+Columns: TypeAlias = Mapping[Format, tuple[str, ...]]
 
 
 @runtime_checkable
@@ -77,8 +78,11 @@ def _readable(source: str, rows: Any) -> Iterator[Mapping[str, Any]]:
         raise DataError(f"{source} cannot be read: {_innermost(error)}") from error
 
 
-def read_table(source: str) -> Table:
+def read_table(source: str, known: Columns = COLUMNS) -> Table:
     """Read a JSONL, JSON, CSV or Parquet file, a folder of them, or a hub data set (its `train` split).
+
+    Args:
+        known: the formats to look for, and their columns.
 
     Raises:
         DataError: nothing there, nothing in it, unreadable, or columns of no known format.
@@ -87,7 +91,7 @@ def read_table(source: str) -> Table:
     columns = tuple(rows.column_names)
     if len(rows) == 0:
         raise DataError(f"{source} holds no examples")
-    return Table(source, detect(columns, source), columns, rows)
+    return Table(source, detect(columns, source, known), columns, rows)
 
 
 def read_stream(source: str) -> RowStream:
@@ -103,12 +107,12 @@ def read_stream(source: str) -> RowStream:
     return RowStream(source, detect(tuple(first), source), tuple(first), rows)
 
 
-def detect(columns: Sequence[str], source: str) -> Format:
+def detect(columns: Sequence[str], source: str, formats: Columns = COLUMNS) -> Format:
     """The first format whose columns are all there."""
-    for name, needed in COLUMNS.items():
+    for name, needed in formats.items():
         if all(c in columns for c in needed):
             return name
-    known = "; ".join(" + ".join(f"'{c}'" for c in needed) for needed in COLUMNS.values())
+    known = "; ".join(" + ".join(f"'{c}'" for c in needed) for needed in formats.values())
     raise DataError(
         f"{source} has the columns {', '.join(map(repr, columns))}, which fit no known format; rename them to one of: {known}"
     )

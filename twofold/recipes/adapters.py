@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from twofold.adapter.attach import activate
-from twofold.adapter.files import AdapterFiles, load_adapter, open_adapter
+from twofold.adapter.files import OURS, AdapterFiles, load_adapter, open_adapter
 from twofold.base.fingerprint import check_same_base
+from twofold.base.head import Head
 from twofold.base.load import Base, Precision, load_base, renderer_for
 from twofold.config import build
 from twofold.errors import ConfigError
@@ -45,7 +46,9 @@ def load_with_adapters(
     Raises:
         UserError: a base or an adapter that cannot be used, or adapters trained with different templates.
     """
-    base = load_base(reference, dtype, device, emit, quantization)
+    base = load_base(
+        reference, dtype, device, emit, quantization, recorded_head([parse_adapter(a)[0] for a in adapters])
+    )
     weights: dict[str, float] = {}
     templates: set[str] = set()
     for i, (folder, scale) in enumerate(parse_adapter(a) for a in adapters):
@@ -62,6 +65,24 @@ def load_with_adapters(
         emit(Message(text="using the chat template that the adapter was trained with"))
         base = replace(base, renderer=renderer_for(base.model, base.tokenizer, template))
     return base
+
+
+def recorded_head(folders: list[Path]) -> Head:
+    """What adapters were trained to predict with; next tokens, unless they say otherwise.
+
+    Raises:
+        ConfigError: they were trained for different tasks, or classes.
+    """
+    found = {_head(open_adapter(folder)) for folder in folders if (folder / OURS).is_file()}
+    if len(found) > 1:
+        said = " and ".join(sorted(f"{h.task} {list(h.labels) or ''}".strip() for h in found))
+        raise ConfigError(f"these adapters were trained for {said} and cannot go on one base; use them one at a time")
+    return next(iter(found), Head())
+
+
+def _head(files: AdapterFiles) -> Head:
+    training = files.provenance.training if files.provenance else {}
+    return Head(task=training.get("task", "causal-lm"), labels=tuple(training.get("labels", ())))
 
 
 def trained_over(adapters: list[str]) -> Scheme | None:

@@ -12,7 +12,7 @@ from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import open_adapter
 from twofold.base.load import Base, load_base, locate, renderer_for
 from twofold.base.sharded import bytes_per_process, load_sharded, local_parts
-from twofold.data.examples import Examples, load_examples
+from twofold.data.examples import Examples
 from twofold.data.stream import Streamed, first_examples, open_stream
 from twofold.errors import DataError
 from twofold.events import Emit
@@ -20,6 +20,7 @@ from twofold.machine import checked_device
 from twofold.recipes.adapters import check_base
 from twofold.recipes.preflight import Preflight, preflight
 from twofold.recipes.settings import TrainConfig, check_factors_only
+from twofold.recipes.tasks import TASKS
 from twofold.world import World
 
 
@@ -55,22 +56,25 @@ def _load_base(config: TrainConfig, emit: Emit, world: World) -> Base:
         world.together(lambda: locate(config.base, emit) if world.local_rank == 0 else None)
     if is_sharded(config, world):
         return load_sharded(config.base, config.dtype, config.device, world, emit)
-    return world.together(lambda: load_base(config.base, config.dtype, config.device, emit, config.scheme))
+    head = world.together(lambda: TASKS[config.task].head(config))
+    return world.together(lambda: load_base(config.base, config.dtype, config.device, emit, config.scheme, head))
 
 
 def _load_data(config: TrainConfig, base: Base, emit: Emit, *, sharded: bool) -> Loaded:
-    lora = config.adapter.lora()
+    task = TASKS[config.task]
+    lora = task.adapter(config.adapter.lora(), base)
     if config.adapter.init_from:
         files = open_adapter(Path(config.adapter.init_from))
         check_base(files, base, emit, allow_foreign=config.allow_foreign_base)
+        task.check_continues(files, base)
     if sharded:
         check_factors_only(lora)
     template, data, training = config.data.chat_template(), config.data, config.training
     if template is not None:
         base = replace(base, renderer=renderer_for(base.model, base.tokenizer, template))
     stream = open_stream(data, base.renderer, training.batch_size, training.seed) if data.streaming else None
-    train_set = first_examples(stream, emit) if stream else load_examples(data.train, data, base.renderer, emit)
-    held_out = load_examples(data.evaluation, data, base.renderer, emit) if data.evaluation else None
+    train_set = first_examples(stream, emit) if stream else task.examples(data.train, config, base, emit)
+    held_out = task.examples(data.evaluation, config, base, emit) if data.evaluation else None
     return Loaded(base, train_set, held_out, lora, stream)
 
 

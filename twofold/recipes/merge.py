@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twofold.base.batch import Example
+from twofold.base.head import head_of, task_of
 from twofold.base.load import Base, load_base
 from twofold.errors import ConfigError, RunError
 from twofold.events import Emit, silent, working
@@ -117,7 +118,7 @@ def verify_folder(base: Base, folder: Path, examples: list[Example] | None, emit
     base's device when it is used. A second model is never held.
     """
     precision: Any = str(base.dtype).removeprefix("torch.")
-    merged = load_base(str(folder), precision, "cpu", emit)
+    merged = load_base(str(folder), precision, "cpu", emit, head=head_of(base.model))
     move_buffers(merged.model, base.device)
     batch = proof_batch(examples or prompts(base), base.device)
     return verify_merge(base.model, batch, pad_token(base), merged.model)
@@ -126,6 +127,8 @@ def verify_folder(base: Base, folder: Path, examples: list[Example] | None, emit
 def prompts(base: Base) -> list[Example]:
     """A few prompts as examples, for want of data."""
     renderer = base.renderer
+    if task_of(base.model) == "seq2seq":
+        return [renderer.completion(p, p) for p in PROMPTS]
     if renderer.template is None:
         return [renderer.text(p) for p in PROMPTS]
     tokens = [renderer.chat_prompt([{"role": "user", "content": p}]) for p in PROMPTS]

@@ -114,7 +114,7 @@ def preflight(
         remembered=remembered_bytes(train, evaluation, sizes.hidden * base.dtype.itemsize)
         if training.cache_frozen
         else 0,
-        samples=[tokens_shown(base.tokenizer, e) for e in train.items[:2]],
+        samples=[example_shown(base, e) for e in train.items[:2]],
         warnings=[*warnings(train.report, base), *far_off(training.learning_rate, config, sizes.hidden)],
     )
 
@@ -170,6 +170,12 @@ def _shape(batch: PackedBatch, training: TrainingConfig, dtype: torch.dtype, loo
         element_bytes=dtype.itemsize,
         recompute=training.gradient_checkpointing,
     )
+
+
+def example_shown(base: Base, example: Example) -> list[tuple[str, bool]]:
+    """An example's tokens, and its class behind them, if it has one."""
+    label = [] if example.label is None else [(f" → {base.model.config.id2label[example.label]}", True)]
+    return [*tokens_shown(base.tokenizer, example), *label]
 
 
 def tokens_shown(tokenizer: Any, example: Example) -> list[tuple[str, bool]]:

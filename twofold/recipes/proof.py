@@ -34,6 +34,7 @@ from twofold.machine import memory_ran_out
 from twofold.planning.memory import PROOF_LOGITS, PROOF_TOKENS
 from twofold.training.block import all_states
 from twofold.training.objective import head_shown
+from twofold.training.tasks import task_objective
 
 EXAMPLES = 8
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
@@ -103,7 +104,7 @@ def proof_batch(examples: Sequence[Example], device: torch.device) -> PackedBatc
     for example in sorted(examples, key=lambda e: len(e.token_ids))[:: max(1, len(examples) // EXAMPLES)]:
         if chosen and (len(chosen) == EXAMPLES or tokens + len(example.token_ids) > PROOF_TOKENS):
             break
-        chosen.append(Example(example.token_ids[:PROOF_TOKENS], example.supervised[:PROOF_TOKENS]))
+        chosen.append(example.first(PROOF_TOKENS))
         tokens += len(example.token_ids)
     return pack(chosen).to(device)
 
@@ -115,10 +116,12 @@ def pad_token(base: Base) -> int:
 
 @torch.no_grad()
 def logits_at(model: Any, batch: PackedBatch, rows: Tensor, pad_id: int) -> Tensor:
-    """Logits (rows, vocabulary) at these tokens of a packed batch, in float32 or wider."""
-    described = describe(model)
-    if isinstance(described, Decoder):
-        logits: Tensor = described.logits(all_states(described, batch.to(torch.device("cpu")))[rows])
+    """Logits (rows, choices) at these tokens of a packed batch, or of these predictions of a task's, in float32 or wider."""
+    task, described = task_objective(model, pad_id), describe(model)
+    if task is not None:
+        logits = task.logits(batch)[rows]
+    elif isinstance(described, Decoder):
+        logits = described.logits(all_states(described, batch.to(torch.device("cpu")))[rows])
     else:
         padded = pad(batch, pad_id)
         with head_shown(model, padded.attention_mask.flatten().nonzero()[rows, 0]):
@@ -128,10 +131,13 @@ def logits_at(model: Any, batch: PackedBatch, rows: Tensor, pad_id: int) -> Tens
 
 
 def compared_rows(model: Any, batch: PackedBatch) -> Tensor:
-    """Every token of a batch, or as many, spread evenly, as keep one set of logits small; always the last."""
+    """Every token of a batch (or what a task predicts of it), or as many, spread evenly, as keep one set of logits small; always
+    the last."""
     vocabulary: int = model.config.get_text_config().vocab_size
-    count = min(batch.tokens, max(1, PROOF_LOGITS // vocabulary))
-    return torch.arange(1, count + 1, device=batch.token_ids.device) * batch.tokens // count - 1
+    task = task_objective(model, pad_id=0)
+    there = batch.tokens if task is None else task.predictions(batch)
+    count = min(there, max(1, PROOF_LOGITS // vocabulary))
+    return torch.arange(1, count + 1, device=batch.token_ids.device) * there // count - 1
 
 
 def verify_merge(model: Any, batch: PackedBatch, pad_id: int, merged: Any | None = None) -> Verification:

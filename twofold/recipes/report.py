@@ -226,15 +226,17 @@ def before_and_after(report: Json) -> Table | None:
     measured = [(name, figures) for name in ("base", "adapter", "merged") if (figures := found.get(name))]
     if not measured:
         return None
-    examples, tokens = (shown(measured[0][1].get(key), ",") for key in ("examples", "tokens"))
     rows = [[name.capitalize(), *_loss_cells(figures, found.get("base"))] for name, figures in measured]
-    caption = f"Measured on {examples} held-out examples with {tokens} supervised tokens"
-    return Table(caption, ["Model", "Loss", "Token accuracy", "Loss against the base"], rows)
+    first = measured[0][1]
+    caption, accuracy = f"Measured on {shown(first.get('examples'), ',')} held-out examples", "Accuracy"
+    if "accuracy" not in first:
+        caption, accuracy = f"{caption} with {shown(first.get('tokens'), ',')} supervised tokens", "Token accuracy"
+    return Table(caption, ["Model", "Loss", accuracy, "Loss against the base"], rows)
 
 
 def _loss_cells(figures: Json, base: Json | None) -> list[str]:
-    loss, accuracy = figures.get("loss"), figures.get("token_accuracy")
-    return [shown(loss, ".4f"), shown(accuracy, ".2%"), _change(figures, base)]
+    accuracy = figures.get("accuracy", figures.get("token_accuracy"))
+    return [shown(figures.get("loss"), ".4f"), shown(accuracy, ".2%"), _change(figures, base)]
 
 
 def _change(figures: Json, base: Json | None) -> str:

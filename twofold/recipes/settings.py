@@ -9,11 +9,13 @@ from typing import Literal
 
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import open_adapter
+from twofold.base.head import TaskName
 from twofold.base.load import DEFAULT_BASE, Precision
 from twofold.config import build, read_yaml
 from twofold.data.examples import DataConfig
 from twofold.errors import ConfigError
 from twofold.lowrank.init import STARTS
+from twofold.lowrank.spectral_init import DATA_STARTS
 from twofold.quant import Kind, Scheme
 from twofold.training.optim import TrainingConfig
 
@@ -41,6 +43,8 @@ class TrainConfig:
 
     Attributes:
         base: a Hugging Face directory, a hub id, a `.gguf` file or a built-in name.
+        task: `causal-lm`, `sequence-classification` (columns `text` and `label`; the head is trained whole), or `seq2seq`
+            (columns `prompt` and `completion`; an encoder and a decoder).
         data: what is learned from.
         adapter: what is trained.
         training: how.
@@ -57,6 +61,7 @@ class TrainConfig:
 
     data: DataConfig
     base: str = DEFAULT_BASE
+    task: TaskName = "causal-lm"
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: str = "runs/latest"
@@ -86,6 +91,25 @@ class TrainConfig:
             )
         if self.data.streaming and self.training.max_steps is None:
             raise ConfigError("data.streaming needs training.max_steps, for nobody knows how long a stream is")
+        if self.task != "causal-lm":
+            self._check_task()
+
+    def _check_task(self) -> None:
+        """Refuse what only causal language models can do."""
+        used = {
+            "data.streaming": self.data.streaming,
+            "data.system": self.data.system is not None,
+            "data.template": self.data.template is not None,
+            "quantization": self.quantization is not None,
+            "training.parallel: shard": self.training.parallel == "shard",
+            "training.cache_frozen": self.training.cache_frozen,
+            f"adapter.init_lora_weights: {self.adapter.init_lora_weights}": self.adapter.init_lora_weights
+            in DATA_STARTS,
+        }
+        if asked := [name for name, is_used in used.items() if is_used]:
+            raise ConfigError(
+                f"{' and '.join(asked)} cannot go with task: {self.task}, only with causal-lm; leave it out"
+            )
 
     @property
     def scheme(self) -> Scheme | None:

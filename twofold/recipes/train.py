@@ -28,6 +28,7 @@ from twofold.recipes.report import write_page
 from twofold.recipes.runs import EventLog, RunFolder, as_begun, open_new, open_resumed, trackers
 from twofold.recipes.settings import TrainConfig, continued
 from twofold.recipes.starts import started
+from twofold.recipes.tasks import TASKS
 from twofold.training.checkpoint import Progressed
 from twofold.training.floor import StepTimes, measured_floor
 from twofold.training.loop import Job, restore
@@ -124,7 +125,7 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit,
     emit(Prepared(preflight=foreseen))
     _say_where_it_begins(newest, config, emit)
     before = base_digest(own_tensors(config, base, world))
-    evaluation: dict[str, Any] = {"base": _evaluated("base", loaded, emit, world)}
+    evaluation: dict[str, Any] = {"base": _evaluated("base", config, loaded, emit, world)}
     _attach(config, loaded)
     job = _job(config, run, loaded, world)
     emit(Message(text=_path(config, job)))
@@ -134,7 +135,7 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit,
     _say_what_was_left_out(loaded, world, emit)
     floor = None if loaded.stream else measured_floor(job.objective, times, job.batches)  # a stream is not read again
     _save(config, run, loaded, job, progressed)
-    evaluation["adapter"] = _evaluated("adapter", loaded, emit, world)
+    evaluation["adapter"] = _evaluated("adapter", config, loaded, emit, world)
     evaluation["merged"], verification, skipped = _prove(config, loaded, emit, world)
     unchanged = base_digest(own_tensors(config, base, world)) == before
     report = {
@@ -257,11 +258,12 @@ def held_out_loss(
     return evaluate_loss(objective, batches, emit, task, world)
 
 
-def _evaluated(name: str, loaded: Loaded, emit: Emit, world: World) -> dict[str, Any] | None:
+def _evaluated(name: str, config: TrainConfig, loaded: Loaded, emit: Emit, world: World) -> dict[str, Any] | None:
     """Held-out figures for the report; None without held-out data."""
     if loaded.evaluation is None:
         return None
-    return asdict(held_out_loss(loaded.base, loaded.evaluation, emit, f"held-out loss, {name}", world))
+    found = held_out_loss(loaded.base, loaded.evaluation, emit, f"held-out loss, {name}", world)
+    return TASKS[config.task].figures(found)
 
 
 def _save(config: TrainConfig, run: RunFolder, loaded: Loaded, job: Job, progressed: Progressed) -> None:
@@ -288,6 +290,7 @@ def _provenance(config: TrainConfig, loaded: Loaded, progressed: Progressed) -> 
             "best_step": progressed.best_step,
             "dtype": config.dtype,
             **({"quantization": asdict(config.scheme)} if config.scheme else {}),
+            **TASKS[config.task].provenance(loaded.base),
         },
     )
 
@@ -315,7 +318,7 @@ def _prove(config: TrainConfig, loaded: Loaded, emit: Emit, world: World) -> _Pr
         with working("proving that the merged model says what the adapter says", emit):
             verification = verify_merge(base.model, batch, pad_token(base))
         with folding(base.model):
-            return _Proof(_evaluated("merged", loaded, emit, world), verification)
+            return _Proof(_evaluated("merged", config, loaded, emit, world), verification)
 
     proof, skipped = within_memory(prove, emit)
     return proof or _Proof(skipped=skipped)
@@ -326,6 +329,7 @@ def _figures(config: TrainConfig, run: RunFolder, progressed: Progressed) -> dic
         "run": str(run.path),
         "adapter": str(run.adapter),
         "base": config.base,
+        "task": config.task,
         "dtype": config.dtype,
         "quantization": config.quantization,
         "device": config.device,

@@ -18,6 +18,7 @@ from twofold.functional.norm import rms_norm
 from twofold.layers.protocol import AdapterLayer
 from twofold.training.block import Trunk, asked_states
 from twofold.training.layout import lay_out
+from twofold.training.tasks import task_objective
 from twofold.world import ALONE, World
 
 
@@ -91,7 +92,11 @@ def head_shown(model: Any, rows: Tensor) -> Iterator[None]:
 def objective_for(
     model: Any, pad_id: int, *, recompute: bool, share_prefixes: bool = True, cache_frozen: bool = False
 ) -> Objective:
-    """The fastest objective that is right for this model."""
+    """The fastest objective that is right for this model and its task."""
+    if (found := task_objective(model, pad_id)) is not None:
+        if recompute:
+            model.activation_checkpointing_enable()
+        return found
     described = describe(model)
     if isinstance(described, Decoder):
         trunk = Trunk(described) if cache_frozen else None

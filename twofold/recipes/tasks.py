@@ -1,0 +1,105 @@
+"""What differs by task in a training, one object a task: the head of the base, rows to examples, what is trained whole, and
+what an evaluation says. How a batch becomes a loss and logits follows from the loaded model: `training.tasks`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from twofold.adapter.config import LoraConfig
+from twofold.adapter.files import OURS, AdapterFiles
+from twofold.base.head import Head, TaskName, head_modules, head_of, labels_of
+from twofold.base.load import Base
+from twofold.data.examples import Examples, load_examples
+from twofold.data.tasks import answered, classified, find_labels
+from twofold.errors import ConfigError
+from twofold.events import Emit
+from twofold.recipes.adapters import recorded_head
+from twofold.recipes.settings import TrainConfig
+from twofold.training.objective import HeldOut
+
+
+@dataclass(frozen=True)
+class Task:
+    """Causal language modelling; others differ where they say so."""
+
+    name: TaskName = "causal-lm"
+
+    def head(self, config: TrainConfig) -> Head:
+        """What the base is loaded to predict with."""
+        return Head(task=self.name)
+
+    def examples(self, source: str, config: TrainConfig, base: Base, emit: Emit) -> Examples:
+        """A data set as the model will see it."""
+        return load_examples(source, config.data, base.renderer, emit)
+
+    def adapter(self, config: LoraConfig, base: Base) -> LoraConfig:
+        """The settings of the adapter, with what the task itself needs."""
+        return config
+
+    def check_continues(self, files: AdapterFiles, base: Base) -> None:
+        """Refuse to go on from an adapter that was trained for something else.
+
+        Raises:
+            ConfigError: another task, or other classes.
+        """
+        theirs, ours = recorded_head([files.path]), head_of(base.model)
+        if (files.path / OURS).is_file() and (theirs.task, theirs.labels) != (ours.task, ours.labels):
+            raise ConfigError(
+                f"{files.path} was trained for {theirs.task} with labels {list(theirs.labels)}, not for {ours.task} with "
+                f"{list(ours.labels)}; train from the base, or give it the data it is for"
+            )
+
+    def figures(self, found: HeldOut) -> dict[str, Any]:
+        """What the report says of an evaluation."""
+        return asdict(found)
+
+    def provenance(self, base: Base) -> dict[str, Any]:
+        """What an adapter keeps, so that its answers are understood elsewhere."""
+        return {}
+
+
+class SequenceClassification(Task):
+    """Texts with labels; the head starts at random, unless the base has one, and is trained whole."""
+
+    def head(self, config: TrainConfig) -> Head:
+        return Head(task=self.name, labels=find_labels(config.data.train), seed=config.training.seed)
+
+    def examples(self, source: str, config: TrainConfig, base: Base, emit: Emit) -> Examples:
+        return classified(source, _within_base(config, base).data, base.tokenizer, labels_of(base.model))
+
+    def adapter(self, config: LoraConfig, base: Base) -> LoraConfig:
+        if config.modules_to_save:
+            return config
+        body = f"{base.model.base_model_prefix}."
+        poolers = dict.fromkeys(n.rpartition(".")[0] for n in base.made if n.startswith(body))
+        return replace(config, modules_to_save=(*head_modules(base.model), *poolers))
+
+    def figures(self, found: HeldOut) -> dict[str, Any]:
+        return {"loss": found.loss, "accuracy": found.token_accuracy, "examples": found.tokens}
+
+    def provenance(self, base: Base) -> dict[str, Any]:
+        return {"task": self.name, "labels": list(labels_of(base.model))}
+
+
+class Seq2Seq(Task):
+    """Prompts for an encoder, answers of a decoder."""
+
+    def examples(self, source: str, config: TrainConfig, base: Base, emit: Emit) -> Examples:
+        return answered(source, _within_base(config, base).data, base.tokenizer)
+
+    def provenance(self, base: Base) -> dict[str, Any]:
+        return {"task": self.name}
+
+
+def _within_base(config: TrainConfig, base: Base) -> TrainConfig:
+    """The configuration with `data.max_length` at most what the base has learned positions for."""
+    positions = getattr(base.model.config, "max_position_embeddings", None) or config.data.max_length
+    limit = min(config.data.max_length, positions, base.tokenizer.model_max_length)
+    return replace(config, data=replace(config.data, max_length=limit))
+
+
+TASKS: dict[TaskName, Task] = {
+    t.name: t for t in (Task(), SequenceClassification("sequence-classification"), Seq2Seq("seq2seq"))
+}
