@@ -94,7 +94,7 @@ def test_where_logits_are_many_rows_all_over_the_batch_are_compared(
 # ---------------------------------------------------------------------------------------------- memory runs out
 
 
-def too_much(*_: Any) -> Any:
+def too_much(*_: Any, **__: Any) -> Any:
     """What PyTorch itself does when there is not enough."""
     return torch.empty(1 << 50, dtype=torch.float64)
 
