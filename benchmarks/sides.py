@@ -179,10 +179,10 @@ def _padded(examples: list[Example]) -> dict[str, torch.Tensor]:
     longest = max(len(e.token_ids) for e in examples)
     ids, mask, labels = torch.zeros(3, len(examples), longest, dtype=torch.long)
     labels.fill_(IGNORED)
-    for i, (token_ids, supervised) in enumerate(examples):
-        row = i, slice(len(token_ids))
-        ids[row], mask[row] = torch.tensor(token_ids), 1
-        labels[row] = torch.where(torch.tensor(supervised), ids[row], IGNORED)
+    for i, example in enumerate(examples):
+        row = i, slice(len(example.token_ids))
+        ids[row], mask[row] = torch.tensor(example.token_ids), 1
+        labels[row] = torch.where(torch.tensor(example.supervised), ids[row], IGNORED)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
