@@ -45,6 +45,8 @@ class LinearShare(Share):
     magnitude: nn.Parameter | None
     start_A: Tensor | None
     start_B: Tensor | None
+    scale: float
+    dropout: float
 
     def __init__(
         self,
