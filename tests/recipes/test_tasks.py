@@ -265,15 +265,16 @@ def test_a_model_of_another_task_is_refused_by_name(answering: TrainConfig, clas
 # ---------------------------------------------------------------------------------------------- merging
 
 
-@pytest.mark.parametrize("fixture", ["classifying", "answering"])
-def test_a_merged_folder_says_the_same_and_names_its_classes(
-    fixture: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    config: TrainConfig = request.getfixturevalue(fixture)
-    report = train(config)
-    base = load_with_adapters(config.base, [report["adapter"]], "float32", "cpu")
-    found = merge_checkpoint(base, tmp_path / "merged")
-    assert found["verification"]["passed"] is True
-    if fixture == "classifying":
-        merged = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-        assert merged.config.id2label == dict(enumerate(sorted(COLOURS[:3])))
+def merged(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    base = load_with_adapters(config.base, [train(config)["adapter"]], "float32", "cpu")
+    return merge_checkpoint(base, folder)
+
+
+def test_a_merged_classifier_says_the_same_and_names_its_classes(classifying: TrainConfig, tmp_path: Path) -> None:
+    assert merged(classifying, tmp_path / "merged")["verification"]["passed"] is True
+    found = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert found.config.id2label == dict(enumerate(sorted(COLOURS[:3])))
+
+
+def test_a_merged_encoder_decoder_says_the_same(answering: TrainConfig, tmp_path: Path) -> None:
+    assert merged(answering, tmp_path / "merged")["verification"]["passed"] is True
