@@ -85,3 +85,10 @@ def test_an_adapter_is_like_itself_and_unlike_one_of_other_modules(llama_base: P
     other = adapter(llama_base, tmp_path / "b", 1, target_modules=["v_proj"])
     with pytest.raises(ConfigError, match="no module in common"):
         compare(first, other)
+
+
+@pytest.mark.parametrize("dora_first", [True, False])
+def test_dora_is_not_compared_by_a_part_of_it(dora_first: bool, llama_base: Path, tmp_path: Path) -> None:
+    plain, dora = adapter(llama_base, tmp_path / "a", 1), adapter(llama_base, tmp_path / "b", 2, use_dora=True)
+    with pytest.raises(ConfigError, match="b is DoRA, which changes the lengths"):
+        compare(*((dora, plain) if dora_first else (plain, dora)))

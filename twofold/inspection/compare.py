@@ -61,8 +61,14 @@ def compare_adapters(first: AdapterFiles, second: AdapterFiles) -> Comparison:
     """Compare two opened adapters.
 
     Raises:
-        ConfigError: they change no module in common, or one whose shapes differ.
+        ConfigError: they change no module in common, or one whose shapes differ, or one is DoRA.
     """
+    for files in (first, second):
+        if files.config.use_dora:
+            raise ConfigError(
+                f"{files.path} is DoRA, which changes the lengths of the weight's rows beside B·A, so that its update cannot be "
+                "compared without the base's weights; twofold inspect describes its B·A alone"
+            )
     a, b = updates_of(first), updates_of(second)
     common = [name for name in a if name in b]
     if not common:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from twofold.errors import ConfigError
 from twofold.layers.linear import LinearShare, combined, one_dropout
-from twofold.layers.protocol import Share, WeightsLayer
+from twofold.layers.protocol import Share
+from twofold.layers.weights import WeightsLayer
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.linear import Projection, group_product
 

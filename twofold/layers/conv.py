@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
 from twofold.layers.linear import LinearShare, effective_bias
-from twofold.layers.protocol import WeightLayer
+from twofold.layers.weights import WeightLayer
 from twofold.lowrank.factors import merged_weight
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d

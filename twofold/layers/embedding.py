@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from twofold.functional.widen import in_own_precision
-from twofold.layers.protocol import Share, WeightLayer, adopt
+from twofold.layers.protocol import Share, adopt
+from twofold.layers.weights import WeightLayer
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.init import Factors
 

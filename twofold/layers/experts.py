@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from twofold.layers.protocol import Share, WeightsLayer
+from twofold.layers.protocol import Share
+from twofold.layers.weights import WeightsLayer
 from twofold.lowrank.factors import merged_weight
 from twofold.lowrank.standin import StandIn, Sum
 

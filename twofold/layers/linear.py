@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
-from twofold.layers.protocol import Share, WeightLayer, adopt, bias_of
+from twofold.layers.protocol import Share, adopt, bias_of
 from twofold.layers.quantised import QuantisedLinear, frozen_of
 from twofold.layers.rows import Rows
+from twofold.layers.weights import WeightLayer
 from twofold.lowrank.dora import row_norms, row_squares
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.frozen import Frozen
@@ -196,7 +197,7 @@ class LoraLinear(WeightLayer):
     def forward(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         shares = self.linear_shares()
         if not shares:
-            return cast(Tensor, self.base(x))
+            return cast(Tensor, self.bare(x))
         (y,) = project(x, self)
         return y
 
@@ -206,7 +207,7 @@ class LoraLinear(WeightLayer):
         (x,) = args or (None,)
         if named or x is None or len(x) != len(rows.weights) or not all(_only_adds(s) for _, s in found):
             return super().by_rows(rows, *args, **named)
-        y: Tensor = self.base(x)
+        y: Tensor = self.bare(x)
         if not found:
             return y
         shares = cast(list[LinearShare], [s for _, s in found])
@@ -214,7 +215,7 @@ class LoraLinear(WeightLayer):
         each = weights.repeat_interleave(x[0].numel() // x.shape[-1], 0)
         updates = [LowRank(s.A, s.B, s.scale) for s in shares]
         y = y + grouped_update(x.reshape(-1, x.shape[-1]), updates, each).view(y.shape)
-        changes = [torch.zeros(y.shape[-1]).to(s.A) if s.bias_change is None else s.bias_change for s in shares]
+        changes = [s.A.new_zeros(y.shape[-1]) if s.bias_change is None else s.bias_change for s in shares]
         if any(s.bias_change is not None for s in shares):
             y = y + (each.to(changes[0]) @ torch.stack(changes)).view(y.shape).to(y.dtype)
         return y
@@ -276,9 +277,9 @@ class LoraQuantised(LoraLinear):
     def frozen(self) -> Frozen:
         return self._packed()
 
-    def forward(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
+    def bare(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         """Never the base's own forward, which in bitsandbytes' modules may shuffle the codes, or round x."""
-        (y,) = project(x, self)
+        (y,) = group_product(x, [Projection(self.frozen(), self.bias, None)])
         return y
 
     def _packed(self) -> QuantisedWeight:

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from twofold.functional.widen import in_own_precision
-from twofold.layers.protocol import Share, WeightLayer
+from twofold.layers.protocol import Share
+from twofold.layers.weights import WeightLayer
 
 ROWS = "token_adapter.trainable_tokens_delta"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -18,35 +18,31 @@ IGNORED = -100
 """What transformers takes for no label."""
 
 
-@runtime_checkable
-class TaskObjective(Protocol):
-    """From a batch on the CPU to the sum of its losses, and to its logits."""
-
-    @property
-    def path(self) -> str: ...
-
-    def __call__(self, batch: PackedBatch) -> HeadLoss: ...
-
-    def predictions(self, batch: PackedBatch) -> int:
-        """How many there are in a batch."""
-        ...
-
-    def logits(self, batch: PackedBatch) -> Float[Tensor, "predictions choices"]:
-        """One row for each prediction: an example's class, or an answer's token."""
-        ...
-
-
 @dataclass(frozen=True)
-class ClassObjective:
-    """One class for each example."""
+class TaskObjective:
+    """From a batch on the CPU to the sum of its losses, and to its logits, through the model's own forward."""
 
     model: Any
     pad_id: int
-    path: str = "plain path: a classifier runs through its own forward"
+    path: ClassVar[str]
 
     def __call__(self, batch: PackedBatch) -> HeadLoss:
         logits = self.logits(batch)
         return logits_loss(logits, batch.labels.to(logits.device))
+
+    def predictions(self, batch: PackedBatch) -> int:
+        """How many there are in a batch."""
+        raise NotImplementedError
+
+    def logits(self, batch: PackedBatch) -> Float[Tensor, "predictions choices"]:
+        """One row for each prediction: an example's class, or an answer's token."""
+        raise NotImplementedError
+
+
+class ClassObjective(TaskObjective):
+    """One class for each example."""
+
+    path = "plain path: a classifier runs through its own forward"
 
     def predictions(self, batch: PackedBatch) -> int:
         return len(batch.lengths)
@@ -57,17 +53,10 @@ class ClassObjective:
         return found
 
 
-@dataclass(frozen=True)
-class AnswerObjective:
+class AnswerObjective(TaskObjective):
     """The tokens of an answer, by a decoder that looks at the encoded prompt."""
 
-    model: Any
-    pad_id: int
-    path: str = "plain path: an encoder and decoder run through their own forward"
-
-    def __call__(self, batch: PackedBatch) -> HeadLoss:
-        logits = self.logits(batch)
-        return logits_loss(logits, batch.labels.to(logits.device))
+    path = "plain path: an encoder and decoder run through their own forward"
 
     def predictions(self, batch: PackedBatch) -> int:
         return batch.supervised_tokens
@@ -96,7 +85,7 @@ def prompts_and_answers(batch: PackedBatch) -> tuple[list[Tensor], list[Tensor]]
 
 def task_objective(model: Any, pad_id: int) -> TaskObjective | None:
     """The objective of a model's task; None for causal language modelling, which has paths of its own."""
-    found: dict[str, type[ClassObjective | AnswerObjective]] = {
+    found: dict[str, type[TaskObjective]] = {
         "sequence-classification": ClassObjective,
         "seq2seq": AnswerObjective,
     }
