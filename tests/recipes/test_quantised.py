@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from families import randomise
 from tiny_base import gpt2, llama, tokenizer, write_base
 from tiny_runs import adapter_tensors, changed
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from twofold.adapter.attach import attach, detach, disabled, trainable_summary
+from twofold.adapter.attach import activate, attach, detach, disabled, trainable_summary
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import load_adapter, save_adapter
+from twofold.adapter.rows import rows
 from twofold.base.blocks import Decoder, describe
 from twofold.base.load import load_base
 from twofold.data.examples import DataConfig
@@ -313,3 +315,20 @@ def test_requantize_needs_to_know_how(llama_base: Path, config: TrainConfig, tmp
     flags = ("--base", str(llama_base), "--adapter", report["adapter"], "--dtype", "float32")
     done = cli("merge", *flags, "--requantize", "-o", str(tmp_path / "out"))
     assert "say how with --quantization" in done.refusal()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_mixed_batch_over_bitsandbytes_modules_never_runs_their_own_forward(bits: int, wide_base: Path) -> None:
+    """Which would shuffle four-bit codes, or round the inputs of eight-bit ones."""
+    model = of_bitsandbytes(wide_base, bits).train(False)
+    for name in ("a", "b"):
+        attach(model, LoraConfig(r=4), name)
+    randomise([(n, p) for n, p in model.named_parameters() if ".shares." in n], scale=0.1)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10], [11, 12, 13]])
+    with torch.no_grad():
+        for _ in range(2):
+            with rows(model, ["a", None, "b"]):
+                together = model(input_ids=ids).logits
+        for i, name in enumerate(("a", None, "b")):
+            activate(model, name)
+            torch.testing.assert_close(together[i], model(input_ids=ids[i : i + 1]).logits[0], rtol=1e-4, atol=1e-4)
