@@ -96,6 +96,13 @@ def test_a_mistake_found_before_the_run_leaves_no_folder_that_blocks_the_next(co
     assert train(changed(config, max_steps=1))["steps"] == 1
 
 
+def test_a_mistake_found_when_the_adapter_is_attached_leaves_none_either(config: TrainConfig) -> None:
+    """That is after the pre-flight was written, and before anything was learned."""
+    with pytest.raises(ConfigError, match="loftq"):
+        train(replace(config, adapter=replace(config.adapter, init_lora_weights="loftq")))
+    assert train(changed(config, max_steps=1))["steps"] == 1
+
+
 def test_float16_is_refused_for_training_and_served(config: TrainConfig, cli: WarmCli, held_out_file: Path) -> None:
     with pytest.raises(ConfigError, match=r"float16 cannot train: .*use bfloat16 or float32"):
         replace(config, dtype="float16")

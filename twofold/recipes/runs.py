@@ -63,10 +63,10 @@ class RunFolder:
         return self.path / ".lock"
 
     def withdraw(self) -> None:
-        """Take back a run that ended before its preflight was written, so that the mended configuration can begin."""
-        if not self.preflight.exists():
-            self.config.unlink(missing_ok=True)
-            self.events.unlink(missing_ok=True)
+        """Take back a run that ended before its first step, so that the mended configuration can begin."""
+        if not any(record["event"] == "step" for record in self.recorded()):
+            for file in (self.config, self.events, self.preflight):
+                file.unlink(missing_ok=True)
 
     def require_same(self, now: dict[str, Any]) -> None:
         """Raises RunError unless data and base are those that the run's pre-flight recorded."""

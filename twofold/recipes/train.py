@@ -18,7 +18,7 @@ from twofold.base.chat import Renderer
 from twofold.base.load import Base, Precision
 from twofold.data.batches import evaluation_batches, micro_batches, step_indices, steps_per_epoch
 from twofold.data.examples import Examples
-from twofold.errors import ProofError, TwofoldError
+from twofold.errors import ProofError, TwofoldError, UserError
 from twofold.events import Emit, Event, Message, Warned, fan_out, silent, working
 from twofold.machine import checked_device, fastest_dtype, peak_memory_bytes, pick_device
 from twofold.recipes.loading import Loaded, check_alike, foresee, is_sharded, load, own_tensors
@@ -82,8 +82,9 @@ def _recording(config: TrainConfig, run: RunFolder, emit: Emit, world: World) ->
         try:
             with trackers(config, run) as told:
                 yield fan_out(log, emit, *told)
-        except TwofoldError:
-            run.withdraw()
+        except TwofoldError as error:
+            if isinstance(error, UserError) or not run.preflight.exists():
+                run.withdraw()
             raise
 
 
