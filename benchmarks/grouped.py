@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from twofold.lowrank.factors import LowRank
-from twofold.lowrank.grouped import masked, masked_is_cheaper, segments
+from twofold.lowrank.grouped import Spread, masked, masked_is_cheaper, segments
 
 ROWS, ADAPTERS, RANKS = (1, 4, 16, 64), (1, 4, 8, 16, 32), (8, 16, 64)
 WIDTHS = ((576, 576), (576, 1536))
@@ -54,7 +54,8 @@ def measured(case: Case) -> tuple[float, float, bool]:
     weights = torch.eye(case.adapters)[torch.arange(case.rows) % case.adapters]
     counts = (weights != 0).sum(0).tolist()
     rule = masked_is_cheaper(case.rows, case.in_features + case.out_features, [case.r] * case.adapters, counts)
-    return *(microseconds(partial(way, x, updates, weights)) for way in (masked, segments)), rule  # type: ignore[return-value]
+    spread = Spread.of(weights, x.device)
+    return *(microseconds(partial(way, x, updates, spread)) for way in (masked, segments)), rule  # type: ignore[return-value]
 
 
 @torch.no_grad()

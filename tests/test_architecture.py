@@ -12,7 +12,7 @@ FLOORS = {
     **dict.fromkeys(("errors", "events"), -2),
     **dict.fromkeys(("config", "atomic", "machine", "world"), -1),
     "downloads": 0,
-    **dict.fromkeys(("lowrank", "functional", "quant", "tensorfile"), 1),
+    **dict.fromkeys(("lowrank", "functional", "native", "quant", "tensorfile"), 1),
     "layers": 2,
     "base": 3,
     "adapter": 4,

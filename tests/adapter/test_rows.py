@@ -19,7 +19,7 @@ from twofold.layers.protocol import AdapterLayer
 from twofold.layers.rows import Rows
 from twofold.layers.saved import BiasShare, CopyShare, TrainedBias, TrainedCopy
 from twofold.lowrank.factors import LowRank
-from twofold.lowrank.grouped import grouped_update, masked, masked_is_cheaper, segments
+from twofold.lowrank.grouped import Spread, grouped_update, masked, masked_is_cheaper, segments
 
 BATCH: list[Any] = ["a", None, "b", {"a": 0.5, "b": -2.0}, "b"]
 
@@ -98,7 +98,7 @@ def test_both_ways_are_the_sum_over_adapters(way: Any) -> None:
     updates = [LowRank(torch.randn(r, 6).double(), torch.randn(5, r).double(), 0.3 * r - 1) for r in (1, 4, 2)]
     weights = torch.tensor([[1, 0, 0], [0, 0, 0], [0, -2, 0], [0.5, 1, 3], [0, 0, 1], [0, 0, 0], [1, 0, 0]]).double()
     expected = sum(weights[:, j, None] * (x @ u.delta().T) for j, u in enumerate(updates))
-    found = way(x, updates, weights)
+    found = way(x, updates, Spread.of(weights, x.device))
     torch.testing.assert_close(found, expected)
     ours, theirs = (torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected))
     torch.testing.assert_close(ours, theirs)
@@ -111,7 +111,7 @@ def test_an_adapter_that_overflows_spoils_no_other_row(way: Any) -> None:
         LowRank(torch.full((2, 6), 1e30), torch.ones(5, 2), 1.0),
         LowRank(torch.ones(1, 6), torch.ones(5, 1), 1.0),
     ]
-    found = way(x, updates, torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    found = way(x, updates, Spread.of(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), x.device))
     assert not torch.isfinite(found[0]).any()
     assert bool((found[1] == 0).all())
 

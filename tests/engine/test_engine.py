@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from twofold.adapter.attach import activate, attach, disabled, merge, unmerge
 from twofold.adapter.config import LoraConfig
 from twofold.base.blocks import Decoder, describe
-from twofold.engine import model as forward
+from twofold.engine.decoder import BlockForward
 from twofold.engine.engine import Engine
-from twofold.engine.model import BlockStreams, TransformersStreams, common_prefix, stream_model
 from twofold.engine.request import Completion, Request, Sampling
-from twofold.engine.sampler import Sampler
-from twofold.errors import ConfigError
+from twofold.engine.scheduler import Scheduler
+from twofold.engine.step import Part
 
 BLOCKS = ("llama", "llama-tied", "qwen2", "qwen3", "mistral")
 OTHERS = ("gpt2", "opt")
@@ -81,7 +79,7 @@ def test_every_stream_says_what_transformers_says_alone(family: str) -> None:
     expected = [greedy(model, p) for p in MIXED]
     assert len({tuple(e) for e in expected}) > 1
     assert made(model, MIXED) == expected
-    assert isinstance(stream_model(model), BlockStreams if family in BLOCKS else TransformersStreams)
+    assert ("the model's own forward" in Scheduler(model).path) == (family in OTHERS)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
@@ -99,27 +97,6 @@ def test_with_adapters_active_weighted_merged_and_off(family: str) -> None:
     assert len({str(s) for s in (*said, bare)}) == 4
     with disabled(model):
         assert made(model, MIXED) == bare
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_shared_prefix_is_computed_once_and_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, (head, *tails) = adapted(family, "one"), prompts(20, 5, 1, 12)
-    texts = [head + t for t in tails] + [list(head) + tails[0]]
-    assert common_prefix(texts) == 20
-    shared = made(model, texts)
-    assert shared == [greedy(model, t) for t in texts]
-    monkeypatch.setattr(forward, "SHARED_FROM", 10_000)
-    assert common_prefix(texts) == 0
-    assert made(model, texts) == shared
-
-
-def test_a_prompt_that_is_the_prefix_of_another_keeps_a_token_of_its_own() -> None:
-    (text,) = prompts(24)
-    assert common_prefix([text, text[:20], text]) == 19
-    assert common_prefix([text, text[:16]]) == 0
-    assert common_prefix([text]) == 0
-    model = sharp("llama")
-    assert made(model, [text, text[:20], text]) == [greedy(model, t) for t in (text, text[:20], text)]
 
 
 def test_more_requests_than_streams_come_back_in_their_order() -> None:
@@ -186,38 +163,6 @@ def test_top_k_of_one_is_greedy_at_any_temperature() -> None:
     assert [c.token_ids for c in found] == [greedy(model, p) for p in MIXED]
 
 
-def drawn(logits: torch.Tensor, count: int = 4000, **settings: Any) -> dict[int, float]:
-    sampler = Sampler(Sampling(**settings))
-    counts = Counter(sampler.choose(logits) for _ in range(count))
-    return {token: n / count for token, n in counts.items()}
-
-
-PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_drawn_by_their_tempered_probability(temperature: float) -> None:
-    found = drawn(PROBABILITIES.log() + 3, temperature=temperature)
-    expected = PROBABILITIES ** (1 / temperature)
-    expected /= expected.sum()
-    for token, share in enumerate(expected.tolist()):
-        assert found[token] == pytest.approx(share, abs=0.03)
-
-
-def test_top_k_and_top_p_cut_the_tail_and_keep_the_proportions() -> None:
-    logits = PROBABILITIES.log()
-    assert drawn(logits, temperature=1.0, top_k=2) == pytest.approx({1: 4 / 7, 3: 3 / 7}, abs=0.03)
-    assert drawn(logits, temperature=1.0, top_p=0.69) == pytest.approx({1: 4 / 7, 3: 3 / 7}, abs=0.03)
-    assert set(drawn(logits, temperature=1.0, top_p=0.71)) == {1, 3, 4}
-    assert set(drawn(logits, temperature=1.0, top_p=0.01)) == {1}
-
-
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -2}])
-def test_sampling_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="top_p above 0 and at most 1"):
-        Sampling(**wrong)
-
-
 # ---------------------------------------------------------------------------------------------- on a GPU that is not there
 
 
@@ -237,13 +182,12 @@ def test_nothing_is_left_on_the_cpu(dtype: torch.dtype, family: str, monkeypatch
         attach(model, LoraConfig(r=4))
         described = describe(model)
         assert isinstance(described, Decoder)
-        streams = BlockStreams(described)
-        first = streams.start(MIXED[:3], 30)
+        forward = BlockForward(model, described, 3, 30, reuse=False, native=True)
+        assert forward.path == "PyTorch's operations, not our own kernels: the base is not on the CPU"
+        first = forward.run([Part(i, 0, tokens, (), asked=True) for i, tokens in enumerate(MIXED[:3])])
         assert first.device == device
         assert first.shape == (3, VOCABULARY)
         assert first.dtype == dtype
-        then = streams.step([5, 6, 7])
+        then = forward.run([Part(i, len(tokens), [5], (), asked=i != 1) for i, tokens in enumerate(MIXED[:3])])
         assert then.device == device
-        streams.keep([0, 2])
-        assert streams.step([5, 6]).shape == (2, VOCABULARY)
-        assert streams.step([5, 6]).device == device
+        assert then.shape == (2, VOCABULARY)

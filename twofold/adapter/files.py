@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +149,25 @@ def _read_json(path: Path) -> dict[str, Any]:
 def load_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -> AdapterFiles:
     """Attach an adapter from its folder and make it the active one; a failure leaves the model as it was.
 
+    Raises:
+        AdapterFileError: as `read_adapter`.
+    """
+    files, config, made = read_adapter(model, path, name)
+    put_on(model, made, config, name)
+    return files
+
+
+class Fitted(NamedTuple):
+    """An adapter that was read and fits a model, but is not on it."""
+
+    files: AdapterFiles
+    config: LoraConfig
+    made: dict[str, Made]
+
+
+def read_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -> Fitted:
+    """The shares that an adapter's folder gives to a model, which stays as it is.
+
     Raw factors of PiSSA and OLoRA, as PEFT writes them, fit a base from which their start was taken away; the start is computed
     again from this base, and taken away from the update instead.
 
@@ -169,8 +188,7 @@ def load_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -
     problems = [*wrong.values(), *_fill(model, files, made, set(wrong))]
     if problems:
         raise AdapterFileError(_mismatch(files.path, problems))
-    put_on(model, made, config, name)
-    return files
+    return Fitted(files, config, made)
 
 
 def _places(config: LoraConfig, targets: Targets) -> dict[str, Factors] | None:

@@ -1,46 +1,110 @@
-"""Keys and values of the tokens already seen: one slot a stream, filled from the left."""
+"""Keys and values of the tokens already seen: one slot a stream, filled from the left.
+
+A slot remembers what was in it when its stream ended. A new stream with the same adapters (the same content, at the same weights)
+whose prompt begins with the same tokens goes on from there: in that slot, or from a copy where a running stream still holds it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
+Wearer = tuple[tuple[str, float], ...]
+"""Which adapters made what a slot holds, and how much of each."""
 
-class SlotCache:
-    """Preallocated keys and values (streams, kv_heads, capacity, d) of every layer, and how far each slot is filled."""
+WORTH_A_COPY = 16
+"""Tokens from which a prefix is copied out of another slot rather than computed again."""
+
+
+@dataclass
+class _Slot:
+    """What a slot holds: `tokens` of a stream of some `wearer`, and when it was last given back (0: in use)."""
+
+    tokens: list[int] = field(default_factory=list)
+    wearer: Wearer = ()
+    freed: int = 1
+
+
+class Slots:
+    """What each slot holds; where the keys and values are is a subclass's affair.
+
+    Args:
+        capacity: tokens that a slot has room for.
+        reuse: whether prompts may go on from what a slot holds already.
+    """
+
+    def __init__(self, count: int, capacity: int, *, reuse: bool) -> None:
+        self.count, self.capacity, self.reuse = count, capacity, reuse
+        self._slots = [_Slot() for _ in range(count)]
+        self._clock = 1
+
+    @property
+    def free(self) -> int:
+        """Slots that no stream has."""
+        return sum(1 for s in self._slots if s.freed)
+
+    @property
+    def used(self) -> float:
+        """The share of the places for tokens that running streams fill."""
+        return sum(len(s.tokens) for s in self._slots if not s.freed) / (self.count * self.capacity)
+
+    def take(self, prompt: Sequence[int], wearer: Wearer) -> tuple[int, int]:
+        """A free slot, and how many tokens of the prompt it holds already; never all, since the last one's logits are wanted."""
+        alike = [self._alike(s, prompt, wearer) for s in self._slots]
+        free = [i for i, s in enumerate(self._slots) if s.freed]
+        chosen = max(free, key=lambda i: (alike[i], -len(self._slots[i].tokens), -self._slots[i].freed))
+        best, known = max(range(self.count), key=alike.__getitem__), alike[chosen]
+        if alike[best] >= known + WORTH_A_COPY:
+            known = alike[best]
+            self.copy(best, chosen, known)
+        self._slots[chosen] = _Slot(list(prompt[:known]), wearer, freed=0)
+        return chosen, known
+
+    def _alike(self, slot: _Slot, prompt: Sequence[int], wearer: Wearer) -> int:
+        if not self.reuse or slot.wearer != wearer:
+            return 0
+        return common_prefix(slot.tokens, prompt[:-1])
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Give one slot the first keys and values of another."""
+        raise NotImplementedError
+
+    def extend(self, slot: int, tokens: Sequence[int]) -> None:
+        """Note that a pass has put these tokens behind what the slot holds."""
+        self._slots[slot].tokens.extend(tokens)
+
+    def give_back(self, slot: int) -> None:
+        """The slot's stream has ended; what it holds may still be of use."""
+        self._clock += 1
+        self._slots[slot].freed = self._clock
+
+    def forget(self, adapter: str) -> None:
+        """Nothing may go on from what streams with this adapter have left."""
+        for slot in self._slots:
+            if any(key == adapter for key, _ in slot.wearer):
+                slot.tokens, slot.wearer = [], ()
+
+
+class SlotCache(Slots):
+    """Preallocated keys and values (slots, kv_heads, capacity, d) of every layer."""
 
     def __init__(
-        self, layers: int, streams: int, kv_heads: int, capacity: int, d: int, dtype: torch.dtype, device: torch.device
+        self, layers: int, slots: int, kv_heads: int, capacity: int, d: int, like: Tensor, *, reuse: bool
     ) -> None:
-        shape = (layers, streams, kv_heads, capacity, d)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.filled = [0] * streams  # in Python: a GPU need not be waited for to know them
+        super().__init__(slots, capacity, reuse=reuse)
+        shape = (layers, slots, kv_heads, capacity, d)
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
 
-    def write(
-        self,
-        layer: int,
-        positions: Int[Tensor, "streams new"],
-        keys: Float[Tensor, "streams new kv_heads d"],
-        values: Float[Tensor, "streams new kv_heads d"],
-    ) -> None:
-        """Put the newest tokens of every stream at their positions."""
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        self.keys[layer].transpose(1, 2)[rows, positions] = keys
-        self.values[layer].transpose(1, 2)[rows, positions] = values
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        for kept in (self.keys, self.values):
+            kept[:, target, :, :tokens] = kept[:, source, :, :tokens]
 
-    def spread(self) -> None:
-        """Give every slot what slot 0 holds: a prefix that all share is computed once."""
-        length = self.filled[0]
-        self.keys[:, 1:, :, :length] = self.keys[:, :1, :, :length]
-        self.values[:, 1:, :, :length] = self.values[:, :1, :, :length]
-        self.filled = [length] * len(self.filled)
 
-    def keep(self, streams: Sequence[int]) -> None:
-        """Drop all other slots."""
-        at = torch.tensor(list(streams), device=self.keys.device)
-        self.keys, self.values = self.keys.index_select(1, at), self.values.index_select(1, at)
-        self.filled = [self.filled[i] for i in streams]
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

@@ -1,23 +1,13 @@
-"""Plain generation: requests in, completions out, many streams at a time."""
+"""Plain generation: requests in, completions out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from twofold.engine.model import stream_model
 from twofold.engine.request import Completion, Request
-from twofold.engine.sampler import Sampler, choose
+from twofold.engine.scheduler import Made, Scheduler
 from twofold.events import Emit, Progress, silent
-
-
-@dataclass
-class _Stream:
-    index: int
-    request: Request
-    sampler: Sampler
-    made: list[int]
 
 
 class Engine:
@@ -33,55 +23,33 @@ class Engine:
 
     def generate(self, requests: Sequence[Request], emit: Emit = silent, task: str = "generating") -> list[Completion]:
         """Answer all requests; the answers come in the order of the requests and do not depend on one another."""
+        if not requests:
+            return []
+        scheduler = self._scheduler(requests)
+        numbers = {scheduler.add(request): i for i, request in enumerate(requests)}
+        made: list[list[Made]] = [[] for _ in requests]
         answers: dict[int, Completion] = {}
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids))
-        for start in range(0, len(order), self.streams):
-            chosen = order[start : start + self.streams]
-            for index, answer in self._together([(i, requests[i]) for i in chosen]):
-                answers[index] = answer
-                emit(Progress(task=task, done=len(answers), total=len(requests)))
+        while not scheduler.idle:
+            for event in scheduler.step():
+                at = numbers[event.stream]
+                if isinstance(event, Made):
+                    made[at].append(event)
+                else:
+                    logprobs = [m.logprobs for m in made[at] if m.logprobs is not None]
+                    tokens = [m.token for m in made[at]]
+                    answers[at] = Completion(token_ids=tokens, finish_reason=event.reason, logprobs=logprobs or None)
+                    emit(Progress(task=task, done=len(answers), total=len(requests)))
         return [answers[i] for i in range(len(requests))]
 
     def stream(self, request: Request) -> Iterator[int]:
         """The tokens of one answer, as they are made."""
-        model, sampler = stream_model(self.model), Sampler(request.sampling)
-        logits = model.start([request.token_ids], len(request.token_ids) + request.max_new_tokens)
-        for made in range(request.max_new_tokens):
-            (token,) = choose(logits, [sampler])
-            if token in request.stop_ids:
-                return
-            yield token
-            if made + 1 < request.max_new_tokens:
-                logits = model.step([token])
+        scheduler = self._scheduler([request])
+        scheduler.add(request)
+        while not scheduler.idle:
+            for event in scheduler.step():
+                if isinstance(event, Made):
+                    yield event.token
 
-    def _together(self, requests: Sequence[tuple[int, Request]]) -> Iterator[tuple[int, Completion]]:
-        """One batch of streams. Done ones ride along until half are done: then they are dropped, all at once, because a
-        batch of a new size makes the CPU's kernels prepare again."""
-        model = stream_model(self.model)
-        slots: list[_Stream | None] = [_Stream(i, r, Sampler(r.sampling), []) for i, r in requests]
-        capacity = max(len(r.token_ids) + r.max_new_tokens for _, r in requests)
-        logits = model.start([r.token_ids for _, r in requests], capacity)
-        while True:
-            tokens = choose(logits, [s.sampler if s else None for s in slots])
-            for place, (stream, token) in enumerate(zip(slots, tokens, strict=True)):
-                answer = _advance(stream, token) if stream else None
-                if stream and answer:
-                    slots[place] = None
-                    yield stream.index, answer
-            going = [p for p, s in enumerate(slots) if s is not None]
-            if not going:
-                return
-            if 2 * len(going) <= len(slots):
-                model.keep(going)
-                slots, tokens = [slots[p] for p in going], [tokens[p] for p in going]
-            logits = model.step(tokens)
-
-
-def _advance(stream: _Stream, token: int) -> Completion | None:
-    """Take a token in; the completion if that ended it."""
-    if token in stream.request.stop_ids:
-        return Completion(token_ids=stream.made, finish_reason="stop")
-    stream.made.append(token)
-    if len(stream.made) == stream.request.max_new_tokens:
-        return Completion(token_ids=stream.made, finish_reason="length")
-    return None
+    def _scheduler(self, requests: Sequence[Request]) -> Scheduler:
+        capacity = max(len(r.token_ids) + r.max_new_tokens for r in requests)
+        return Scheduler(self.model, streams=min(self.streams, len(requests)), capacity=capacity)

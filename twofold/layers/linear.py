@@ -20,7 +20,7 @@ from twofold.layers.weights import WeightLayer
 from twofold.lowrank.dora import row_norms, row_squares
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.frozen import Frozen
-from twofold.lowrank.grouped import grouped_update
+from twofold.lowrank.grouped import Spread, grouped_update
 from twofold.lowrank.linear import Projection, group_product
 from twofold.quant import QuantisedWeight
 
@@ -214,7 +214,7 @@ class LoraLinear(WeightLayer):
         weights = rows.weights[:, [i for i, _ in found]]
         each = weights.repeat_interleave(x[0].numel() // x.shape[-1], 0)
         updates = [LowRank(s.A, s.B, s.scale) for s in shares]
-        y = y + grouped_update(x.reshape(-1, x.shape[-1]), updates, each).view(y.shape)
+        y = y + grouped_update(x.reshape(-1, x.shape[-1]), updates, Spread.of(each, x.device)).view(y.shape)
         changes = [s.A.new_zeros(y.shape[-1]) if s.bias_change is None else s.bias_change for s in shares]
         if any(s.bias_change is not None for s in shares):
             y = y + (each.to(changes[0]) @ torch.stack(changes)).view(y.shape).to(y.dtype)

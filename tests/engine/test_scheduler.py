@@ -1,0 +1,277 @@
+"""Mixed batches: whatever comes and goes beside it, a row says what PEFT says of it alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from families import GROUPED, VOCABULARY
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twofold.adapter.attach import attach, detach
+from twofold.adapter.config import LoraConfig
+from twofold.adapter.files import save_adapter
+from twofold.engine.request import Request
+from twofold.engine.scheduler import Ended, Made, Scheduler
+from twofold.errors import AdapterFileError, ConfigError
+
+WIDE = GROUPED | {"head_dim": 16, "max_position_embeddings": 256}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**WIDE, tie_word_embeddings=True)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(**GROUPED | {"num_attention_heads": 2, "num_key_value_heads": 1})
+    ),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**WIDE)),
+    "gemma2": lambda: hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(**WIDE, final_logit_softcapping=4.0, attn_logit_softcapping=5.0, sliding_window=4)
+    ),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(**WIDE, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "phi3": lambda: hf.Phi3ForCausalLM(
+        hf.Phi3Config(**GROUPED | {"num_attention_heads": 2, "num_key_value_heads": 1}, sliding_window=None)
+    ),
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256)
+    ),
+}
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "target_modules": PROJECTIONS},
+    "rs": {"r": 20, "lora_alpha": 4, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "dora": {"r": 3, "use_dora": True, "target_modules": PROJECTIONS},
+    "biased": {"r": 2, "lora_bias": True, "target_modules": ["k_proj", "up_proj", "o_proj"]},
+    "words": {"r": 4, "target_modules": ["embed_tokens", "v_proj"]},
+    "head": {"r": 4, "target_modules": ["lm_head", "gate_proj"]},
+    "ranks": {"r": 4, "rank_pattern": {"q_proj": 9}, "alpha_pattern": {"o_proj": 1}, "target_modules": PROJECTIONS},
+}
+FOR_OTHERS = {
+    "phi3": {"plain": {"r": 4, "target_modules": ["qkv_proj", "gate_up_proj", "down_proj"]}},
+    "gpt2": {"plain": {"r": 4, "target_modules": ["c_attn", "c_proj"]}, "few": {"r": 2, "target_modules": ["c_fc"]}},
+}
+
+
+def sharp(family: str) -> Any:
+    """A model whose greedy answers are no ties: its logits are spread wide."""
+    torch.manual_seed(11)
+    model = FAMILIES[family]().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(6)
+            elif "bias" in name:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Path]]:
+    """Folders of adapters for a family, made by Twofold, every tensor of them random."""
+    made: dict[str, dict[str, Path]] = {}
+
+    def write(family: str) -> dict[str, Path]:
+        if family not in made:
+            root, model = tmp_path_factory.mktemp(family), sharp(family)
+            configs = FOR_OTHERS.get(family, ADAPTERS)
+            for i, (name, config) in enumerate(configs.items()):
+                attach(model, LoraConfig(**{"lora_alpha": 8} | config))
+                generator = torch.Generator().manual_seed(i)
+                for parameter in (p for p in model.parameters() if p.requires_grad):
+                    parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+                save_adapter(model, root / name)
+                detach(model)
+            made[family] = {name: root / name for name in configs}
+        return made[family]
+
+    return write
+
+
+def alone(model: Any, folder: Path | None, prompt: list[int], new: int) -> list[int]:
+    """PEFT's greedy answer, this prompt alone."""
+    if folder is not None:
+        model = peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    ids = torch.tensor([prompt])
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "use_cache": True}
+    mask = torch.ones_like(ids)
+    found = model.generate(input_ids=ids, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **settings)
+    said: list[int] = found[0, len(prompt) :].tolist()
+    return said
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return torch.randint(4, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def run(scheduler: Scheduler, requests: list[Request]) -> list[list[int]]:
+    numbers = [scheduler.add(r) for r in requests]
+    said: dict[int, list[int]] = {n: [] for n in numbers}
+    while not scheduler.idle:
+        for event in scheduler.step():
+            if isinstance(event, Made):
+                said[event.stream].append(event.token)
+    return [said[n] for n in numbers]
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_each_row_of_a_mixed_batch_says_what_peft_says_alone(family: str, native: bool, written: Any) -> None:
+    """Every variant in one batch with bare rows, prompts longer and shorter than a chunk, more requests than slots."""
+    folders = written(family)
+    scheduler = Scheduler(sharp(family), streams=5, capacity=120, chunk=40, native=native)
+    assert scheduler.path.startswith(
+        "our own" if native and family != "gpt2" else "PyTorch" if family != "gpt2" else "the model"
+    )
+    for name, folder in folders.items():
+        scheduler.put_adapter(name, folder)
+    wanted = [
+        (n, prompt(length, i))
+        for i, (n, length) in enumerate(zip([None, *folders, None], [3, 50, 9, 1, 33, 70, 5, 12, 90], strict=False))
+    ]
+    requests = [Request(token_ids=p, max_new_tokens=7, adapters={n: 1.0} if n else {}) for n, p in wanted]
+    said = run(scheduler, requests)
+    assert said == [alone(sharp(family), folders[n] if n else None, p, 7) for n, p in wanted]
+    assert len({tuple(s) for s in said}) > 1
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+def test_a_row_may_have_several_adapters_with_weights(native: bool, written: Any) -> None:
+    folders, model, text = written("llama"), sharp("llama"), prompt(9, 1)
+    scheduler = Scheduler(sharp("llama"), streams=4, capacity=40, native=native)
+    for name in ("plain", "rs", "biased", "dora"):
+        scheduler.put_adapter(name, folders[name])
+    theirs = peft.PeftModel.from_pretrained(model, str(folders["plain"]), "plain").eval()
+    theirs.load_adapter(str(folders["rs"]), "rs")
+    for module in (m for m in theirs.modules() if isinstance(m, peft.tuners.lora.LoraLayer)):
+        module.set_scale("plain", 0.5)
+        module.set_scale("rs", -1.5)
+    theirs.base_model.set_adapter(["plain", "rs"])
+    both = Request(token_ids=text, max_new_tokens=6, adapters={"plain": 0.5, "rs": -1.5})
+    bare = Request(token_ids=text, max_new_tokens=6, adapters={"plain": 0.0})
+    found = run(scheduler, [both, bare])
+    expected = theirs.generate(
+        input_ids=torch.tensor([text]),
+        do_sample=False,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert found == [expected[0, 9:].tolist(), alone(sharp("llama"), None, text, 6)]
+    for wrong in ({"dora": 0.5}, {"dora": 1.0, "plain": 1.0}):
+        with pytest.raises(ConfigError, match="'dora' is DoRA"):
+            scheduler.add(Request(token_ids=text, adapters=wrong, max_new_tokens=3))
+
+
+@pytest.fixture(scope="module")
+def busy(written: Any) -> tuple[Scheduler, list[tuple[str | None, list[int], list[int]]]]:
+    """A scheduler, and what some requests get from a fresh one, one at a time."""
+    folders, model = written("llama"), sharp("llama")
+    schedulers = [Scheduler(model, streams=3, capacity=60, chunk=16, reuse=reuse) for reuse in (True, False)]
+    for scheduler in schedulers:
+        for name, folder in folders.items():
+            scheduler.put_adapter(name, folder)
+    common = prompt(20, 99)
+    known = []
+    for i in range(12):
+        name = random.Random(i).choice([None, *folders])
+        text = common[: random.Random(i).randint(0, 20)] + prompt(random.Random(-i).randint(1, 20), i)
+        known.append(
+            (
+                name,
+                text,
+                run(schedulers[1], [Request(token_ids=text, max_new_tokens=8, adapters={name: 1.0} if name else {})])[
+                    0
+                ],
+            )
+        )
+    return schedulers[0], known
+
+
+@given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 4), st.booleans()), min_size=1, max_size=9))
+def test_whoever_comes_and_goes_a_request_gets_the_same_answer(busy: Any, plan: list[tuple[int, int, bool]]) -> None:
+    """Random arrivals between the steps, some cancelled under way, prefixes taken over from earlier streams."""
+    scheduler, known = busy
+    said: dict[int, list[int]] = {}
+    wanted, ended, cancelled = {}, {}, set()
+    waiting = list(plan)
+    while waiting or not scheduler.idle:
+        if waiting:
+            which, steps, cancel = waiting.pop(0)
+            name, text, _ = known[which]
+            number = scheduler.add(Request(token_ids=text, max_new_tokens=8, adapters={name: 1.0} if name else {}))
+            said[number], wanted[number] = [], which
+        else:
+            steps, cancel = 1, False
+        for step in range(steps):
+            for event in scheduler.step():
+                if isinstance(event, Made):
+                    said[event.stream].append(event.token)
+                else:
+                    ended[event.stream] = event.reason
+            if cancel and step == 0:
+                scheduler.cancel(number)
+                cancelled.add(number)
+    assert scheduler.cache_used == 0
+    for number, which in wanted.items():
+        expected = known[which][2]
+        if ended[number] == "length":
+            assert said[number] == expected
+        else:
+            assert number in cancelled
+            assert ended[number] == "cancelled"
+            assert said[number] == expected[: len(said[number])]
+
+
+def test_a_prefix_is_taken_over_only_under_the_same_adapters(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(sharp("llama"), streams=4, capacity=60)
+    for name in ("plain", "rs"):
+        scheduler.put_adapter(name, written("llama")[name])
+    text, read = prompt(30, 5), []
+    forward = scheduler._forward
+    monkeypatch.setattr(
+        forward, "run", lambda parts, inner=forward.run: read.append(sum(len(p.tokens) for p in parts)) or inner(parts)
+    )
+    said = []
+    for adapters in ({"plain": 1.0}, {"plain": 1.0}, {"rs": 1.0}, {"plain": 0.5}, {}, {"plain": 1.0}):
+        read.clear()
+        said.append(run(scheduler, [Request(token_ids=text, max_new_tokens=3, adapters=adapters)])[0])
+        assert read[0] == (1 if len(said) in (2, 6) else 30), len(said)
+    assert said[0] == said[1] == said[5]
+    scheduler.drop_adapter("plain")
+    scheduler.put_adapter("plain", written("llama")["biased"])
+    read.clear()
+    run(scheduler, [Request(token_ids=text, max_new_tokens=3, adapters={"plain": 1.0})])
+    assert read[0] == 30
+
+
+def test_what_cannot_be_served_is_refused_in_a_sentence(written: Any, tmp_path: Path) -> None:
+    scheduler = Scheduler(sharp("llama"), streams=2, capacity=20)
+    scheduler.put_adapter("plain", written("llama")["plain"])
+    with pytest.raises(ConfigError, match="an adapter 'plain' is loaded already"):
+        scheduler.put_adapter("plain", written("llama")["rs"])
+    with pytest.raises(ConfigError, match=r"no adapter 'plane' is loaded.*plain"):
+        scheduler.add(Request(token_ids=[5], max_new_tokens=3, adapters={"plane": 1.0}))
+    with pytest.raises(ConfigError, match="15 tokens and 6 new ones are more than the 20"):
+        scheduler.add(Request(token_ids=prompt(15, 0), max_new_tokens=6))
+    number = scheduler.add(Request(token_ids=[5], max_new_tokens=3, adapters={"plain": 1.0}))
+    assert scheduler.users("plain") == 1
+    with pytest.raises(ConfigError, match="used by 1 streams"):
+        scheduler.drop_adapter("plain")
+    scheduler.cancel(number)
+    assert scheduler.step() == [Ended(number, "cancelled")]
+    scheduler.cancel(number)
+    scheduler.drop_adapter("plain")
+    with pytest.raises(ConfigError, match="no adapter 'plain'"):
+        scheduler.drop_adapter("plain")
+    model = sharp("llama")
+    attach(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    save_adapter(model, tmp_path / "whole")
+    with pytest.raises(AdapterFileError, match="whole copy"):
+        scheduler.put_adapter("whole", tmp_path / "whole")

@@ -1,0 +1,142 @@
+"""Models without a description: through their own forward and cache, streams that decode joined into one batch.
+
+A prompt is read by itself. Then its keys and values are laid beside those of the streams that decode already, filled up on the left
+to one length, and from there all take their steps together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from twofold.adapter.attach import activate, active, detach
+from twofold.adapter.files import load_adapter
+from twofold.adapter.rows import rows
+from twofold.engine.cache import Slots
+from twofold.engine.resident import Resident
+from twofold.engine.step import Part
+
+
+@dataclass
+class _Joined:
+    """Streams side by side: their slots, their cache, and which of its places are filled (streams, length)."""
+
+    slots: list[int]
+    past: Any
+    mask: Int[Tensor, "streams length"]
+
+
+class PlainForward:
+    """Any causal language model of transformers; adapters are attached to it and worn row by row."""
+
+    def __init__(self, model: Any, streams: int, capacity: int, why: str) -> None:
+        self.model = model
+        self.path = f"the model's own forward: {why}"
+        self.slots = Slots(streams, capacity, reuse=False)
+        self._reading: dict[int, _Joined] = {}
+        self._joined: list[_Joined] = []
+        self._alive = active(model)
+
+    def read(self, key: str, folder: Path) -> Resident:
+        load_adapter(self.model, folder, key)
+        activate(self.model, self._alive or None)
+        return Resident(key, {})
+
+    def drop(self, resident: Resident) -> None:
+        detach(self.model, resident.key)
+
+    @torch.inference_mode()
+    def run(self, parts: Sequence[Part]) -> Float[Tensor, "asked vocabulary"]:
+        self._leave({p.slot for p in parts})
+        decoding = {slot for batch in self._joined for slot in batch.slots}
+        found = self._decode([p for p in parts if p.slot in decoding])
+        read = [p for p in parts if p.slot not in decoding]
+        found |= {p.slot: self._read(p) for p in read}
+        for part in parts:
+            self.slots.extend(part.slot, part.tokens)
+        for part in (p for p in read if p.asked):
+            self._join(self._reading.pop(part.slot))
+        return torch.stack([found[p.slot] for p in parts if p.asked]) if any(p.asked for p in parts) else torch.empty(0)
+
+    def _read(self, part: Part) -> Float[Tensor, " vocabulary"]:
+        """The next tokens of a prompt, by themselves."""
+        if part.start == 0:
+            nothing = torch.empty(1, 0, dtype=torch.long, device=self.model.device)
+            self._reading[part.slot] = _Joined([part.slot], DynamicCache(), nothing)
+        logits: Tensor = self._forward(self._reading[part.slot], [part])[0]
+        return logits
+
+    def _decode(self, parts: Sequence[Part]) -> dict[int, Tensor]:
+        """The next logits of streams that decode, by slot."""
+        by_slot = {p.slot: p for p in parts}
+        found: dict[int, Tensor] = {}
+        for batch in self._joined:
+            logits = self._forward(batch, [by_slot[slot] for slot in batch.slots])
+            found |= dict(zip(batch.slots, logits, strict=True))
+        return found
+
+    def _forward(self, batch: _Joined, parts: Sequence[Part]) -> Float[Tensor, "streams vocabulary"]:
+        new = torch.tensor([list(p.tokens) for p in parts], device=batch.mask.device)
+        batch.mask = torch.cat([batch.mask, torch.ones_like(new)], 1)
+        positions = (batch.mask.cumsum(-1) - 1)[:, -new.shape[1] :]
+        with self._worn(parts):
+            out = self.model(
+                input_ids=new,
+                attention_mask=batch.mask,
+                position_ids=positions,
+                past_key_values=batch.past,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        batch.past = out.past_key_values
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _worn(self, parts: Sequence[Part]) -> AbstractContextManager[None]:
+        """Each row with the adapters of its stream beside those that are active on the model."""
+        if not any(p.worn for p in parts):
+            return nullcontext()
+        return rows(self.model, [self._alive | {r.key: weight for r, weight in p.worn} for p in parts])
+
+    def _leave(self, staying: set[int]) -> None:
+        """Drop the streams that have ended."""
+        for batch in self._joined:
+            kept = [i for i, slot in enumerate(batch.slots) if slot in staying]
+            if len(kept) < len(batch.slots) and kept:
+                at = torch.tensor(kept, device=batch.mask.device)
+                batch.past.batch_select_indices(at)
+                batch.mask, batch.slots = batch.mask[at], [batch.slots[i] for i in kept]
+            elif not kept:
+                batch.slots = []
+        self._joined = [batch for batch in self._joined if batch.slots]
+
+    def _join(self, one: _Joined) -> None:
+        """Let a stream take its steps with the others; a cache of another kind stays by itself."""
+        for batch in self._joined:
+            if _can_be_filled_up(batch.past) and _can_be_filled_up(one.past):
+                length = max(batch.mask.shape[1], one.mask.shape[1])
+                for layer, other in zip(batch.past.layers, one.past.layers, strict=True):
+                    layer.keys = torch.cat([_filled_up(layer.keys, length), _filled_up(other.keys, length)])
+                    layer.values = torch.cat([_filled_up(layer.values, length), _filled_up(other.values, length)])
+                masks = [F.pad(m, (length - m.shape[1], 0)) for m in (batch.mask, one.mask)]
+                batch.mask, batch.slots = torch.cat(masks), batch.slots + one.slots
+                return
+        self._joined.append(one)
+
+
+def _can_be_filled_up(past: Any) -> bool:
+    return isinstance(past, DynamicCache) and all(type(layer) is DynamicLayer for layer in past.layers)
+
+
+def _filled_up(x: Float[Tensor, "streams heads length d"], length: int) -> Tensor:
+    return F.pad(x, (0, 0, length - x.shape[2], 0))

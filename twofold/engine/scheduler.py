@@ -1,0 +1,269 @@
+"""Continuous batching: streams come and go between forward passes, each with adapters of its own.
+
+A pass takes in the newest token of every running stream, and beside them a chunk of the prompts that are still being read, so
+that a long prompt delays nobody by more than a chunk. Everything happens in `step`, on the caller's thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+from twofold.base.blocks import Decoder, describe
+from twofold.engine.decoder import BlockForward
+from twofold.engine.plain import PlainForward
+from twofold.engine.request import Request, TokenLogprobs
+from twofold.engine.resident import Resident
+from twofold.engine.sampler import Choice, Sampler, choose
+from twofold.engine.step import Forward, Part, Worn
+from twofold.errors import ConfigError, did_you_mean
+
+CHUNK = 512
+"""Prompt tokens that one pass takes in, at most."""
+
+
+class Made(NamedTuple):
+    """A stream has one more token."""
+
+    stream: int
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+class Ended(NamedTuple):
+    """A stream makes no more tokens."""
+
+    stream: int
+    reason: Literal["stop", "length", "cancelled", "error"]
+    message: str | None = None
+
+
+@dataclass
+class _Stream:
+    """A request under way: its slot once it has one, and the tokens that are not in the cache yet."""
+
+    number: int
+    request: Request
+    worn: Worn
+    sampler: Sampler
+    left: list[int]
+    slot: int = -1
+    held: int = 0
+    made: int = 0
+    cancelled: bool = False
+
+    @property
+    def reading(self) -> bool:
+        """Whether its prompt is not all in the cache yet."""
+        return self.made == 0
+
+
+@dataclass
+class _Pool:
+    """The adapters that requests may name."""
+
+    residents: dict[str, Resident] = field(default_factory=dict)
+
+    def worn(self, request: Request) -> Worn:
+        for key in request.adapters:
+            if key not in self.residents:
+                raise ConfigError(f"no adapter '{key}' is loaded{did_you_mean(key, list(self.residents))}")
+        worn = tuple((self.residents[key], weight) for key, weight in sorted(request.adapters.items()) if weight)
+        if len(worn) > 1 or any(weight != 1 for _, weight in worn):
+            for resident, _ in worn:
+                _check_sums(resident)
+        return worn
+
+
+def _check_sums(resident: Resident) -> None:
+    if any(c is not None and c.stretch is not None for group in resident.changes.values() for c in group):
+        raise ConfigError(
+            f"adapter '{resident.key}' is DoRA, which sets the lengths of the rows itself, so it can be neither scaled nor "
+            "summed with another; use it alone, at weight 1"
+        )
+
+
+def forward_of(model: Any, streams: int, capacity: int, *, reuse: bool, native: bool) -> Forward:
+    """The fastest forward pass that is right for this model."""
+    described = describe(model)
+    if isinstance(described, Decoder):
+        return BlockForward(model, described, streams, capacity, reuse=reuse, native=native)
+    return PlainForward(model, streams, capacity, described.reason)
+
+
+class Scheduler:
+    """Serves requests over one base, each with adapters of its own or none.
+
+    Args:
+        model: a transformers causal language model; adapters that are active on it now are part of the base.
+        streams: requests that run side by side.
+        capacity: tokens that one stream may have, prompt and answer together.
+        chunk: prompt tokens that one pass takes in.
+        reuse: whether prompts go on from what slots hold already.
+        native: False leaves our own kernels aside.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        streams: int = 32,
+        capacity: int = 2048,
+        chunk: int = CHUNK,
+        reuse: bool = True,
+        native: bool = True,
+    ) -> None:
+        self._forward = forward_of(model, streams, capacity, reuse=reuse, native=native)
+        self._pool, self._chunk = _Pool(), chunk
+        self._waiting: deque[_Stream] = deque()
+        self._running: list[_Stream] = []
+        self._next = 0
+
+    @property
+    def path(self) -> str:
+        """Which operations run, and why."""
+        return self._forward.path
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def slots(self) -> int:
+        return self._forward.slots.count
+
+    @property
+    def idle(self) -> bool:
+        return not self._waiting and not self._running
+
+    @property
+    def cache_used(self) -> float:
+        """The share of the places for tokens that are filled."""
+        return self._forward.slots.used
+
+    def put_adapter(self, key: str, folder: Path) -> None:
+        """Read an adapter and make it ready to be named.
+
+        Raises:
+            AdapterFileError: it does not fit.
+            ConfigError: the key is taken.
+        """
+        if key in self._pool.residents:
+            raise ConfigError(f"an adapter '{key}' is loaded already")
+        self._pool.residents[key] = self._forward.read(key, folder)
+
+    def drop_adapter(self, key: str) -> None:
+        """Forget an adapter and free its memory.
+
+        Raises:
+            ConfigError: it is not there, or streams use it.
+        """
+        if key not in self._pool.residents:
+            raise ConfigError(f"no adapter '{key}' is loaded{did_you_mean(key, list(self._pool.residents))}")
+        if users := self.users(key):
+            raise ConfigError(f"adapter '{key}' is used by {users} streams; let them end first")
+        self._forward.drop(self._pool.residents.pop(key))
+        self._forward.slots.forget(key)
+
+    def users(self, key: str) -> int:
+        """Streams, waiting or running, that use an adapter."""
+        resident = self._pool.residents.get(key)
+        return sum(1 for s in (*self._waiting, *self._running) if any(r is resident for r, _ in s.worn))
+
+    def add(self, request: Request) -> int:
+        """Take a request in; it waits until a slot is free. Returns the stream's number.
+
+        Raises:
+            ConfigError: it can never fit, or an adapter is not loaded.
+        """
+        needed = len(request.token_ids) + request.max_new_tokens
+        if needed > self._forward.slots.capacity:
+            raise ConfigError(
+                f"the prompt's {len(request.token_ids)} tokens and {request.max_new_tokens} new ones are more than the "
+                f"{self._forward.slots.capacity} that a stream may have; ask for fewer"
+            )
+        self._next += 1
+        worn = self._pool.worn(request)
+        self._waiting.append(_Stream(self._next, request, worn, Sampler(request), list(request.token_ids)))
+        return self._next
+
+    def cancel(self, stream: int) -> None:
+        """End a stream at the next step; one that has ended already is let be."""
+        for one in (*self._waiting, *self._running):
+            if one.number == stream:
+                one.cancelled = True
+
+    def step(self) -> list[Made | Ended]:
+        """One forward pass, and what it made."""
+        events: list[Made | Ended] = self._drop_cancelled()
+        self._admit()
+        batch = self._batch()
+        if not batch:
+            return events
+        parts = [part for _, part in batch]
+        logits = self._forward.run(parts)
+        for stream, part in batch:
+            stream.held += len(part.tokens)
+            del stream.left[: len(part.tokens)]
+        asked = [stream for stream, part in batch if part.asked]
+        choices = choose(logits, [s.sampler for s in asked]) if asked else []
+        for stream, choice in zip(asked, choices, strict=True):
+            events += self._take(stream, cast(Choice, choice))
+        return events
+
+    def _drop_cancelled(self) -> list[Made | Ended]:
+        dropped = [s for s in (*self._waiting, *self._running) if s.cancelled]
+        for stream in dropped:
+            if stream.slot < 0:
+                self._waiting.remove(stream)
+            else:
+                self._leave(stream)
+        return [Ended(s.number, "cancelled") for s in dropped]
+
+    def _admit(self) -> None:
+        while self._waiting and self._forward.slots.free:
+            stream = self._waiting.popleft()
+            wearer = tuple((r.key, weight) for r, weight in stream.worn)
+            stream.slot, stream.held = self._forward.slots.take(stream.left, wearer)
+            del stream.left[: stream.held]
+            self._running.append(stream)
+
+    def _batch(self) -> list[tuple[_Stream, Part]]:
+        """The running streams' newest tokens by their slots, then the prompts' next chunks, the shortest first."""
+        decoding = sorted((s for s in self._running if not s.reading), key=lambda s: s.slot)
+        chosen, room = [(s, s.left) for s in decoding], self._chunk
+        for stream in (s for s in self._running if s.reading):
+            if tokens := stream.left[:room]:
+                chosen.append((stream, tokens))
+                room -= len(tokens)
+        chosen.sort(key=lambda c: len(c[1]))
+        return [
+            (s, Part(s.slot, s.held, list(tokens), s.worn, asked=len(tokens) == len(s.left))) for s, tokens in chosen
+        ]
+
+    def _take(self, stream: _Stream, choice: Choice) -> list[Made | Ended]:
+        """A stream's next token, and its end if that was the last one."""
+        request = stream.request
+        if stream.sampler.error:
+            self._leave(stream)
+            return [Ended(stream.number, "error", stream.sampler.error)]
+        stream.made += 1
+        if choice.token in request.stop_ids and not request.ignore_stop:
+            self._leave(stream)
+            return [Ended(stream.number, "stop")]
+        stream.left.append(choice.token)
+        made = Made(stream.number, choice.token, choice.logprobs)
+        if stream.sampler.finished or stream.made >= request.max_new_tokens:
+            self._leave(stream)
+            return [made, Ended(stream.number, "stop" if stream.sampler.finished else "length")]
+        return [made]
+
+    def _leave(self, stream: _Stream) -> None:
+        self._forward.slots.give_back(stream.slot)
+        self._running.remove(stream)

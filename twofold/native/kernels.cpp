@@ -1,0 +1,501 @@
+// A decoder's forward pass over few rows, on a CPU: what a step of generation does between reading one weight and the next.
+//
+// With few rows a step takes as long as its weights take to be read, so each weight is laid once in the order in which it is
+// read: blocks of 16 outputs, of each block all inputs, one after the other, so many at a time as fill 64 bytes for the 16
+// outputs (one float, or two bfloat16, which one instruction multiplies and adds where the machine has it). A block is read once
+// for up to 12 rows, which wait in registers. The factors of adapters lie in the same order: A is a linear map into the ranks, B
+// one out of them, and the rows of each adapter are gathered by their numbers, so that every factor is read once a step too.
+//
+// The vectors are the compiler's own (16 floats), so this runs on any processor it compiles for; only the product of bfloat16 has a
+// second form for AVX-512. Sums are in float32, results rounded once. Threads are OpenMP's, the library that PyTorch loaded.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#include <omp.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+typedef float v16 __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t u16v __attribute__((vector_size(64), aligned(4)));
+typedef int32_t i16v __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+static inline float widen(float v) { return v; }
+static inline float widen(bf16 v) {
+  uint32_t bits = uint32_t(v.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+static inline void narrow(float v, float* to) { *to = v; }
+static inline void narrow(float v, bf16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if (v != v) {
+    to->bits = 0x7fc0;
+  } else {
+    to->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+}
+
+static inline v16 load16(const float* p) { return *(const v16*)p; }
+static inline v16 load16(const bf16* p) {
+  u16v wide = __builtin_convertvector(*(const h16*)p, u16v) << 16;
+  return (v16)wide;
+}
+static inline void store16(v16 v, float* p) { *(v16*)p = v; }
+static inline void store16(v16 v, bf16* p) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+  for (int i = 0; i < 16; i++) narrow(v[i], p + i);
+#endif
+}
+static inline float sum16(v16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float total = 0;
+  for (int i = 0; i < 16; i++) total += v[i];
+  return total;
+#endif
+}
+static inline v16 all16(float v) { return v - (v16){}; }
+
+// e^x of 16 values, to two units in the last place (the polynomial of the Cephes library).
+static inline v16 exp16(v16 x) {
+  x = x < -87.0f ? all16(-87.0f) : x;
+  x = x > 88.0f ? all16(88.0f) : x;
+  v16 n = x * 1.44269504f;
+  i16v whole = __builtin_convertvector(n + (n < 0.0f ? all16(-0.5f) : all16(0.5f)), i16v);
+  v16 back = __builtin_convertvector(whole, v16);
+  x = x - back * 0.693359375f + back * 2.12194440e-4f;
+  v16 y = ((((1.9875691500e-4f * x + 1.3981999507e-3f) * x + 8.3334519073e-3f) * x + 4.1665795894e-2f) * x + 1.6666665459e-1f) * x + 5.0000001201e-1f;
+  y = y * x * x + x + 1.0f;
+  return y * (v16)((whole + 127) << 23);
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------
+
+template <class T> struct Step;
+template <> struct Step<float> {
+  static const int inputs = 1;
+  static inline v16 add(v16 acc, const char* w, const float* x) { return acc + *(const v16*)w * *x; }
+};
+template <> struct Step<bf16> {
+  static const int inputs = 2;
+  static inline v16 add(v16 acc, const char* w, const bf16* x) {
+#if defined(__AVX512BF16__)
+    uint32_t pair;
+    std::memcpy(&pair, x, 4);
+    return (v16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
+#else
+    u16v both = *(const u16v*)w;
+    return acc + (v16)(both << 16) * widen(x[0]) + (v16)(both & 0xffff0000u) * widen(x[1]);
+#endif
+  }
+};
+
+template <class T> static int64_t steps_of(int64_t in) { return (in + Step<T>::inputs - 1) / Step<T>::inputs; }
+
+// R rows times N blocks of 16 outputs.
+template <class T, int R, int N>
+static inline void tile(const T* const* x, const char* w, int64_t steps, v16 (&acc)[R][N]) {
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) acc[r][n] = (v16){};
+  for (int64_t s = 0; s < steps; s++)
+    for (int n = 0; n < N; n++)
+      for (int r = 0; r < R; r++) acc[r][n] = Step<T>::add(acc[r][n], w + (n * steps + s) * 64, x[r] + s * Step<T>::inputs);
+}
+
+// What becomes of a tile's sums.
+template <class T> struct Out {
+  T* const* y;           // of each row, at the first output of the block
+  const T* bias;         // at the first output of the block; null for none
+  int64_t width;         // outputs from there on
+  bool onto;             // added to what is there
+};
+
+template <class T> static inline void finish(v16 sum, int r, int64_t at, const Out<T>& out) {
+  int64_t count = std::min<int64_t>(16, out.width - at);
+  T* y = out.y[r] + at;
+  if (count == 16) {
+    if (out.bias) sum += load16(out.bias + at);
+    if (out.onto) sum += load16(y);
+    store16(sum, y);
+    return;
+  }
+  for (int64_t i = 0; i < count; i++)
+    narrow(sum[i] + (out.bias ? widen(out.bias[at + i]) : 0) + (out.onto ? widen(y[i]) : 0), y + i);
+}
+
+template <class T, int R, int N>
+static void run_tile(const T* const* x, const char* w, int64_t steps, int first, const Out<T>& out) {
+  v16 acc[R][N];
+  tile<T, R, N>(x, w, steps, acc);
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) finish(acc[r][n], first + r, n * 16, out);
+}
+
+template <class T, int N>
+static void run_rows(int rows, const T* const* x, const char* w, int64_t steps, int first, const Out<T>& out) {
+#define ROWS(R) case R: run_tile<T, R, N>(x, w, steps, first, out); break;
+  switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) }
+#undef ROWS
+}
+
+static const int MOST_ROWS = 12;
+
+// All rows against N blocks: in as few passes as the registers allow, as even as can be.
+template <class T, int N>
+static void run_blocks(int64_t rows, const T* const* x, const char* w, int64_t steps, const Out<T>& out) {
+  int64_t most = N == 4 ? MOST_ROWS / 2 : MOST_ROWS, passes = (rows + most - 1) / most;
+  for (int64_t p = 0, first = 0; p < passes; p++) {
+    int64_t count = (rows - first + passes - p - 1) / (passes - p);
+    run_rows<T, N>(int(count), x + first, w, steps, int(first), out);
+    first += count;
+  }
+}
+
+template <class T> static Out<T> from_output(const Out<T>& out, int64_t at, std::vector<T*>& y, int64_t rows) {
+  y.resize(rows);
+  for (int64_t r = 0; r < rows; r++) y[r] = out.y[r] + at;
+  return {y.data(), out.bias ? out.bias + at : nullptr, out.width - at, out.onto};
+}
+
+// One adapter's part of a product: its rows, and its factors over each of the outputs that lie side by side.
+static const int MEMBERS = 3;
+struct Segment {
+  int64_t ranks;            // of one member, filled up to a multiple of 16
+  const char* a;            // all members' A, one after the other; null where the adapter has none here
+  const char* b[MEMBERS];
+  double scale[MEMBERS];
+};
+
+template <class T>
+static void linear(const T* x, int64_t x_stride, const char* w, const T* bias, T* y, int64_t y_stride, int64_t rows, int64_t in,
+                   int64_t out, int64_t onto, int64_t members, const int64_t* widths, int64_t segments, const Segment* found,
+                   const int32_t* starts, const int32_t* of_rows, const float* weights) {
+  const int64_t steps = steps_of<T>(in), blocks = (out + 15) / 16;
+  const int64_t together = rows <= MOST_ROWS / 2 ? 4 : 2, tasks = (blocks + together - 1) / together;
+  std::vector<const T*> xs(rows);
+  std::vector<T*> ys(rows);
+  for (int64_t r = 0; r < rows; r++) xs[r] = x + r * x_stride, ys[r] = y + r * y_stride;
+  const Out<T> whole{ys.data(), bias, out, onto != 0};
+  // Low rank: where each segment's rank columns begin, and how many tasks come before it.
+  std::vector<int64_t> column(segments + 1, 0), before(segments + 1, 0);
+  for (int64_t j = 0; j < segments; j++) {
+    int64_t ranks = found[j].a ? members * found[j].ranks : 0;
+    column[j + 1] = column[j] + ranks * (starts[j + 1] - starts[j]);
+    before[j + 1] = before[j] + (ranks / 16 + 1) / 2;
+  }
+  std::vector<T> h(column[segments] + 64);
+  const int64_t few = segments ? before[segments] : 0;
+#pragma omp parallel
+  {
+    std::vector<const T*> from;
+    std::vector<T*> to;
+    std::vector<T*> shifted;
+#pragma omp for schedule(static) nowait
+    for (int64_t t = 0; t < tasks; t++) {
+      int64_t first = t * together, count = std::min(together, blocks - first);
+      const char* at = w + first * steps * 64;
+      Out<T> part = from_output(whole, first * 16, shifted, rows);
+      if (count == 4) {
+        run_blocks<T, 4>(rows, xs.data(), at, steps, part);
+      } else if (count == 2 && together == 2) {
+        run_blocks<T, 2>(rows, xs.data(), at, steps, part);
+      } else {
+        for (int64_t b = 0; b < count; b++) {
+          Out<T> one = from_output(whole, (first + b) * 16, shifted, rows);
+          run_blocks<T, 1>(rows, xs.data(), at + b * steps * 64, steps, one);
+        }
+      }
+    }
+#pragma omp barrier
+    if (segments) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t t = 0; t < few; t++) {
+        int64_t j = std::upper_bound(before.begin(), before.end(), t) - before.begin() - 1;
+        int64_t first = 2 * (t - before[j]), left = members * found[j].ranks / 16 - first, wide = members * found[j].ranks;
+        const int32_t *row = of_rows + starts[j], some = starts[j + 1] - starts[j];
+        const char* a = found[j].a + first * steps * 64;
+        from.resize(some), to.resize(some);
+        for (int32_t i = 0; i < some; i++) from[i] = xs[row[i]], to[i] = h.data() + column[j] + i * wide + first * 16;
+        Out<T> part{to.data(), nullptr, left * 16, false};
+        if (left > 1) {
+          run_blocks<T, 2>(some, from.data(), a, steps, part);
+        } else {
+          run_blocks<T, 1>(some, from.data(), a, steps, part);
+        }
+        for (int32_t i = 0; i < some; i++)
+          for (int64_t b = 0; b < std::min<int64_t>(2, left); b++) {
+            T* ranks = to[i] + b * 16;
+            store16(load16(ranks) * float(weights[starts[j] + i] * found[j].scale[(first + b) * 16 / found[j].ranks]), ranks);
+          }
+      }
+      // Each thread adds to outputs of its own, adapter after adapter, so that it reads each B in one piece.
+      const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+      for (int64_t m = 0, first = 0; m < members; first += widths[m], m++) {
+        int64_t pieces = (widths[m] + 31) / 32, begin = pieces * me / threads, end = pieces * (me + 1) / threads;
+        for (int64_t j = 0; j < segments; j++) {
+          if (!found[j].a || !found[j].b[m]) continue;
+          const int32_t *row = of_rows + starts[j], some = starts[j + 1] - starts[j];
+          int64_t wide = members * found[j].ranks, deep = steps_of<T>(found[j].ranks);
+          from.resize(some), to.resize(some);
+          for (int32_t i = 0; i < some; i++) {
+            from[i] = h.data() + column[j] + i * wide + m * found[j].ranks;
+            to[i] = ys[row[i]] + first + begin * 32;
+          }
+          for (int64_t t = begin; t < end; t++) {
+            const char* b = found[j].b[m] + t * 2 * deep * 64;
+            Out<T> part{to.data(), nullptr, widths[m] - t * 32, true};
+            if (part.width > 16) {
+              run_blocks<T, 2>(some, from.data(), b, deep, part);
+            } else {
+              run_blocks<T, 1>(some, from.data(), b, deep, part);
+            }
+            for (int32_t i = 0; i < some; i++) to[i] += 32;
+          }
+        }
+      }
+    }
+  }
+}
+
+// (out, in) row by row into blocks; what is beyond the edges is zero.
+template <class T> static void pack(const T* w, int64_t out, int64_t in, T* to) {
+  const int64_t steps = steps_of<T>(in), blocks = (out + 15) / 16, inputs = Step<T>::inputs;
+#pragma omp parallel for
+  for (int64_t b = 0; b < blocks; b++)
+    for (int64_t s = 0; s < steps; s++)
+      for (int64_t o = 0; o < 16; o++)
+        for (int64_t i = 0; i < inputs; i++) {
+          int64_t row = b * 16 + o, col = s * inputs + i;
+          to[((b * steps + s) * 16 + o) * inputs + i] = row < out && col < in ? w[row * in + col] : T{};
+        }
+}
+
+// ---- between the products -------------------------------------------------------------------------------------------
+
+template <class T> static void normed(const T* x, const float* weight, double eps, int64_t d, T* y) {
+  v16 squares = {};
+  for (int64_t i = 0; i < d; i += 16) squares += load16(x + i) * load16(x + i);
+  float rho = float(1.0 / std::sqrt(double(sum16(squares)) / double(d) + eps));
+  for (int64_t i = 0; i < d; i += 16) store16(load16(x + i) * rho * load16(weight + i), y + i);
+}
+
+template <class T> static void rms_norm(const T* x, const float* weight, double eps, int64_t rows, int64_t d, T* y) {
+#pragma omp parallel for if (rows > 4)
+  for (int64_t r = 0; r < rows; r++) normed(x + r * d, weight, eps, d, y + r * d);
+}
+
+template <class T> static void turn(T* x, const float* cos, const float* sin, int64_t turned) {
+  for (int64_t i = 0, half = turned / 2; i < half; i++) {
+    float a = widen(x[i]), b = widen(x[i + half]);
+    narrow(a * cos[i] + b * sin[i], x + i);
+    narrow(b * cos[i + half] + a * sin[i + half], x + i + half);
+  }
+}
+
+struct Heads {
+  int64_t queries, keys, d, turned;
+};
+
+// Normed and turned in place; the new keys and values go to their slots.
+template <class T>
+static void rotary(T* qkv, const Heads& heads, const float* cos, const float* sin, const float* q_weight, const float* k_weight,
+                   double eps, const int32_t* slots, const int32_t* positions, int64_t capacity, T* keys, T* values, int64_t rows) {
+  const int64_t d = heads.d, width = (heads.queries + 2 * heads.keys) * d;
+#pragma omp parallel for if (rows > 4)
+  for (int64_t r = 0; r < rows; r++) {
+    T* row = qkv + r * width;
+    for (int64_t h = 0; h < heads.queries + heads.keys; h++) {
+      const float* weight = h < heads.queries ? q_weight : k_weight;
+      if (weight) normed(row + h * d, weight, eps, d, row + h * d);
+      turn(row + h * d, cos + r * heads.turned, sin + r * heads.turned, heads.turned);
+    }
+    for (int64_t h = 0; h < heads.keys; h++) {
+      int64_t to = ((int64_t(slots[r]) * heads.keys + h) * capacity + positions[r]) * d;
+      std::memcpy(keys + to, row + (heads.queries + h) * d, d * sizeof(T));
+      std::memcpy(values + to, row + (heads.queries + heads.keys + h) * d, d * sizeof(T));
+    }
+  }
+}
+
+// The sums of 16 vectors, as one vector: each fold adds pairs of vectors into one, whose lanes are sums of `step` lanes less.
+template <int step> static inline v16 fold(v16 a, v16 b) {
+#define LOW(i) ((i / step) % 2 * 16 + i / (2 * step) * (2 * step) + i % step)
+#define LANES(at) {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11), at(12), at(13), at(14), at(15)}
+  const i16v low = LANES(LOW), high = low + step;
+#undef LANES
+#undef LOW
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+}
+static inline v16 sums_of_16(v16 (&v)[16]) {
+  for (int i = 0; i < 8; i++) v[i] = fold<1>(v[2 * i], v[2 * i + 1]);
+  for (int i = 0; i < 4; i++) v[i] = fold<2>(v[2 * i], v[2 * i + 1]);
+  for (int i = 0; i < 2; i++) v[i] = fold<4>(v[2 * i], v[2 * i + 1]);
+  return fold<8>(v[0], v[1]);
+}
+
+static inline v16 dot(const float* a, const float* b, int64_t d) {
+  v16 sum = {};
+  for (int64_t i = 0; i < d; i += 16) sum += load16(a + i) * load16(b + i);
+  return sum;
+}
+static inline v16 dot(const bf16* a, const bf16* b, int64_t d) {
+#if defined(__AVX512BF16__)
+  __m512 sum = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 32 <= d; i += 32) sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
+  v16 total = (v16)sum;
+  for (; i < d; i += 16) total += load16(a + i) * load16(b + i);
+  return total;
+#else
+  v16 sum = {};
+  for (int64_t i = 0; i < d; i += 16) sum += load16(a + i) * load16(b + i);
+  return sum;
+#endif
+}
+
+// softmax of one row of scores, in place, its end filled up with zeros.
+static void softmax(float* scores, int64_t seen, int64_t wide, float scale, float softcap) {
+  for (int64_t t = 0; t < wide; t += 16) store16(load16(scores + t) * scale, scores + t);
+  if (softcap > 0)
+    for (int64_t t = 0; t < seen; t++) scores[t] = softcap * std::tanh(scores[t] / softcap);
+  for (int64_t t = seen; t < wide; t++) scores[t] = -INFINITY;
+  v16 peak = load16(scores), total = {};
+  for (int64_t t = 16; t < wide; t += 16) {
+    v16 some = load16(scores + t);
+    peak = some > peak ? some : peak;
+  }
+  float most = peak[0];
+  for (int i = 1; i < 16; i++) most = std::max(most, peak[i]);
+  for (int64_t t = 0; t < wide; t += 16) {
+    v16 shifted = load16(scores + t) - most, e = exp16(shifted);
+    e = shifted < -86.0f ? (v16){} : e;
+    store16(e, scores + t);
+    total += e;
+  }
+  float inverse = 1.0f / sum16(total);
+  for (int64_t t = 0; t < wide; t += 16) store16(load16(scores + t) * inverse, scores + t);
+}
+
+// Probabilities times values, of G queries, 64 dimensions (or the rest) at a time.
+template <class T, int G>
+static void weigh(const float* p, int64_t wide, const T* values, int64_t seen, int64_t d, T* out) {
+  for (int64_t i = 0; i < d; i += 64) {
+    const int64_t n = std::min<int64_t>(4, (d - i) / 16);
+    v16 sum[G][4];
+    for (int g = 0; g < G; g++)
+      for (int k = 0; k < 4; k++) sum[g][k] = (v16){};
+    if (n == 4) {
+      for (int64_t t = 0; t < seen; t++)
+        for (int k = 0; k < 4; k++) {
+          v16 value = load16(values + t * d + i + k * 16);
+          for (int g = 0; g < G; g++) sum[g][k] += value * p[g * wide + t];
+        }
+    } else {
+      for (int64_t t = 0; t < seen; t++)
+        for (int k = 0; k < n; k++) {
+          v16 value = load16(values + t * d + i + k * 16);
+          for (int g = 0; g < G; g++) sum[g][k] += value * p[g * wide + t];
+        }
+    }
+    for (int g = 0; g < G; g++)
+      for (int k = 0; k < n; k++) store16(sum[g][k], out + g * d + i + k * 16);
+  }
+}
+
+// One key head's queries of one row over the slot, up to the row's own position.
+template <class T>
+static void attend_one(const T* q, int64_t group, int64_t d, const T* keys, const T* values, int64_t seen, float scale, float softcap,
+                       std::vector<float>& room, T* out) {
+  const int64_t wide = (seen + 15) / 16 * 16;
+  room.resize(group * wide);
+  float* p = room.data();
+  for (int64_t t = 0; t < wide; t += 16)
+    for (int64_t g = 0; g < group; g++) {
+      v16 sums[16];
+      for (int64_t i = 0; i < 16; i++) sums[i] = dot(keys + std::min(t + i, seen - 1) * d, q + g * d, d);
+      store16(sums_of_16(sums), p + g * wide + t);
+    }
+  for (int64_t g = 0; g < group; g++) softmax(p + g * wide, seen, wide, scale, softcap);
+  for (int64_t g = 0; g < group;) {
+    switch (std::min<int64_t>(4, group - g)) {
+      case 4: weigh<T, 4>(p + g * wide, wide, values, seen, d, out + g * d), g += 4; break;
+      case 3: weigh<T, 3>(p + g * wide, wide, values, seen, d, out + g * d), g += 3; break;
+      case 2: weigh<T, 2>(p + g * wide, wide, values, seen, d, out + g * d), g += 2; break;
+      default: weigh<T, 1>(p + g * wide, wide, values, seen, d, out + g * d), g += 1;
+    }
+  }
+}
+
+template <class T>
+static void attention(const T* qkv, const Heads& heads, const T* keys, const T* values, const int32_t* slots, const int32_t* positions,
+                      int64_t capacity, int64_t window, double scale, double softcap, T* out, int64_t rows) {
+  const int64_t d = heads.d, group = heads.queries / heads.keys, width = (heads.queries + 2 * heads.keys) * d;
+#pragma omp parallel
+  {
+    std::vector<float> room;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < rows * heads.keys; t++) {
+      int64_t r = t / heads.keys, h = t % heads.keys, end = positions[r] + 1;
+      int64_t first = window > 0 ? std::max<int64_t>(0, end - window) : 0, at = ((int64_t(slots[r]) * heads.keys + h) * capacity + first) * d;
+      attend_one(qkv + r * width + h * group * d, group, d, keys + at, values + at, end - first, float(scale), float(softcap), room,
+                 out + (r * heads.queries + h * group) * d);
+    }
+  }
+}
+
+enum Activation { SILU = 0, GELU_TANH = 1 };
+
+// f(gate) · up of rows that hold both side by side.
+template <class T> static void gated(const T* both, int64_t activation, int64_t rows, int64_t d, T* y) {
+#pragma omp parallel for if (rows > 4)
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < d; i += 16) {
+      v16 gate = load16(both + r * 2 * d + i), up = load16(both + r * 2 * d + d + i);
+      v16 bent = activation == SILU ? gate : 1.5957691216f * (gate + 0.044715f * gate * gate * gate);
+      store16(gate / (1.0f + exp16(-bent)) * up, y + r * d + i);
+    }
+}
+
+// ---- the doors ------------------------------------------------------------------------------------------------------
+
+#define DOORS(T, name)                                                                                                             \
+  extern "C" void pack_##name(const T* w, int64_t out, int64_t in, T* to) { pack(w, out, in, to); }                                \
+  extern "C" void linear_##name(const T* x, int64_t x_stride, const char* w, const T* bias, T* y, int64_t y_stride, int64_t rows,  \
+                                int64_t in, int64_t out, int64_t onto, int64_t members, const int64_t* widths, int64_t segments,   \
+                                const Segment* found, const int32_t* starts, const int32_t* of_rows, const float* weights) {       \
+    linear(x, x_stride, w, bias, y, y_stride, rows, in, out, onto, members, widths, segments, found, starts, of_rows, weights);    \
+  }                                                                                                                                \
+  extern "C" void rms_norm_##name(const T* x, const float* weight, double eps, int64_t rows, int64_t d, T* y) {                    \
+    rms_norm(x, weight, eps, rows, d, y);                                                                                          \
+  }                                                                                                                                \
+  extern "C" void rotary_##name(T* qkv, const Heads* heads, const float* cos, const float* sin, const float* q, const float* k,    \
+                                double eps, const int32_t* slots, const int32_t* positions, int64_t capacity, T* keys, T* values,  \
+                                int64_t rows) {                                                                                    \
+    rotary(qkv, *heads, cos, sin, q, k, eps, slots, positions, capacity, keys, values, rows);                                      \
+  }                                                                                                                                \
+  extern "C" void attention_##name(const T* qkv, const Heads* heads, const T* keys, const T* values, const int32_t* slots,         \
+                                   const int32_t* positions, int64_t capacity, int64_t window, double scale, double softcap,       \
+                                   T* out, int64_t rows) {                                                                         \
+    attention(qkv, *heads, keys, values, slots, positions, capacity, window, scale, softcap, out, rows);                           \
+  }                                                                                                                                \
+  extern "C" void gated_##name(const T* both, int64_t activation, int64_t rows, int64_t d, T* y) {                                 \
+    gated(both, activation, rows, d, y);                                                                                           \
+  }
+
+DOORS(float, float32)
+DOORS(bf16, bfloat16)
