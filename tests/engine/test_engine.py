@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +17,6 @@ from twofold.engine import model as forward
 from twofold.engine.engine import Engine
 from twofold.engine.model import BlockStreams, TransformersStreams, common_prefix, stream_model
 from twofold.engine.request import Completion, Request, Sampling
-from twofold.engine.sampler import Sampler
-from twofold.errors import ConfigError
 
 BLOCKS = ("llama", "llama-tied", "qwen2", "qwen3", "mistral")
 OTHERS = ("gpt2", "opt")
@@ -184,38 +181,6 @@ def test_top_k_of_one_is_greedy_at_any_temperature() -> None:
     model = sharp("llama")
     found = Engine(model).generate(requests(MIXED, sampling=Sampling(temperature=3.0, top_k=1, seed=9)))
     assert [c.token_ids for c in found] == [greedy(model, p) for p in MIXED]
-
-
-def drawn(logits: torch.Tensor, count: int = 4000, **settings: Any) -> dict[int, float]:
-    sampler = Sampler(Sampling(**settings))
-    counts = Counter(sampler.choose(logits) for _ in range(count))
-    return {token: n / count for token, n in counts.items()}
-
-
-PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_drawn_by_their_tempered_probability(temperature: float) -> None:
-    found = drawn(PROBABILITIES.log() + 3, temperature=temperature)
-    expected = PROBABILITIES ** (1 / temperature)
-    expected /= expected.sum()
-    for token, share in enumerate(expected.tolist()):
-        assert found[token] == pytest.approx(share, abs=0.03)
-
-
-def test_top_k_and_top_p_cut_the_tail_and_keep_the_proportions() -> None:
-    logits = PROBABILITIES.log()
-    assert drawn(logits, temperature=1.0, top_k=2) == pytest.approx({1: 4 / 7, 3: 3 / 7}, abs=0.03)
-    assert drawn(logits, temperature=1.0, top_p=0.69) == pytest.approx({1: 4 / 7, 3: 3 / 7}, abs=0.03)
-    assert set(drawn(logits, temperature=1.0, top_p=0.71)) == {1, 3, 4}
-    assert set(drawn(logits, temperature=1.0, top_p=0.01)) == {1}
-
-
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -2}])
-def test_sampling_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="top_p above 0 and at most 1"):
-        Sampling(**wrong)
 
 
 # ---------------------------------------------------------------------------------------------- on a GPU that is not there

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from twofold.engine.model import stream_model
-from twofold.engine.request import Completion, Request
-from twofold.engine.sampler import Sampler, choose
+from twofold.engine.request import Completion, Request, TokenLogprobs
+from twofold.engine.sampler import Choice, Sampler, choose
 from twofold.events import Emit, Progress, silent
 
 
@@ -17,7 +17,8 @@ class _Stream:
     index: int
     request: Request
     sampler: Sampler
-    made: list[int]
+    made: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 class Engine:
@@ -44,27 +45,27 @@ class Engine:
 
     def stream(self, request: Request) -> Iterator[int]:
         """The tokens of one answer, as they are made."""
-        model, sampler = stream_model(self.model), Sampler(request.sampling)
+        model, sampler = stream_model(self.model), Sampler(request)
         logits = model.start([request.token_ids], len(request.token_ids) + request.max_new_tokens)
         for made in range(request.max_new_tokens):
-            (token,) = choose(logits, [sampler])
-            if token in request.stop_ids:
-                return
-            yield token
-            if made + 1 < request.max_new_tokens:
-                logits = model.step([token])
+            for choice in choose(logits, [sampler]):
+                if choice is None or _stops(request, choice.token):
+                    return
+                yield choice.token
+                if made + 1 < request.max_new_tokens:
+                    logits = model.step([choice.token])
 
     def _together(self, requests: Sequence[tuple[int, Request]]) -> Iterator[tuple[int, Completion]]:
         """One batch of streams. Done ones ride along until half are done: then they are dropped, all at once, because a
         batch of a new size makes the CPU's kernels prepare again."""
         model = stream_model(self.model)
-        slots: list[_Stream | None] = [_Stream(i, r, Sampler(r.sampling), []) for i, r in requests]
+        slots: list[_Stream | None] = [_Stream(i, r, Sampler(r)) for i, r in requests]
         capacity = max(len(r.token_ids) + r.max_new_tokens for _, r in requests)
         logits = model.start([r.token_ids for _, r in requests], capacity)
         while True:
-            tokens = choose(logits, [s.sampler if s else None for s in slots])
-            for place, (stream, token) in enumerate(zip(slots, tokens, strict=True)):
-                answer = _advance(stream, token) if stream else None
+            choices = choose(logits, [s.sampler if s else None for s in slots])
+            for place, (stream, choice) in enumerate(zip(slots, choices, strict=True)):
+                answer = _advance(stream, choice) if stream and choice else None
                 if stream and answer:
                     slots[place] = None
                     yield stream.index, answer
@@ -73,15 +74,21 @@ class Engine:
                 return
             if 2 * len(going) <= len(slots):
                 model.keep(going)
-                slots, tokens = [slots[p] for p in going], [tokens[p] for p in going]
-            logits = model.step(tokens)
+                slots, choices = [slots[p] for p in going], [choices[p] for p in going]
+            logits = model.step([c.token if c else 0 for c in choices])
 
 
-def _advance(stream: _Stream, token: int) -> Completion | None:
+def _advance(stream: _Stream, choice: Choice) -> Completion | None:
     """Take a token in; the completion if that ended it."""
-    if token in stream.request.stop_ids:
-        return Completion(token_ids=stream.made, finish_reason="stop")
-    stream.made.append(token)
-    if len(stream.made) == stream.request.max_new_tokens:
-        return Completion(token_ids=stream.made, finish_reason="length")
-    return None
+    request, stops = stream.request, _stops(stream.request, choice.token)
+    if not stops:
+        stream.made.append(choice.token)
+        stream.logprobs += [choice.logprobs] if choice.logprobs else []
+    if not stops and len(stream.made) < request.max_new_tokens:
+        return None
+    logprobs = None if request.sampling.logprobs is None else stream.logprobs
+    return Completion(token_ids=stream.made, finish_reason="stop" if stops else "length", logprobs=logprobs)
+
+
+def _stops(request: Request, token: int) -> bool:
+    return token in request.stop_ids and not request.ignore_stop
