@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -64,9 +63,9 @@ class Matcher:
 
     def allowed(self, vocabulary: int) -> Bool[Tensor, " vocabulary"]:
         """Which tokens may come next; on the CPU."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        known = np.unpackbits(bits, bitorder="little", count=min(8 * len(bits), vocabulary)).astype(bool)
-        return torch.from_numpy(np.pad(known, (0, vocabulary - len(known))))
+        bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        known = (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()[:vocabulary]
+        return torch.nn.functional.pad(known, (0, vocabulary - len(known)))
 
     def take(self, token: int) -> None:
         """Go on by one token; a token that is not allowed makes `error`."""

@@ -9,6 +9,7 @@ from twofold.base.chat import Message
 from twofold.base.load import Base
 from twofold.engine.engine import Engine
 from twofold.engine.request import Request, Sampling
+from twofold.engine.text import TextStream, decoded
 from twofold.events import Emit, silent
 
 
@@ -48,16 +49,14 @@ def answers(
 ) -> list[str]:
     """The next answer in each conversation."""
     completions = Engine(base.model).generate([request(base, c, config) for c in conversations], emit, task)
-    return [str(base.tokenizer.decode(c.token_ids, skip_special_tokens=True)) for c in completions]
+    return [decoded(base.tokenizer, c.token_ids) for c in completions]
 
 
 def stream_answer(base: Base, messages: Sequence[Message], config: GenerationConfig) -> Iterator[str]:
-    """One answer in pieces of text, as its tokens are made; a character that is not whole yet is held back."""
-    made: list[int] = []
-    shown = ""
+    """One answer in pieces of text, as its tokens are made."""
+    text = TextStream(base.tokenizer)
     for token in Engine(base.model).stream(request(base, messages, config)):
-        made.append(token)
-        text = str(base.tokenizer.decode(made, skip_special_tokens=True))
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
+        if piece := text.put(token):
+            yield piece
+    if rest := text.finish():
+        yield rest
