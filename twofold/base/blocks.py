@@ -59,9 +59,12 @@ class Block:
         """In groups that read the same input, in the order of the forward pass."""
         return self.qkv, (self.o,), self.gate_up, (self.down,)
 
+    def all_norms(self) -> tuple[nn.Module | None, ...]:
+        """In the order of the forward pass, None where the family has none."""
+        return (self.attention_norm, self.q_norm, self.k_norm, self.attention_post, self.mlp_norm, self.mlp_post)
+
     def norms(self) -> list[nn.Module]:
-        found = (self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm, self.attention_post, self.mlp_post)
-        return [n for n in found if n is not None]
+        return [n for n in self.all_norms() if n is not None]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ from twofold.native.kernels import DTYPES, WIDTH
 class Pass(Protocol):
     """The operations over the rows of one pass."""
 
+    def layers(self, x: Tensor, cache: SlotCache) -> bool: ...
+
     def linear(self, place: int, x: Tensor, onto: Tensor | None = None) -> Tensor: ...
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor: ...
@@ -87,7 +89,7 @@ class BlockForward:
         self.slots = SlotCache(len(decoder.blocks), streams, heads, capacity, decoder.head_dim, like, reuse=reuse)
         self.decoder, self.weights = decoder, weights_of(decoder)
         self.reader = Reader(model, decoder, self.weights)
-        self.norms = [tuple(None if n is None else norm_of(n) for n in _norms(b)) for b in decoder.blocks]
+        self.norms = [tuple(None if n is None else norm_of(n) for n in b.all_norms()) for b in decoder.blocks]
         self.final = norm_of(decoder.norm)
         self.alive: Resident | None = of_projections("as it stands", self.weights, decoder.dtype)
         self.operations, self.path = self._operations(native)
@@ -116,8 +118,9 @@ class BlockForward:
         positions = torch.tensor([p.start + i for p in parts for i in range(len(p.tokens))], device=device)
         x = self._embedded(ids, parts)
         now = self.operations.begin(parts, self.decoder.angles(x, positions))
-        for i, block in enumerate(self.decoder.blocks):
-            x = self._block(now, i, block, x)
+        if not now.layers(x, self.slots):
+            for i, block in enumerate(self.decoder.blocks):
+                x = self._block(now, i, block, x)
         for part in parts:
             self.slots.extend(part.slot, part.tokens)
         asked = [first + len(p.tokens) - 1 for p, first in zip(parts, firsts(parts), strict=True) if p.asked]
@@ -153,10 +156,6 @@ def _added(now: Pass, place: int, x: Tensor, residual: Tensor, norm: Norm | None
     if norm is None:
         return now.linear(place, x, residual)
     return residual + now.norm(now.linear(place, x), norm)
-
-
-def _norms(block: Block) -> tuple[nn.Module | None, ...]:
-    return (block.attention_norm, block.q_norm, block.k_norm, block.attention_post, block.mlp_norm, block.mlp_post)
 
 
 def _there(norm: Norm | None) -> Norm:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from twofold.base.blocks import Block, Decoder
+from twofold.base.blocks import Block, Decoder, norm_of
 from twofold.engine.cache import SlotCache
 from twofold.engine.resident import Change, Resident, stretch_and_shift
 from twofold.engine.step import Part, Wearing, wearing
@@ -22,7 +22,7 @@ from twofold.functional.rope import Angles
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.linear import Projection
 from twofold.native import kernels
-from twofold.native.kernels import SEGMENT, WIDTH, Kernels, Packed, Updates
+from twofold.native.kernels import LAYER, MEMBERS, PASS, SEGMENT, WIDTH, Kernels, Packed, Updates
 
 BY_PRODUCTS_FROM = 32
 """Tokens of a part from which attention by batched products is faster than row by row."""
@@ -51,10 +51,26 @@ class NativeOps:
         self.places = [_packed(group) for group in weights]
         self.activation = next(i for name, i in kernels.ACTIVATIONS.items() if ACTIVATIONS[name] == decoder.activation)
         self.norms: dict[int, Norm] = {}
+        self.layers = np.zeros(len(decoder.blocks), LAYER)
+        for layer, block, i in zip(self.layers, decoder.blocks, range(len(decoder.blocks)), strict=True):
+            self._lay_out(layer, block, self.places[4 * i : 4 * i + 4])
 
     def begin(self, parts: Sequence[Part], angles: dict[str, Angles]) -> NativePass:
         """What all layers of one pass share."""
         return NativePass(self, parts, {kind: Angles(a.cos.float(), a.sin.float()) for kind, a in angles.items()})
+
+    def _lay_out(self, layer: Any, block: Block, places: Sequence[_Place]) -> None:
+        """One layer's addresses."""
+        names = ("attention", "q", "k", "attention_post", "mlp", "mlp_post")
+        for name, module in zip(names, block.all_norms(), strict=True):
+            if module is not None:
+                norm = self.wide(norm_of(module))
+                layer[name] = (norm.weight.data_ptr(), norm.eps)
+        for name, (weight, bias, widths) in zip(("qkv", "o", "gate_up", "down"), places, strict=True):
+            address = 0 if bias is None else bias.data_ptr()
+            padded = np.pad(widths, (0, MEMBERS - len(widths)))
+            layer[name] = (weight.address, address, weight.in_, weight.out, len(widths), padded)
+        layer["window"] = block.window or 0
 
     def wide(self, norm: Norm) -> Norm:
         """A norm with its weight in float32."""
@@ -104,6 +120,28 @@ class NativePass:
             stretch_and_shift(y, one.resident, place, widths.tolist(), one.rows, one.weights)
         y = y if bias is None else y + bias
         return y if onto is None else onto.add_(y)
+
+    def layers(self, x: Float[Tensor, "rows d"], cache: SlotCache) -> bool:
+        """All layers at once, in place, if nothing in this pass needs an operation beyond the kernels'."""
+        if self.rows_few < len(x) or any(w.resident.special for w in self.worn):
+            return False
+        decoder, layers = self.ops.decoder, self.ops.layers
+        for layer, block in zip(layers, decoder.blocks, strict=True):
+            angles = self.angles[block.turning]
+            layer["cos"], layer["sin"] = angles.cos.data_ptr(), angles.sin.data_ptr()
+        turned = {a.cos.shape[-1] for a in self.angles.values()}
+        if len(turned) > 1:
+            return False
+        shared, updates = np.zeros((), PASS), self.updates
+        counts = (decoder.heads.queries, decoder.heads.keys, decoder.head_dim, turned.pop())
+        scale, softcap = decoder.scoring.scale, decoder.scoring.softcap or 0.0
+        found = 0 if self.segments is None else self.segments.ctypes.data
+        addresses = (self.at[0].data_ptr(), self.at[1].data_ptr(), found, updates.starts.ctypes.data)
+        rest = (updates.rows.ctypes.data, updates.weights.ctypes.data, cache.keys.data_ptr(), cache.values.data_ptr())
+        sizes = (len(x), cache.capacity, cache.count, self.ops.activation, len(self.worn))
+        shared[()] = (*counts, *sizes, scale, softcap, *addresses, *rest)
+        self.ops.kernels.layers(layers, shared, x)
+        return True
 
     def asked(self, rows: list[int]) -> None:
         """From now on only these rows of the pass are run, for the head."""

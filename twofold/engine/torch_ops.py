@@ -85,6 +85,10 @@ class TorchPass:
             return y
         return y + grouped_update(x, [u for _, u in there], self.spread.some([j for j, _ in there]))
 
+    def layers(self, x: Float[Tensor, "rows d"], cache: SlotCache) -> bool:
+        """There is no faster way for all layers at once."""
+        return False
+
     def asked(self, rows: list[int]) -> None:
         """From now on only these rows of the pass are run, for the head."""
         self.worn = [w.of(rows) for w in self.worn]

@@ -471,6 +471,71 @@ template <class T> static void gated(const T* both, int64_t activation, int64_t 
     }
 }
 
+// ---- whole layers ---------------------------------------------------------------------------------------------------
+
+struct NormWeight {
+  const float* weight;  // null where the family has no such norm
+  double eps;
+};
+struct Weight {
+  const char* w;
+  const void* bias;
+  int64_t in, out, members, widths[MEMBERS];
+};
+struct Layer {
+  NormWeight attention, q, k, attention_post, mlp, mlp_post;
+  Weight qkv, o, gate_up, down;
+  int64_t window;
+  const float *cos, *sin;
+};
+struct Pass {
+  Heads heads;
+  int64_t rows, capacity, slots, activation, segments;
+  double scale, softcap;
+  const int32_t *of_slots, *positions;
+  const Segment* found;  // of each place, all segments
+  const int32_t *starts, *of_rows;
+  const float* weights;
+  void *keys, *values;
+};
+
+template <class T> struct Run {
+  const Pass& p;
+
+  void product(const Weight& w, int64_t place, const T* x, T* y, bool onto) const {
+    linear<T>(x, w.in, w.w, (const T*)w.bias, y, w.out, p.rows, w.in, w.out, onto, w.members, w.widths, p.segments,
+              p.found + place * p.segments, p.starts, p.of_rows, p.weights);
+  }
+  // A projection's output on top of the residual, normed before where the family does that.
+  void add(const Weight& w, int64_t place, const T* from, const NormWeight& post, T* x, std::vector<T>& room) const {
+    if (!post.weight) return product(w, place, from, x, true);
+    room.resize(p.rows * w.out);
+    product(w, place, from, room.data(), false);
+    rms_norm(room.data(), post.weight, post.eps, p.rows, w.out, room.data());
+    for (int64_t i = 0; i < p.rows * w.out; i++) narrow(widen(x[i]) + widen(room[i]), x + i);
+  }
+
+  void layers(const Layer* found, int64_t count, T* x) const {
+    const Heads& h = p.heads;
+    const int64_t inner = h.queries * h.d, stride = p.slots * h.keys * p.capacity * h.d;
+    std::vector<T> n, qkv, attended(p.rows * inner), both, product_of(p.rows * found->down.in), room;
+    for (int64_t i = 0; i < count; i++) {
+      const Layer& l = found[i];
+      T *keys = (T*)p.keys + i * stride, *values = (T*)p.values + i * stride;
+      n.resize(p.rows * l.qkv.in), qkv.resize(p.rows * l.qkv.out), both.resize(p.rows * l.gate_up.out);
+      rms_norm(x, l.attention.weight, l.attention.eps, p.rows, l.qkv.in, n.data());
+      product(l.qkv, 4 * i, n.data(), qkv.data(), false);
+      rotary(qkv.data(), h, l.cos, l.sin, l.q.weight, l.k.weight, l.q.eps, p.of_slots, p.positions, p.capacity, keys, values, p.rows);
+      attention(qkv.data(), h, keys, values, p.of_slots, p.positions, p.capacity, l.window, p.scale, p.softcap, attended.data(), p.rows);
+      add(l.o, 4 * i + 1, attended.data(), l.attention_post, x, room);
+      rms_norm(x, l.mlp.weight, l.mlp.eps, p.rows, l.gate_up.in, n.data());
+      product(l.gate_up, 4 * i + 2, n.data(), both.data(), false);
+      gated(both.data(), p.activation, p.rows, l.down.in, product_of.data());
+      add(l.down, 4 * i + 3, product_of.data(), l.mlp_post, x, room);
+    }
+  }
+};
+
 // ---- the doors ------------------------------------------------------------------------------------------------------
 
 #define DOORS(T, name)                                                                                                             \
@@ -493,6 +558,7 @@ template <class T> static void gated(const T* both, int64_t activation, int64_t 
                                    T* out, int64_t rows) {                                                                         \
     attention(qkv, *heads, keys, values, slots, positions, capacity, window, scale, softcap, out, rows);                           \
   }                                                                                                                                \
+  extern "C" void layers_##name(const Layer* found, int64_t count, const Pass* pass, T* x) { Run<T>{*pass}.layers(found, count, x); } \
   extern "C" void gated_##name(const T* both, int64_t activation, int64_t rows, int64_t d, T* y) {                                 \
     gated(both, activation, rows, d, y);                                                                                           \
   }

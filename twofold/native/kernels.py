@@ -25,6 +25,21 @@ MEMBERS = 3
 """Projections that may lie side by side in one product."""
 SEGMENT = np.dtype([("ranks", "<i8"), ("a", "<u8"), ("b", "<u8", MEMBERS), ("scale", "<f8", MEMBERS)])
 """One adapter's part of a product, as the kernels read it: ranks of one member, addresses of packed factors, 0 for none."""
+_P = "<u8"
+_NORM = [("weight", _P), ("eps", "<f8")]
+_WEIGHT = [("w", _P), ("bias", _P), ("in_", "<i8"), ("out", "<i8"), ("members", "<i8"), ("widths", "<i8", MEMBERS)]
+LAYER = np.dtype(
+    [(n, _NORM) for n in ("attention", "q", "k", "attention_post", "mlp", "mlp_post")]
+    + [(n, _WEIGHT) for n in ("qkv", "o", "gate_up", "down")]
+    + [("window", "<i8"), ("cos", _P), ("sin", _P)]
+)
+"""A decoder layer as the kernels read it: addresses, 0 for what is not there."""
+PASS = np.dtype(
+    [(n, "<i8") for n in ("queries", "keys_", "d", "turned", "rows", "capacity", "slots", "activation", "segments")]
+    + [("scale", "<f8"), ("softcap", "<f8")]
+    + [(n, _P) for n in ("of_slots", "positions", "found", "starts", "of_rows", "weights", "keys", "values")]
+)
+"""What all layers of one pass share, as the kernels read it."""
 WIDTH = 16
 """Outputs in a block; ranks are filled up to a multiple of it, and inputs of every kernel must be one."""
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -76,6 +91,8 @@ class Kernels:
         self._rotary.argtypes = [_A, _A, _A, _A, _A, _A, _F, _A, _A, _I, _A, _A, _I]
         self._attention = getattr(found, f"attention_{name}")
         self._attention.argtypes = [_A, _A, _A, _A, _A, _A, _I, _I, _F, _F, _A, _I]
+        self._layers = getattr(found, f"layers_{name}")
+        self._layers.argtypes = [_A, _I, _A, _A]
         self._gated = getattr(found, f"gated_{name}")
         self._gated.argtypes = [_A, _I, _I, _I, _A]
 
@@ -151,6 +168,15 @@ class Kernels:
         scaling = (scoring.scale, scoring.softcap or 0.0)
         self._attention(qkv.data_ptr(), heads.ctypes.data, *cache, *scaling, out.data_ptr(), len(qkv))
         return out
+
+    def layers(self, found: NDArray[Any], shared: NDArray[Any], x: Float[Tensor, "rows d"]) -> None:
+        """All layers one after the other, in place, whose every operation is one of the above.
+
+        Args:
+            found: LAYER, one each.
+            shared: PASS.
+        """
+        self._layers(found.ctypes.data, len(found), shared.ctypes.data, x.data_ptr())
 
     def gated(self, both: Float[Tensor, "rows two_d"], activation: int) -> Float[Tensor, "rows d"]:
         """f(gate) · up of rows that hold both side by side."""
