@@ -12,11 +12,14 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from twofold.errors import ConfigError
 
 MADV_PAGEOUT = 21
 """Of linux/mman.h; Python has no name for it."""
+LARGE_PAGE = 2 << 20
+"""Bytes of a large page on Linux."""
 
 
 def pick_device() -> str:
@@ -116,3 +119,14 @@ def memory_capacity(device: torch.device) -> int:
     allowed = limit.read_text().strip() if limit.is_file() else "max"
     total = int(psutil.virtual_memory().total)
     return total if allowed == "max" else min(total, int(allowed))
+
+
+def in_large_pages(empty: Tensor) -> Tensor:
+    """A tensor like this one, whose memory the system is asked to give in large pages; the same one where that cannot be had."""
+    size = empty.numel() * empty.element_size()
+    if size < LARGE_PAGE or empty.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return empty
+    room = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
+    first = -room.data_ptr() % LARGE_PAGE
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(room.data_ptr() + first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return room[first : first + size].view(empty.dtype).view(empty.shape)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from twofold.machine import in_large_pages
+
 Wearer = tuple[tuple[str, float], ...]
 """Which adapters made what a slot holds, and how much of each."""
 
@@ -95,7 +97,7 @@ class SlotCache(Slots):
     ) -> None:
         super().__init__(slots, capacity, reuse=reuse)
         shape = (layers, slots, kv_heads, capacity, d)
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.keys, self.values = (in_large_pages(like.new_empty(shape)).zero_() for _ in range(2))
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         for kept in (self.keys, self.values):

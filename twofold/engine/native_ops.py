@@ -22,7 +22,7 @@ from twofold.functional.rope import Angles
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.linear import Projection
 from twofold.native import kernels
-from twofold.native.kernels import LAYER, MEMBERS, PASS, SEGMENT, WIDTH, Kernels, Packed, Updates
+from twofold.native.kernels import LAYER, MEMBERS, PASS, SEGMENT, WIDTH, Kernels, Packed, Updates, packed_together
 
 BY_PRODUCTS_FROM = 32
 """Tokens of a part from which attention by batched products is faster than row by row."""
@@ -48,7 +48,9 @@ class NativeOps:
 
     def __init__(self, decoder: Decoder, weights: Sequence[Sequence[Projection]]) -> None:
         self.decoder, self.kernels = decoder, Kernels(decoder.dtype)
-        self.places = [_packed(group) for group in weights]
+        matrices = [_side_by_side(group) for group in weights]
+        packed = packed_together(matrices)
+        self.places = [_Place(p, _biases(g), _widths(g)) for p, g in zip(packed, weights, strict=True)]
         self.activation = next(i for name, i in kernels.ACTIVATIONS.items() if ACTIVATIONS[name] == decoder.activation)
         self.norms: dict[int, Norm] = {}
         self.layers = np.zeros(len(decoder.blocks), LAYER)
@@ -193,34 +195,45 @@ def _updates(worn: Sequence[Wearing]) -> Updates:
     return Updates(starts, rows, np.array([v for w in worn for v in w.weights], np.float32))
 
 
-def _packed(group: Sequence[Projection]) -> _Place:
-    matrices = [p.weight for p in group if isinstance(p.weight, Tensor)]
-    biases = [p.bias for p in group]
-    weight = Packed(torch.cat(matrices) if len(matrices) > 1 else matrices[0])
-    widths = np.array([len(m) for m in matrices], np.int64)
-    if all(b is None for b in biases):
-        return _Place(weight, None, widths)
-    zeros = [
-        m.new_zeros(len(m)) if b is None else b.detach().to(m.dtype) for m, b in zip(matrices, biases, strict=True)
-    ]
-    return _Place(weight, torch.cat(zeros), widths)
+def _side_by_side(group: Sequence[Projection]) -> Float[Tensor, "out in_"]:
+    matrices = [p.weight.detach() for p in group if isinstance(p.weight, Tensor)]
+    return torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+
+
+def _widths(group: Sequence[Projection]) -> NDArray[np.int64]:
+    return np.array([p.weight.shape[0] for p in group], np.int64)
+
+
+def _biases(group: Sequence[Projection]) -> Float[Tensor, " out"] | None:
+    if all(p.bias is None for p in group):
+        return None
+    like = next(p.bias for p in group if p.bias is not None).detach()
+    return torch.cat([like.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias.detach() for p in group])
 
 
 def _compile(resident: Resident, places: int) -> _Compiled:
-    segments, kept = np.zeros(places, SEGMENT), []
-    for place, group in resident.changes.items():
+    segments = np.zeros(places, SEGMENT)
+    matrices: list[Tensor] = []
+    where: list[tuple[int, str, int]] = []
+    for place, group in sorted(resident.changes.items()):
         updates = [None if c is None else c.update for c in group]
         ranks = max((-(-u.rank // WIDTH) * WIDTH for u in updates if u is not None), default=0)
         if not ranks:
             continue
-        A = torch.cat([_filled(u, ranks, group) for u in updates])
-        kept.append(Packed(A))
-        segments[place]["ranks"], segments[place]["a"] = ranks, kept[-1].address
+        segments[place]["ranks"] = ranks
+        matrices.append(torch.cat([_filled(u, ranks, group) for u in updates]))
+        where.append((place, "a", 0))
         for i, update in enumerate(updates):
             if update is not None:
-                wide = torch.nn.functional.pad(update.B, (0, ranks - update.rank))
-                kept.append(Packed(wide))
-                segments[place]["b"][i], segments[place]["scale"][i] = kept[-1].address, update.scale
+                matrices.append(torch.nn.functional.pad(update.B, (0, ranks - update.rank)))
+                where.append((place, "b", i))
+                segments[place]["scale"][i] = update.scale
+    kept = packed_together(matrices) if matrices else []
+    for packed, (place, name, member) in zip(kept, where, strict=True):
+        if name == "a":
+            segments[place]["a"] = packed.address
+        else:
+            segments[place]["b"][member] = packed.address
     return _Compiled(segments, kept)
 
 

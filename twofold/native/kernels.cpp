@@ -153,6 +153,11 @@ static void run_rows(int rows, const T* const* x, const char* w, int64_t steps, 
 #undef ROWS
 }
 
+// What is read next is asked for early: where a piece begins, the processor does not know yet that it is read in order.
+static inline void fetch(const char* p) {
+  for (int i = 0; i < 8; i++) __builtin_prefetch(p + i * 64);
+}
+
 static const int MOST_ROWS = 12;
 
 // All rows against N blocks: in as few passes as the registers allow, as even as can be.
@@ -229,6 +234,7 @@ static void linear(const T* x, int64_t x_stride, const char* w, const T* bias, T
         int64_t first = 2 * (t - before[j]), left = members * found[j].ranks / 16 - first, wide = members * found[j].ranks;
         const int32_t *row = of_rows + starts[j], some = starts[j + 1] - starts[j];
         const char* a = found[j].a + first * steps * 64;
+        if (j + 2 < segments && found[j + 2].a) fetch(found[j + 2].a);
         from.resize(some), to.resize(some);
         for (int32_t i = 0; i < some; i++) from[i] = xs[row[i]], to[i] = h.data() + column[j] + i * wide + first * 16;
         Out<T> part{to.data(), nullptr, left * 16, false};
@@ -249,6 +255,7 @@ static void linear(const T* x, int64_t x_stride, const char* w, const T* bias, T
         int64_t pieces = (widths[m] + 31) / 32, begin = pieces * me / threads, end = pieces * (me + 1) / threads;
         for (int64_t j = 0; j < segments; j++) {
           if (!found[j].a || !found[j].b[m]) continue;
+          if (j + 1 < segments && found[j + 1].b[m]) fetch(found[j + 1].b[m] + begin * 2 * steps_of<T>(found[j + 1].ranks) * 64);
           const int32_t *row = of_rows + starts[j], some = starts[j + 1] - starts[j];
           int64_t wide = members * found[j].ranks, deep = steps_of<T>(found[j].ranks);
           from.resize(some), to.resize(some);

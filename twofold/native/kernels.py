@@ -19,6 +19,7 @@ from torch import Tensor
 from twofold.functional.attention import Scoring
 from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
+from twofold.machine import in_large_pages
 from twofold.native.build import library
 
 MEMBERS = 3
@@ -50,11 +51,9 @@ _A, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 class Packed:
     """A matrix (out, in) in the order in which the kernels read it."""
 
-    def __init__(self, matrix: Float[Tensor, "out in_"]) -> None:
+    def __init__(self, matrix: Float[Tensor, "out in_"], into: Tensor | None = None) -> None:
         self.out, self.in_ = matrix.shape
-        per_step = 64 // (WIDTH * matrix.element_size())
-        blocks, steps = -(-self.out // WIDTH), -(-self.in_ // per_step)
-        self.values = torch.empty(blocks * steps * WIDTH * per_step, dtype=matrix.dtype)
+        self.values = torch.empty(packed_size(matrix), dtype=matrix.dtype) if into is None else into
         matrix = matrix.detach().contiguous()
         call = getattr(library(), f"pack_{DTYPES[matrix.dtype]}")
         call(_A(matrix.data_ptr()), _I(self.out), _I(self.in_), _A(self.values.data_ptr()))
@@ -62,6 +61,19 @@ class Packed:
     @property
     def address(self) -> int:
         return self.values.data_ptr()
+
+
+def packed_size(matrix: Float[Tensor, "out in_"]) -> int:
+    """How many values a matrix has when it is packed; what is beyond its edges is filled up."""
+    per_step = 64 // (WIDTH * matrix.element_size())
+    return -(-matrix.shape[0] // WIDTH) * -(-matrix.shape[1] // per_step) * WIDTH * per_step
+
+
+def packed_together(matrices: Sequence[Float[Tensor, "_ _"]]) -> list[Packed]:
+    """Matrices packed one behind the other in the order in which they are read, in large pages where the system has them."""
+    sizes = [packed_size(m) for m in matrices]
+    room = in_large_pages(torch.empty(sum(sizes), dtype=matrices[0].dtype))
+    return [Packed(m, into) for m, into in zip(matrices, room.split(sizes), strict=True)]
 
 
 @dataclass(frozen=True)
