@@ -50,6 +50,8 @@ class Pass(Protocol):
 class Operations(Protocol):
     """What makes a pass."""
 
+    def prepare(self, resident: Resident) -> None: ...
+
     def begin(self, parts: Sequence[Part], angles: dict[str, Angles]) -> Pass: ...
 
 
@@ -91,8 +93,10 @@ class BlockForward:
         self.reader = Reader(model, decoder, self.weights)
         self.norms = [tuple(None if n is None else norm_of(n) for n in b.all_norms()) for b in decoder.blocks]
         self.final = norm_of(decoder.norm)
-        self.alive: Resident | None = of_projections("as it stands", self.weights, decoder.dtype)
         self.operations, self.path = self._operations(native)
+        self.alive: Resident | None = of_projections("as it stands", self.weights, decoder.dtype)
+        if self.alive is not None:
+            self.operations.prepare(self.alive)
 
     def _operations(self, native: bool) -> tuple[Operations, str]:
         reason = why_not_native(self.decoder, self.weights) if native else "they were not asked for"
@@ -104,7 +108,9 @@ class BlockForward:
         return TorchOps(self.decoder, self.weights), f"PyTorch's operations, not our own kernels: {reason}"
 
     def read(self, key: str, folder: Path) -> Resident:
-        return self.reader.read(key, folder)
+        resident = self.reader.read(key, folder)
+        self.operations.prepare(resident)
+        return resident
 
     def drop(self, resident: Resident) -> None:
         """Nothing refers to it but the streams that wear it."""

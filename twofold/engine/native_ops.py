@@ -81,10 +81,12 @@ class NativeOps:
             found = self.norms[norm.weight.data_ptr()] = Norm(norm.weight.detach().float(), norm.eps)
         return found
 
+    def prepare(self, resident: Resident) -> None:
+        """Pack its factors."""
+        resident.compiled["native"] = _compile(resident, len(self.places))
+
     def compiled(self, resident: Resident) -> _Compiled:
-        """The resident's factors, packed at its first use."""
-        if "native" not in resident.compiled:
-            resident.compiled["native"] = _compile(resident, len(self.places))
+        """Its factors as they were packed."""
         found: _Compiled = resident.compiled["native"]
         return found
 

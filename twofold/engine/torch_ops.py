@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twofold.base.blocks import Block, Decoder
 from twofold.engine.cache import SlotCache
-from twofold.engine.resident import stretch_and_shift
+from twofold.engine.resident import Resident, stretch_and_shift
 from twofold.engine.step import Part, Wearing, wearing
 from twofold.functional.attention import cached_attention
 from twofold.functional.gated import gated
@@ -42,6 +42,9 @@ class TorchOps:
 
     def __init__(self, decoder: Decoder, weights: Sequence[Sequence[Projection]]) -> None:
         self.decoder, self.places = decoder, weights
+
+    def prepare(self, resident: Resident) -> None:
+        """Its factors are used as they are."""
 
     def begin(self, parts: Sequence[Part], angles: dict[str, Angles]) -> TorchPass:
         """What all layers of one pass share."""
