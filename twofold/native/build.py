@@ -18,7 +18,7 @@ from twofold.downloads import cache_folder
 from twofold.errors import RunError
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 COMPILERS = ("c++", "g++", "clang++")
 TAKES_AT_MOST = 300
 """Seconds that compiling may take."""

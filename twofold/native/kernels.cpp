@@ -19,6 +19,9 @@
 #include <immintrin.h>
 #endif
 
+// A loop of fixed length whose every turn has registers of its own.
+#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < n; i++)
+
 typedef float v16 __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t u16v __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16v __attribute__((vector_size(64), aligned(4)));
@@ -110,11 +113,9 @@ template <class T> static int64_t steps_of(int64_t in) { return (in + Step<T>::i
 // R rows times N blocks of 16 outputs.
 template <class T, int R, int N>
 static inline void tile(const T* const* x, const char* w, int64_t steps, v16 (&acc)[R][N]) {
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) acc[r][n] = (v16){};
+  EACH(r, R) EACH(n, N) acc[r][n] = (v16){};
   for (int64_t s = 0; s < steps; s++)
-    for (int n = 0; n < N; n++)
-      for (int r = 0; r < R; r++) acc[r][n] = Step<T>::add(acc[r][n], w + (n * steps + s) * 64, x[r] + s * Step<T>::inputs);
+    EACH(n, N) EACH(r, R) acc[r][n] = Step<T>::add(acc[r][n], w + (n * steps + s) * 64, x[r] + s * Step<T>::inputs);
 }
 
 // What becomes of a tile's sums.
@@ -146,9 +147,12 @@ static void run_tile(const T* const* x, const char* w, int64_t steps, int first,
     for (int n = 0; n < N; n++) finish(acc[r][n], first + r, n * 16, out);
 }
 
+static const int MOST_ROWS = 12;
+static constexpr int most_rows(int blocks) { return blocks == 4 ? MOST_ROWS / 2 : MOST_ROWS; }
+
 template <class T, int N>
 static void run_rows(int rows, const T* const* x, const char* w, int64_t steps, int first, const Out<T>& out) {
-#define ROWS(R) case R: run_tile<T, R, N>(x, w, steps, first, out); break;
+#define ROWS(R) case R: if constexpr (R <= most_rows(N)) run_tile<T, R, N>(x, w, steps, first, out); break;
   switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) }
 #undef ROWS
 }
@@ -158,12 +162,10 @@ static inline void fetch(const char* p) {
   for (int i = 0; i < 8; i++) __builtin_prefetch(p + i * 64);
 }
 
-static const int MOST_ROWS = 12;
-
 // All rows against N blocks: in as few passes as the registers allow, as even as can be.
 template <class T, int N>
 static void run_blocks(int64_t rows, const T* const* x, const char* w, int64_t steps, const Out<T>& out) {
-  int64_t most = N == 4 ? MOST_ROWS / 2 : MOST_ROWS, passes = (rows + most - 1) / most;
+  int64_t most = most_rows(N), passes = (rows + most - 1) / most;
   for (int64_t p = 0, first = 0; p < passes; p++) {
     int64_t count = (rows - first + passes - p - 1) / (passes - p);
     run_rows<T, N>(int(count), x + first, w, steps, int(first), out);
@@ -349,9 +351,9 @@ template <int step> static inline v16 fold(v16 a, v16 b) {
   return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
 }
 static inline v16 sums_of_16(v16 (&v)[16]) {
-  for (int i = 0; i < 8; i++) v[i] = fold<1>(v[2 * i], v[2 * i + 1]);
-  for (int i = 0; i < 4; i++) v[i] = fold<2>(v[2 * i], v[2 * i + 1]);
-  for (int i = 0; i < 2; i++) v[i] = fold<4>(v[2 * i], v[2 * i + 1]);
+  EACH(i, 8) v[i] = fold<1>(v[2 * i], v[2 * i + 1]);
+  EACH(i, 4) v[i] = fold<2>(v[2 * i], v[2 * i + 1]);
+  EACH(i, 2) v[i] = fold<4>(v[2 * i], v[2 * i + 1]);
   return fold<8>(v[0], v[1]);
 }
 
@@ -404,23 +406,17 @@ static void weigh(const float* p, int64_t wide, const T* values, int64_t seen, i
   for (int64_t i = 0; i < d; i += 64) {
     const int64_t n = std::min<int64_t>(4, (d - i) / 16);
     v16 sum[G][4];
-    for (int g = 0; g < G; g++)
-      for (int k = 0; k < 4; k++) sum[g][k] = (v16){};
-    if (n == 4) {
-      for (int64_t t = 0; t < seen; t++)
-        for (int k = 0; k < 4; k++) {
-          v16 value = load16(values + t * d + i + k * 16);
-          for (int g = 0; g < G; g++) sum[g][k] += value * p[g * wide + t];
-        }
-    } else {
-      for (int64_t t = 0; t < seen; t++)
-        for (int k = 0; k < n; k++) {
-          v16 value = load16(values + t * d + i + k * 16);
-          for (int g = 0; g < G; g++) sum[g][k] += value * p[g * wide + t];
-        }
+    EACH(g, G) EACH(k, 4) sum[g][k] = (v16){};
+    for (int64_t t = 0; t < seen; t++)
+      EACH(k, 4) {
+        if (k == n) break;
+        v16 value = load16(values + t * d + i + k * 16);
+        EACH(g, G) sum[g][k] += value * p[g * wide + t];
+      }
+    EACH(g, G) EACH(k, 4) {
+      if (k == n) break;
+      store16(sum[g][k], out + g * d + i + k * 16);
     }
-    for (int g = 0; g < G; g++)
-      for (int k = 0; k < n; k++) store16(sum[g][k], out + g * d + i + k * 16);
   }
 }
 
@@ -434,7 +430,7 @@ static void attend_one(const T* q, int64_t group, int64_t d, const T* keys, cons
   for (int64_t t = 0; t < wide; t += 16)
     for (int64_t g = 0; g < group; g++) {
       v16 sums[16];
-      for (int64_t i = 0; i < 16; i++) sums[i] = dot(keys + std::min(t + i, seen - 1) * d, q + g * d, d);
+      EACH(i, 16) sums[i] = dot(keys + std::min(t + i, seen - 1) * d, q + g * d, d);
       store16(sums_of_16(sums), p + g * wide + t);
     }
   for (int64_t g = 0; g < group; g++) softmax(p + g * wide, seen, wide, scale, softcap);
