@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from twofold.engine.draw import at_share, cut, cut_by_sorting, likeliest
 from twofold.engine.request import Completion, Request, Sampling
-from twofold.engine.sampler import Choice, Sampler, at_share, choose, cut, likeliest
+from twofold.engine.sampler import Choice, Sampler, choose
 from twofold.errors import ConfigError
 
 SHARES = 1000
@@ -159,26 +160,36 @@ def test_cuts_leave_exactly_what_transformers_leaves(
     seed: int, vocabulary: int, spread: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     """Flat rows, whose nucleus is most of the vocabulary, and peaked ones."""
-    scores = random_logits(3, vocabulary, seed, spread).double()
+    scores = random_logits(3, vocabulary, seed, spread)
     wanted = Sampling(temperature=1.0, top_k=min(top_k, vocabulary), top_p=top_p, min_p=min_p)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    cut(weights, [wanted] * 3)
-    expected = hf_cut(scores, wanted)
-    assert torch.equal(weights > 0, expected > 0)
-    torch.testing.assert_close(weights / weights.sum(-1, keepdim=True), expected)
+    expected = hf_cut(weights.double().log(), wanted)
+    for found in (cut_by_sorting(weights * (weights >= min_p), [wanted] * 3), cut(weights, [wanted] * 3)):
+        assert torch.equal(found > 0, expected > 0)
+        torch.testing.assert_close(found.double() / found.sum(-1, keepdim=True, dtype=torch.float64), expected)
+
+
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.tuples(st.integers(0, 40), st.sampled_from([1.0, 0.9, 0.5])), min_size=3, max_size=3),
+)
+def test_with_many_equal_weights_bins_cut_as_sorting_does(seed: int, wanted: list[tuple[int, float]]) -> None:
+    """bfloat16 logits are often equal."""
+    scores = random_logits(3, 3000, seed, 0.7).to(torch.bfloat16).float()
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    samplings = [Sampling(temperature=1.0, top_k=k, top_p=p) for k, p in wanted]
+    assert torch.equal(cut_by_sorting(weights.clone(), samplings), cut(weights, samplings))
 
 
 def test_of_equally_likely_tokens_the_first_stay() -> None:
     """As few as reach top_p; top_k keeps all that are as likely as its last, as transformers does."""
     weights = torch.tensor([[0.5, 1.0, 0.5, 0.5, 1.0, 0.5]])
     for top_p, kept in ((0.2, [1]), (0.4, [1, 4]), (0.6, [0, 1, 4]), (0.7, [0, 1, 2, 4]), (0.99, [0, 1, 2, 3, 4, 5])):
-        found = weights.clone()
-        cut(found, [Sampling(temperature=1.0, top_p=top_p)])
-        assert found[0].nonzero().flatten().tolist() == kept
-    cut(weights, [Sampling(temperature=1.0, top_k=3)])
-    assert weights[0].tolist() == [0.5, 1.0, 0.5, 0.5, 1.0, 0.5]
-    many = torch.ones(1, 5000)
-    cut(many, [Sampling(temperature=1.0, top_k=2, top_p=0.5)])
+        for cutting in (cut, cut_by_sorting):
+            found = cutting(weights.clone(), [Sampling(temperature=1.0, top_p=top_p)])
+            assert found[0].nonzero().flatten().tolist() == kept
+    assert torch.equal(cut(weights.clone(), [Sampling(temperature=1.0, top_k=3)]), weights)
+    many = cut(torch.ones(1, 5000), [Sampling(temperature=1.0, top_k=2, top_p=0.5)])
     assert many[0].nonzero().flatten().tolist() == list(range(2500))
 
 
@@ -261,6 +272,15 @@ def test_extreme_temperatures_and_logits_are_drawn_without_overflow(temperature:
     assert found[0].token == 0
     assert found[1].token == 1
     assert found[2].token in (0, 1)
+
+
+def test_a_row_without_finite_logits_fails_alone() -> None:
+    logits = random_logits(3, 400)
+    alone = chosen(logits[2:], [sampler(temperature=1.0, top_p=0.9)])
+    logits[0], logits[1] = torch.nan, -torch.inf
+    streams = [sampler(temperature=1.0, top_p=0.9) for _ in range(3)]
+    assert chosen(logits, streams)[2:] == alone
+    assert [s.error for s in streams] == ["the model's logits are not finite numbers"] * 2 + [None]
 
 
 # ---------------------------------------------------------------------------------------------- log-probabilities

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -19,9 +19,8 @@ from torch import Tensor
 
 from twofold.errors import ConfigError
 
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
-
+BETWEEN = r"[ \n\r\t]{1,32}"
+"""The white space that JSON may have between its parts: without a limit, small models write nothing else until cut off."""
 KEPT = 256
 """Compiled grammars that are kept for the next request with the same text."""
 
@@ -38,7 +37,7 @@ class Grammar:
 
     words: str
     end_ids: tuple[int, ...]
-    start: LLMatcher = field(repr=False)
+    start: Any = field(repr=False)
 
     def matcher(self) -> Matcher:
         """A matcher for one answer, at its beginning."""
@@ -59,7 +58,7 @@ class Matcher:
     @property
     def error(self) -> str | None:
         """What went wrong within the grammar, if anything did: it grew too complex, or took a token that it forbids."""
-        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
+        return _reason(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def allowed(self, vocabulary: int) -> Bool[Tensor, " vocabulary"]:
         """Which tokens may come next; on the CPU."""
@@ -91,7 +90,7 @@ class Grammars:
         self._compiled = lru_cache(maxsize=KEPT)(self._compile)
 
     def json_schema(self, schema: Mapping[str, Any] | str) -> Grammar:
-        """Answers that are JSON and valid against the schema.
+        """Answers that are JSON and valid against the schema; its `x-guidance` may set llguidance's own options.
 
         Raises:
             ConfigError: the schema is no schema, or asks for what cannot be kept to token by token.
@@ -109,7 +108,7 @@ class Grammars:
         Raises:
             ConfigError: the pattern cannot be read.
         """
-        return self._compiled("regex", pattern, "the regular expression")
+        return self._compiled("regex", pattern, f"the regular expression {pattern!r}")
 
     def choice(self, options: Sequence[str]) -> Grammar:
         """Answers that are one of the options, letter for letter.
@@ -133,23 +132,28 @@ class Grammars:
         from llguidance import LLMatcher, grammar_from
 
         try:
-            grammar = grammar_from(kind, text)
+            if kind == "json_schema":
+                grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": BETWEEN})
+            else:
+                grammar = grammar_from(kind, text)
         except ValueError as error:
-            raise ConfigError(f"{words} cannot be read: {_first_line(str(error))}") from error
+            raise ConfigError(f"{words} cannot be followed: {_reason(str(error))}") from error
         if wrong := LLMatcher.validate_grammar(grammar, self._tokenizer):
-            raise ConfigError(f"{words} cannot be followed: {_first_line(wrong)}")
+            raise ConfigError(f"{words} cannot be followed: {_reason(wrong)}")
         return Grammar(words, self.end_ids, LLMatcher(self._tokenizer, grammar, log_level=0))
 
 
-def _readable(tokenizer: Any, end_ids: list[int]) -> LLTokenizer:
+def _readable(tokenizer: Any, end_ids: list[int]) -> Any:
     from llguidance.hf import from_tokenizer
 
     try:
         return from_tokenizer(tokenizer, eos_token=end_ids)
     except Exception as error:
-        raise ConfigError(f"grammars cannot be used with this tokenizer: {_first_line(str(error))}") from error
+        raise ConfigError(f"grammars cannot be used with this tokenizer: {_reason(str(error))}") from error
 
 
-def _first_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else "no reason was given"
+def _reason(text: str) -> str:
+    """The line that says what is wrong; a drawing of the pattern comes before it where there is one."""
+    lines = [line.strip().rstrip(".") for line in text.splitlines() if line.strip()]
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return next(iter([*told, *lines]), "no reason was given")
