@@ -70,6 +70,11 @@ def test_the_configuration_page_is_up_to_date() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == page()
 
 
+def test_the_interchange_page_is_up_to_date() -> None:
+    interchange = runpy.run_path(str(ROOT / "docs" / "build.py"))["interchange"]
+    assert (ROOT / "docs" / "interchange.md").read_text() == interchange()
+
+
 def test_no_path_of_a_machine_is_committed() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     texts = [ROOT / f for f in listed if f.endswith((".py", ".md", ".toml", ".yaml", ".yml", ".j2", "Makefile"))]

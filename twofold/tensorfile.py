@@ -43,6 +43,7 @@ class TensorFile:
 
     Attributes:
         shapes: of the tensors, by key.
+        metadata: what else the header says, as texts.
 
     Raises:
         AdapterFileError: missing, cut short or not safetensors.
@@ -53,7 +54,7 @@ class TensorFile:
         if not path.is_file():
             raise AdapterFileError(f"{path} does not exist")
         try:
-            self._entries, self._start = _header(path)
+            self._entries, self._start, self.metadata = _header(path)
             self._bytes = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
         except (ValueError, TypeError, KeyError, AttributeError, OSError, RuntimeError) as error:
             raise AdapterFileError(
@@ -82,8 +83,10 @@ class TensorFile:
         return bool(torch.isfinite(whole.view(dtype).sum()))
 
 
-def _header(path: Path) -> tuple[dict[str, _Entry], int]:
-    """The entries by key, and where their bytes start; they must fill the file without gaps, as safetensors prescribes.
+def _header(path: Path) -> tuple[dict[str, _Entry], int, dict[str, str]]:
+    """The entries by key, where their bytes start, and the metadata.
+
+    The tensors must fill the file without gaps, as safetensors prescribes.
 
     Raises:
         ValueError, TypeError, KeyError: the file is not so.
@@ -94,7 +97,7 @@ def _header(path: Path) -> tuple[dict[str, _Entry], int]:
         if size < 0 or not length:
             raise ValueError("its header reaches beyond its end")
         raw = json.loads(file.read(length))
-    raw.pop("__metadata__", None)
+    metadata = dict(raw.pop("__metadata__", {}))
     entries = {
         key: _Entry(TYPES[e["dtype"]], tuple(e["shape"]), *map(int, e["data_offsets"])) for key, e in raw.items()
     }
@@ -105,7 +108,7 @@ def _header(path: Path) -> tuple[dict[str, _Entry], int]:
         at = entry.end
     if at != size:
         raise ValueError(f"its tensors take {at} bytes of {size}")
-    return entries, length + 8
+    return entries, length + 8, metadata
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

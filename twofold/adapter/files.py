@@ -12,16 +12,17 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from twofold import atomic
 from twofold.adapter.attach import DEFAULT_NAME, Made, adapter_layers, config_of, made_shares, put_on, shares
 from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.foreign import foreign_file, read_foreign
+from twofold.adapter.keys import PREFIX, says_nothing_new, split_key
 from twofold.adapter.names import matcher
-from twofold.adapter.peft_config import exceptions, names_in_full, parse_config, peft_config, with_changes
+from twofold.adapter.peft_config import PAST_TENSORS, exceptions, names_in_full, parse_config, peft_config, with_changes
 from twofold.adapter.target import (
     ModuleShape,
     Targets,
@@ -41,7 +42,6 @@ from twofold.lowrank.spectral_init import is_subtracted
 from twofold.tensorfile import TensorFile, nonfinite, write_tensors
 
 CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "twofold.json"
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,16 +82,6 @@ class AdapterFiles:
     def modules(self) -> dict[str, dict[str, str]]:
         """File keys by module path and suffix."""
         return self._modules
-
-
-def split_key(key: str) -> tuple[str, str]:
-    """Module path and suffix of a tensor's key in the file."""
-    bare = key.removeprefix(PREFIX)
-    found = [at for at in map(bare.find, (".lora_", ".base_layer.", ".token_adapter.")) if at >= 0]
-    if found:
-        return bare[: min(found)], bare[min(found) + 1 :]
-    module, _, suffix = bare.rpartition(".")
-    return module, suffix
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -166,7 +156,8 @@ class Fitted(NamedTuple):
 
 
 def read_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -> Fitted:
-    """The shares that an adapter's folder gives to a model, which stays as it is.
+    """The shares that an adapter's folder gives to a model, which stays as it is. A safetensors file without a config is read in
+    the layouts of kohya's scripts and of diffusers.
 
     Raw factors of PiSSA and OLoRA, as PEFT writes them, fit a base from which their start was taken away; the start is computed
     again from this base, and taken away from the update instead.
@@ -174,6 +165,9 @@ def read_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -
     Raises:
         AdapterFileError: damaged files, or tensors that are missing, left over or of the wrong shape: all listed.
     """
+    if file := foreign_file(Path(path)):
+        config, made = read_foreign(model, file, name)
+        return Fitted(AdapterFiles(file, config, TensorFile(file), None, None), config, made)
     files = _open(Path(path))
     shapes = module_shapes(model)
     claimed = adapted_modules(files.config, shapes)
@@ -274,10 +268,13 @@ def _fill(model: nn.Module, files: AdapterFiles, made: Mapping[str, Made], told:
         problems += [] if finite else [f"'{module}.{suffix}' holds NaN or infinity" for suffix in nonfinite(values)]
         if not found:
             one.share.load(one.base, values)
-    left = [k for k in sorted(files.tensors.shapes) if k not in read and split_key(k)[0] not in told]
+    known = [k for k in sorted(files.tensors.shapes) if not k.endswith(PAST_TENSORS)]
+    left = [k for k in known if k not in read and split_key(k)[0] not in told]
     if left:
         bases = {name: layer.base for name, layer in adapter_layers(model)} | {m: made[m].base for m in made}
-        problems += [f"unexpected tensor '{k}'" for k in left if not _says_nothing_new(model, bases, files, k, read)]
+        problems += [
+            f"unexpected tensor '{k}'" for k in left if not says_nothing_new(model, bases, files.tensors, k, read)
+        ]
     return problems
 
 
@@ -285,42 +282,6 @@ def _key_of(modules: Mapping[str, Mapping[str, str]], module: str, suffix: str) 
     """The file's key, also for whole modules, whose parameter paths may have dots of their own."""
     inner, _, last = f"{module}.{suffix}".rpartition(".")
     return modules.get(module, {}).get(suffix) or modules.get(inner, {}).get(last)
-
-
-def _says_nothing_new(
-    model: nn.Module, bases: Mapping[str, nn.Module], files: AdapterFiles, key: str, read: Set[str]
-) -> bool:
-    """Whether a tensor that nothing reads may stay.
-
-    PEFT saves the whole base embedding or head beside its adapter, and with `bias: all` some biases under several names: that of
-    a module trained whole, its original's, and each name of a tied one. They may stay if they say what is known anyway.
-    """
-    found = files.tensors.read(key)
-    twin = key.replace(".modules_to_save.", ".")
-    if twin == key:
-        ours = _base_tensor(bases, key.replace(".original_module.", "."))
-        if ours is not None:
-            return ours.shape == found.shape and torch.equal(found.to(ours), ours)
-        tied = _plain_tensor(model, key)
-        twin = next((k for k in read if tied is not None and _base_tensor(bases, k) is tied), key)
-    return twin in read and torch.equal(files.tensors.read(twin), found)
-
-
-def _base_tensor(bases: Mapping[str, nn.Module], key: str) -> Tensor | None:
-    """The base's own tensor that a key of the file stands for, if it is one of an adapted module."""
-    module, suffix = split_key(key)
-    if module not in bases or suffix not in ("base_layer.weight", "base_layer.bias", "weight", "bias"):
-        return None
-    return cast(Tensor | None, getattr(bases[module], suffix.rpartition(".")[2], None))
-
-
-def _plain_tensor(model: nn.Module, key: str) -> Tensor | None:
-    """The tensor of that name in a module without adapters."""
-    module, suffix = split_key(key)
-    try:
-        return cast(Tensor | None, getattr(model.get_submodule(module), suffix, None))
-    except AttributeError:
-        return None
 
 
 def _mismatch(path: Path, problems: list[str]) -> str:

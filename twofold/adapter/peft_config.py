@@ -29,6 +29,21 @@ INERT: dict[str, tuple[Any, ...]] = {
 """Keys of PEFT's config that change nothing here at these values; others must be empty, false or absent."""
 DESCRIPTIVE = {"peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "auto_mapping"}
 DESCRIPTIVE |= {"megatron_core", "runtime_config"}
+PAST = {"eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config"}
+"""Keys of PEFT's config that say how the training began or what it kept for the gradient: of a trained adapter, nothing."""
+PAST_TENSORS = ("lora_velora_embed",)
+"""Endings of tensors in PEFT's files that only the gradient of a training needs."""
+NOT_DONE = {
+    "layer_replication": "layers are not doubled; build the longer model first",
+    "megatron_config": "Megatron's parallel layers are not adapted",
+    "use_qalora": "QALoRA is not done; take plain LoRA over the quantised base",
+    "use_bdlora": "BD-LoRA is not done; take plain LoRA",
+    "alora_invocation_tokens": "aLoRA is not done; take plain LoRA",
+    "monteclora_config": "MonteCLoRA is not done; take plain LoRA",
+    "kasa_config": "KaSA cuts the base's own weights down; take plain LoRA, or PiSSA",
+    "arrow_config": "Arrow's routing is not done; choose adapters by set_adapter or adapter_names",
+}
+"""Keys of PEFT's config that must be empty, each with the way out."""
 
 
 def parse_config(raw: Mapping[str, Any], source: Path) -> LoraConfig:
@@ -36,10 +51,13 @@ def parse_config(raw: Mapping[str, Any], source: Path) -> LoraConfig:
     kind = raw.get("peft_type", "LORA")
     if kind != "LORA":
         raise AdapterFileError(f"{source} describes a {kind} adapter; only LORA adapters are supported")
-    foreign = [k for k, v in raw.items() if k not in OURS_TOO | DESCRIPTIVE and v and v not in INERT.get(k, ())]
+    foreign = [k for k, v in raw.items() if k not in OURS_TOO | DESCRIPTIVE | PAST and v and v not in INERT.get(k, ())]
     if foreign:
         listed = ", ".join(f"{k}={raw[k]!r}" for k in sorted(foreign))
-        raise AdapterFileError(f"{source} uses what this version of Twofold does not support: {listed}")
+        why = "; ".join(NOT_DONE[k] for k in sorted(foreign) if k in NOT_DONE)
+        raise AdapterFileError(
+            f"{source} uses what this version of Twofold does not support: {listed}" + (f" ({why})" if why else "")
+        )
     values = {k: v for k, v in raw.items() if k in OURS_TOO and v is not None}
     if values.get("init_lora_weights") not in (None, True, "gaussian", *WEIGHT_STARTS):
         values["init_lora_weights"] = _harmless_start(values["init_lora_weights"], source)
@@ -51,7 +69,7 @@ def _harmless_start(start: Any, source: Path) -> bool:
 
     PiSSA's and OLoRA's change can be computed again from the base, whoever loads the adapter onto one does that.
     """
-    if start in (False, "orthogonal", "eva"):
+    if start in (False, "orthogonal", "eva", "mica"):
         return True
     raise AdapterFileError(
         f"{source}: init_lora_weights={start!r} changed the base when training began, so the adapter does not fit the "

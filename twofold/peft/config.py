@@ -15,6 +15,7 @@ from twofold import atomic
 from twofold.adapter.config import LoraConfig as OurConfig
 from twofold.adapter.config import Names
 from twofold.adapter.files import CONFIG
+from twofold.adapter.peft_config import NOT_DONE as FILES_NOT_DONE
 from twofold.adapter.peft_config import parse_config
 from twofold.errors import AdapterFileError, ConfigError, UserError, did_you_mean
 
@@ -28,6 +29,12 @@ class TaskType(StrEnum):
     TOKEN_CLS = "TOKEN_CLS"
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(StrEnum):
+    """The one kind there is."""
+
+    LORA = "LORA"
 
 
 _Q_AND_V = ("q_proj", "v_proj")
@@ -56,16 +63,8 @@ HEADS: dict[str, tuple[str, ...]] = {
 }
 """Heads that PEFT trains whole, by task: a new one holds random values."""
 
-NOT_DONE = {
-    "layer_replication": "layers are not doubled; build the longer model first",
-    "megatron_config": "Megatron's parallel layers are not adapted",
-    "use_qalora": "QALoRA is not done; take plain LoRA over the quantised base",
-    "use_bdlora": "BD-LoRA is not done; take plain LoRA",
-    "alora_invocation_tokens": "aLoRA is not done; take plain LoRA",
+NOT_DONE = FILES_NOT_DONE | {
     "velora_config": "VeLoRA is not done; freeze_a keeps no inputs for the gradient either",
-    "monteclora_config": "MonteCLoRA is not done; take plain LoRA",
-    "kasa_config": "KaSA cuts the base's own weights down; take plain LoRA, or PiSSA",
-    "arrow_config": "Arrow's routing is not done; choose adapters by set_adapter or adapter_names",
     "corda_config": "CorDA changes the base; take init_lora_weights='eva' from data, or 'pissa'",
     "eva_config": "EVA's settings are those of twofold.recipes.starts, which computes its start",
     "lora_ga_config": "LoRA-GA's settings are those of twofold.recipes.starts, which computes its start",
@@ -122,9 +121,9 @@ class LoraConfig(OurConfig, metaclass=_Settings):
             super().__post_init__()
 
     @property
-    def peft_type(self) -> str:
+    def peft_type(self) -> PeftType:
         """LORA, the one kind there is."""
-        return "LORA"
+        return PeftType.LORA
 
     def to_dict(self) -> dict[str, Any]:
         """Its settings by name."""
