@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from twofold.adapter.files import AdapterFiles
+from twofold.adapter.updates import updates_of
 from twofold.errors import ConfigError
-from twofold.inspection.report import updates_of
 from twofold.lowrank.algebra import Decomposition, decomposed, inner, norm
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.spectra import subspace_similarity

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from twofold.adapter.config import resolve
 from twofold.adapter.files import AdapterFiles
-from twofold.errors import AdapterFileError
+from twofold.adapter.updates import updates_of
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.spectra import effective_rank, energy_rank, singular_values, stable_rank
 from twofold.tensorfile import nonfinite
@@ -71,47 +66,6 @@ def report_adapter(files: AdapterFiles) -> AdapterReport:
         said = "these figures are of B·A alone: DoRA also sets the lengths of the rows, for which the base's weights are needed"
         findings.append(Finding("warning", "dora", said))
     return AdapterReport(files.config.r, reports, [*findings, *(f for r in reports for f in _findings(r))])
-
-
-def updates_of(files: AdapterFiles) -> dict[str, LowRank]:
-    """Every update of an adapter, by name: of a module, or of a part of one."""
-    return {name: found for module, keys in files.modules().items() for name, found in low_ranks(files, module, keys)}
-
-
-PARTNERS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
-PARTNERS |= {b: a for a, b in PARTNERS.items()}
-
-
-def low_ranks(files: AdapterFiles, module: str, keys: dict[str, str]) -> Iterator[tuple[str, LowRank]]:
-    """The updates of one module with a name each: most have one, attention two, experts one each; trained whole, none."""
-    for suffix, key in keys.items():
-        prefix, mark, rest = suffix.rpartition("lora_")
-        partner = PARTNERS.get(mark + rest)
-        if partner is None:
-            continue
-        if prefix + partner not in keys:
-            raise AdapterFileError(f"{files.path}: '{module}' has {suffix} without its partner")
-        if rest in ("A.weight", "embedding_A"):
-            name = ".".join([module, *prefix.removesuffix(".").split(".")]) if prefix else module
-            yield from _updates(files, module, name, (key, keys[prefix + partner]))
-
-
-def _updates(files: AdapterFiles, module: str, name: str, pair: tuple[str, str]) -> Iterator[tuple[str, LowRank]]:
-    """A pair of tensors as matrices; of experts, whose ranks lie side by side in a file, a pair each."""
-    a, b = (_read(files, key).flatten(1) for key in pair)
-    r, _, scale = resolve(files.config, module)
-    if len(a) != b.shape[1]:  # a convolution with groups: each group of outputs has its own part of the rank
-        b = torch.block_diag(*b.chunk(len(a) // b.shape[1]))
-    experts = len(a) // r if files.config.target_parameters and len(a) % r == 0 else 1
-    if experts == 1:
-        yield name, LowRank(a, b, scale)
-        return
-    for e, inside in enumerate(a.chunk(experts)):
-        yield f"{name}[{e}]", LowRank(inside, b.view(len(b), r, experts)[:, :, e], scale)
-
-
-def _read(files: AdapterFiles, key: str) -> Tensor:
-    return files.tensors.read(key)
 
 
 def _module(name: str, update: LowRank) -> ModuleReport:
