@@ -63,7 +63,7 @@ def updates_of(files: AdapterFiles) -> dict[str, LowRank]:
 
 
 def low_rank(files: AdapterFiles, pair: Pair) -> LowRank:
-    """A pair as two matrices, at the scale of its module; of experts, all of them in one."""
+    """A pair as two matrices, at the scale of its module; of a convolution without groups, and not of experts."""
     a, b = (tensor.flatten(1) for tensor in factors(files, pair))
     return LowRank(a, b, resolve(files.config, pair.module).scale)
 
@@ -82,13 +82,13 @@ def has_groups(files: AdapterFiles, pair: Pair) -> bool:
 
 def _updates(files: AdapterFiles, pair: Pair) -> Iterator[tuple[str, LowRank]]:
     """A pair of tensors as matrices; of experts, whose ranks lie side by side in a file, a pair each."""
-    whole = low_rank(files, pair)
-    a, b, r = whole.A, whole.B, resolve(files.config, pair.module).r
+    a, b = (tensor.flatten(1) for tensor in factors(files, pair))
+    r, _, scale = resolve(files.config, pair.module)
     if len(a) != b.shape[1]:
         b = torch.block_diag(*b.chunk(len(a) // b.shape[1]))
     experts = len(a) // r if files.config.target_parameters and len(a) % r == 0 else 1
     if experts == 1:
-        yield pair.name, LowRank(a, b, whole.scale)
+        yield pair.name, LowRank(a, b, scale)
         return
     for e, inside in enumerate(a.chunk(experts)):
-        yield f"{pair.name}[{e}]", LowRank(inside, b.view(len(b), r, experts)[:, :, e], whole.scale)
+        yield f"{pair.name}[{e}]", LowRank(inside, b.view(len(b), r, experts)[:, :, e], scale)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from twofold.base.fingerprint import Fingerprint, fingerprint
+from twofold.base.load import ORIGIN
 from twofold.base.shapes import meta_model
 from twofold.base.stored import StoredBase, names_in_model, open_stored
 from twofold.errors import BaseError, did_you_mean
@@ -39,6 +42,15 @@ class StreamedBase:
                 f"{self.reference} holds no '{name}' as the model has it{did_you_mean(name, self.keys)}; is this the right base?"
             )
         return self.stored.read(self.keys[name])
+
+    def fingerprint(self) -> Fingerprint | None:
+        """As `load_base` takes it; None where some parameters lie in the files in another form than in the model."""
+        names = [name for name, _ in self.model.named_parameters()]
+        if any(name not in self.keys for name in names):
+            return None
+        origin = self.stored.folder / ORIGIN
+        quantization = json.loads(origin.read_text())["quantization"] if origin.is_file() else None
+        return fingerprint({name: self.read(name) for name in names}, quantization)
 
 
 def open_streamed(reference: str) -> StreamedBase:

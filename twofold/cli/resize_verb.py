@@ -31,8 +31,8 @@ class ResizeFlags:
     adapter: Positional[Path]
     output: Annotated[Path, arg(aliases=["-o"])]
     r: int | None = None
-    energy: float | None = None
-    ratio: float | None = None
+    energy: float | int | None = None
+    ratio: float | int | None = None
 
 
 def run(arguments: list[str]) -> int:

@@ -34,7 +34,7 @@ class Extraction:
     """
 
     r: int | None = None
-    energy: float | None = None
+    energy: float | int | None = None
     exact: bool = False
 
     def __post_init__(self) -> None:

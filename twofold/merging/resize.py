@@ -29,8 +29,8 @@ class Size:
     """
 
     r: int | None = None
-    energy: float | None = None
-    ratio: float | None = None
+    energy: float | int | None = None
+    ratio: float | int | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("r", "energy", "ratio") if getattr(self, name) is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from twofold.adapter.files import Provenance
 from twofold.adapter.peft_config import shortest_names, task_of, with_changes
 from twofold.adapter.plain import Kept, PlainAdapter, plain_config, plain_tensors, ranks_of
 from twofold.adapter.target import find_targets, module_shapes
-from twofold.base.fingerprint import fingerprint
-from twofold.base.load import ORIGIN, load_renderer, public_name
+from twofold.base.load import load_renderer, public_name
 from twofold.base.streamed import StreamedBase, open_streamed
 from twofold.errors import BaseError, ConfigError, RunError
 from twofold.events import Emit, Warned, silent
@@ -79,11 +77,8 @@ def extract(
 
 def _provenance(base: StreamedBase, tuned: str, made: dict[str, Any]) -> Provenance:
     """The base's fingerprint, where all of its parameters lie on disk as the model has them, and how the fine-tune answers."""
-    names = [name for name, _ in base.model.named_parameters()]
-    whole = all(name in base.keys for name in names)
-    origin = base.stored.folder / ORIGIN
-    quantization = json.loads(origin.read_text())["quantization"] if origin.is_file() else None
-    taken = fingerprint({n: base.read(n) for n in names}, quantization).as_json() if whole else None
+    known = base.fingerprint()
+    taken = known.as_json() if known else None
     try:
         renderer = load_renderer(tuned)
     except BaseError:
