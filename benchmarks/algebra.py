@@ -124,7 +124,7 @@ def inspecting(width: int) -> str:
     if abs(square.spectral_norm / float(values[0]) - 1) > 1e-4:
         raise SystemExit("the two decompositions differ")
     what = f"inspect {len(report.modules)} modules, r = {DETAIL}"
-    return row(what, "dense svdvals, one module, times 224", ours, theirs * 224, 0.0)
+    return row(what, "dense svdvals, one module, times 224", ours, theirs * 224, None)
 
 
 def beside_base(width: int) -> str:
@@ -180,8 +180,9 @@ def written(width: int, path: Path, layers: int = LAYERS) -> Path:
     return PlainAdapter(tensors, config, Kept()).write(path)
 
 
-def row(what: str, peer: str, ours: float, theirs: float, above: float) -> str:
-    return f"| {what} | {ours:.3f} | {peer} | {theirs:.2f} | {theirs / ours:.0f} | {above:+.3%} |"
+def row(what: str, peer: str, ours: float, theirs: float, above: float | None) -> str:
+    error = "" if above is None else f"{above:+.3%}"
+    return f"| {what} | {ours:.3f} | {peer} | {theirs:.2f} | {theirs / ours:.0f} | {error} |"
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from twofold.events import Emit, Progress
 from twofold.inspection.lint import Finding
 from twofold.lowrank.algebra import decomposed
 from twofold.lowrank.factors import LowRank
-from twofold.lowrank.intruders import ALIKE, amplification, intruders, spectral_norm
+from twofold.lowrank.intruders import ALIKE, beside, intruders
+from twofold.machine import fastest_dtype
 from twofold.tensorfile import nonfinite
 
 Read: TypeAlias = Callable[[str], Tensor]
@@ -59,23 +60,29 @@ def beside_base(
     found = {}
     for i, (name, update) in enumerate(updates.items(), 1):
         if not nonfinite({"A": update.A, "B": update.B}):
-            weight = read(f"{name}.weight").float().flatten(1)
+            weight = _quick(read(f"{name}.weight")).flatten(1)
             found[name] = _beside(weight.T if shapes[name].kind in TRANSPOSED else weight, update, directions)
         emit(Progress(task="reading the base", done=i, total=len(updates)))
     return found
 
 
 def _beside(weight: Tensor, update: LowRank, directions: int) -> BesideBase:
-    likeness = intruders(weight, update, directions) if directions else None
+    likeness = intruders(weight.float(), update, directions) if directions else None
     found = decomposed(update)
-    size, largest = float(weight.norm()), spectral_norm(weight)
+    size, (largest, amplification) = float(weight.norm(dtype=torch.float32)), beside(weight, found)
     return BesideBase(
         relative_norm=float(found.values.norm()) / size if size else float("inf"),
         relative_spectral_norm=float(found.values[0]) / largest if largest else float("inf"),
-        amplification=amplification(weight, found),
+        amplification=amplification,
         intruders=None if likeness is None else sum(cosine < ALIKE for cosine in likeness),
         likeness=likeness,
     )
+
+
+def _quick(weight: Tensor) -> Tensor:
+    """In a type that this machine multiplies fast: bfloat16 only where it does."""
+    kept = weight.dtype == torch.float32 or weight.dtype == fastest_dtype(torch.device("cpu"))
+    return weight if kept else weight.float()
 
 
 def fits(update: LowRank, shape: ModuleShape | None) -> bool:

@@ -10,6 +10,8 @@ whose values lie too close to be told apart counted as one; so a mixture of such
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -17,34 +19,45 @@ from torch import Tensor
 from twofold.lowrank.algebra import Decomposition
 from twofold.lowrank.factors import LowRank
 
-POWERS, BLOCK = 3, 16
-"""Passes and columns of the block iteration for a spectral norm, which is found from below, by a few per cent at most."""
-PASSES, OVERSAMPLED = 8, 8
-"""The same for the k largest directions of the changed weight: columns beyond k."""
+COLUMNS = 16
+"""Of a block: torch multiplies a large matrix with sixteen columns many times faster than with ten."""
+PASSES, OVERSAMPLED = 8, 4
+"""Block iterations for the k largest directions of the changed weight, and columns beyond k at least."""
 STEPS = 32
 """Of Lanczos: a direction that is like none of W's spreads over so many nodes, and must not seem to lie in a few."""
 ALIKE = 0.5
 """The cosine below which a direction is new: the paper's epsilon."""
 ROUNDING = 1e-12
+NULL = 1e-6
+"""Squared singular values below this share of the largest are no directions of W, and what lies there is new."""
 
 
-def spectral_norm(weight: Float[Tensor, "out in_"]) -> float:
-    """The largest singular value, to a few per cent from below, by block power iteration."""
+class Beside(NamedTuple):
+    """The spectral norm of W, and how much louder an update's directions are in it than in W."""
+
+    spectral_norm: float
+    amplification: float
+
+
+def beside(weight: Float[Tensor, "out in_"], found: Decomposition) -> Beside:
+    """A weight beside a decomposed update, from three passes over the weight in its own type.
+
+    The spectral norm comes from one block iteration, from below, by a few per cent at most. The amplification is infinite where W
+    does nothing in the update's directions, and zero for a zero update.
+    """
+    real = int((found.values > ROUNDING * found.values[0]).sum()) if found.values[0] > 0 else 0
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(weight.shape[1], BLOCK, generator=generator).to(weight)
-    for _ in range(POWERS):
-        x = weight.T @ (weight @ torch.linalg.qr(x).Q)
-    return float(torch.linalg.matrix_norm(weight @ torch.linalg.qr(x).Q, 2))
+    start = torch.randn(weight.shape[1], COLUMNS, generator=generator)
+    image = _times(weight, torch.cat([found.V[:, :real].float(), start], 1))
+    own = float((found.U[:, :real].float().T @ image[:, :real]).norm())
+    back = _times(weight.T, torch.linalg.qr(image[:, real:]).Q)
+    largest = torch.linalg.matrix_norm(_times(weight, torch.linalg.qr(back).Q), 2)
+    size = float(found.values.norm())
+    return Beside(float(largest), 0.0 if not real else size / own if own else float("inf"))
 
 
-def amplification(weight: Float[Tensor, "out in_"], found: Decomposition) -> float:
-    """‖delta‖_F / ‖Uᵀ W V‖_F of a decomposed update; infinity where W does nothing in those directions, zero for a zero one."""
-    if found.values[0] <= 0:
-        return 0.0
-    real = int((found.values > ROUNDING * found.values[0]).sum())
-    U, V = (side[:, :real].to(weight) for side in (found.U, found.V))
-    own = float((U.T @ (weight @ V)).norm())
-    return float(found.values.norm()) / own if own else float("inf")
+def _times(weight: Tensor, block: Tensor) -> Tensor:
+    return (weight @ block.to(weight)).float()
 
 
 def intruders(weight: Float[Tensor, "out in_"], update: LowRank, k: int) -> list[float]:
@@ -52,16 +65,17 @@ def intruders(weight: Float[Tensor, "out in_"], update: LowRank, k: int) -> list
     k = min(k, *weight.shape)
     A, B = update.A.to(weight), update.B.to(weight) * update.scale
     generator = torch.Generator().manual_seed(0)
-    y = torch.randn(len(weight), min(k + OVERSAMPLED, *weight.shape), generator=generator).to(weight)
+    columns = min(-(-(k + OVERSAMPLED) // COLUMNS) * COLUMNS, *weight.shape)
+    y = torch.randn(len(weight), columns, generator=generator).to(weight)
     for _ in range(PASSES):
         x = torch.linalg.qr(weight.T @ y + A.T @ (B.T @ y)).Q
         y = weight @ x + B @ (A @ x)
     u, _, _ = torch.linalg.svd(y, full_matrices=False)
-    return [_largest_cosine(w) for w in _quadratures(weight, u[:, :k])]
+    return [_largest_cosine(w) for w in _quadratures(weight, u)[:k]]
 
 
 def _largest_cosine(weights: Tensor) -> float:
-    return float(weights.max().clamp(0, 1).sqrt())
+    return float(weights.max().clamp(0, 1).sqrt()) if len(weights) else 0.0
 
 
 def _quadratures(weight: Tensor, starts: Float[Tensor, "out k"]) -> list[Tensor]:
@@ -88,5 +102,6 @@ def _quadratures(weight: Tensor, starts: Float[Tensor, "out k"]) -> list[Tensor]
         b = torch.stack([s[i] for s in beside[:-1]]).double() if len(beside) > 1 else a.new_zeros(0)
         stop = next((j + 1 for j, s in enumerate(b) if s <= 1e-6 * a.abs().max()), len(a))
         T = torch.diag(a[:stop]) + torch.diag(b[: stop - 1], 1) + torch.diag(b[: stop - 1], -1)
-        found.append(torch.linalg.eigh(T).eigenvectors[0].square())
+        nodes, vectors = torch.linalg.eigh(T)
+        found.append(vectors[0].square()[nodes > NULL * nodes.abs().max()])
     return found
