@@ -10,11 +10,15 @@ from torch import Tensor
 
 from twofold.adapter.config import resolve
 from twofold.adapter.files import AdapterFiles
+from twofold.adapter.target import Kind
 from twofold.errors import AdapterFileError
 from twofold.lowrank.factors import LowRank
 
 PARTNERS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 PARTNERS |= {b: a for a, b in PARTNERS.items()}
+
+TRANSPOSED: tuple[Kind, ...] = ("conv1d", "embedding")
+"""Kinds of modules whose weight lies as (in, out), while their factors' product is (out, in)."""
 
 
 @dataclass(frozen=True)

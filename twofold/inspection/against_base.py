@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.target import ModuleShape, adapted_modules
-from twofold.adapter.updates import updates_of
+from twofold.adapter.updates import TRANSPOSED, updates_of
 from twofold.errors import did_you_mean
 from twofold.events import Emit, Progress
 from twofold.inspection.lint import Finding
@@ -22,9 +22,6 @@ from twofold.machine import fastest_dtype
 from twofold.tensorfile import nonfinite
 
 Read: TypeAlias = Callable[[str], Tensor]
-TRANSPOSED = ("conv1d", "embedding")
-"""Kinds of modules whose weight lies as (in, out), while their factors' product is (out, in)."""
-
 MATRICES = ("linear", "conv1d", "embedding", "convolution")
 
 

@@ -24,6 +24,8 @@ from twofold.lowrank.factors import LowRank
 
 OVERSAMPLED, POWERS = 16, 3
 """Directions beyond the rank, and passes, of the sampled decomposition (Halko, Martinsson and Tropp 2011)."""
+ROUNDING = 1e-12
+"""Singular values below this share of the largest are no directions."""
 FIRST_GUESS = 32
 """The rank that is tried first where the energy decides; it doubles until that is enough."""
 
@@ -35,6 +37,11 @@ class Decomposition:
     U: Float[Tensor, "out k"]
     values: Float[Tensor, " k"]
     V: Float[Tensor, "in_ k"]
+
+    @property
+    def rank(self) -> int:
+        """Directions that are no rounding of float64."""
+        return int((self.values > ROUNDING * self.values[0]).sum()) if self.values[0] > 0 else 0
 
     def truncated(self, r: int, energy: float) -> Reduced:
         """The r largest directions as factors that share each value's root, of a delta with this energy in all."""

@@ -27,7 +27,6 @@ STEPS = 32
 """Of Lanczos: a direction that is like none of W's spreads over so many nodes, and must not seem to lie in a few."""
 ALIKE = 0.5
 """The cosine below which a direction is new: the paper's epsilon."""
-ROUNDING = 1e-12
 NULL = 1e-6
 """Squared singular values below this share of the largest are no directions of W, and what lies there is new."""
 
@@ -45,7 +44,7 @@ def beside(weight: Float[Tensor, "out in_"], found: Decomposition) -> Beside:
     The spectral norm comes from one block iteration, from below, by a few per cent at most. The amplification is infinite where W
     does nothing in the update's directions, and zero for a zero update.
     """
-    real = int((found.values > ROUNDING * found.values[0]).sum()) if found.values[0] > 0 else 0
+    real = found.rank
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(weight.shape[1], COLUMNS, generator=generator)
     image = _times(weight, torch.cat([found.V[:, :real].float(), start], 1))

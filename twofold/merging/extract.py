@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from twofold.adapter.target import Kind, ModuleShape
-from twofold.adapter.updates import Pair
+from twofold.adapter.target import ModuleShape
+from twofold.adapter.updates import TRANSPOSED, Pair
 from twofold.errors import ConfigError
 from twofold.events import Emit, Progress
 from twofold.lowrank.algebra import Reduced, factored, factored_to_energy
@@ -18,8 +18,6 @@ from twofold.lowrank.factors import LowRank
 
 Read: TypeAlias = Callable[[str], Tensor]
 """From a parameter's name to its values."""
-TRANSPOSED: tuple[Kind, ...] = ("conv1d", "embedding")
-"""Kinds of modules whose weight lies as (in, out), while their factors' product is (out, in)."""
 
 
 @dataclass(frozen=True, kw_only=True)

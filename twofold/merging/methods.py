@@ -33,21 +33,21 @@ class Combination:
 
 
 def _cat(found: Weighted, r: int, density: float) -> Reduced:
-    return Reduced(algebra.concatenated(*_apart(found)), 0.0)
+    return Reduced(algebra.concatenated(*apart(found)), 0.0)
 
 
 def _svd(found: Weighted, r: int, density: float) -> Reduced:
-    return algebra.truncated(algebra.concatenated(*_apart(found)), r)
+    return algebra.truncated(algebra.concatenated(*apart(found)), r)
 
 
 def _linear(found: Weighted, r: int, density: float) -> Reduced:
-    return Reduced(algebra.linear(*_apart(found)), 0.0)
+    return Reduced(algebra.linear(*apart(found)), 0.0)
 
 
 def _ties(found: Weighted, r: int, density: float) -> Reduced:
     if len(found) == 1 and density == 1:
         return _svd(found, r, density)
-    return algebra.factored(algebra.ties(*_apart(found), density), r)
+    return algebra.factored(algebra.ties(*apart(found), density), r)
 
 
 def _dare_linear(found: Weighted, r: int, density: float) -> Reduced:
@@ -80,13 +80,14 @@ METHODS: dict[str, Callable[[Weighted, int, float], Reduced]] = {
 """From the updates of a module, the rank asked for and the density to the one that comes out."""
 
 
-def _apart(found: Weighted) -> tuple[list[LowRank], list[float]]:
+def apart(found: Weighted) -> tuple[list[LowRank], list[float]]:
+    """Updates and weights, each in a list of its own."""
     return [u for u, _ in found], [w for _, w in found]
 
 
 def _thinned(found: Weighted, density: float) -> list[Tensor]:
     """Drawn from torch's generator, as starts are."""
-    return algebra.dare(*_apart(found), density, torch.default_generator)
+    return algebra.dare(*apart(found), density, torch.default_generator)
 
 
 def problems_of(how: Combination) -> list[str]:

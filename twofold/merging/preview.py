@@ -13,12 +13,10 @@ import torch
 from twofold.lowrank.algebra import Reduced, concatenated, decomposed, inner, norm
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.spectra import energy_rank, subspace_similarity
-from twofold.merging.methods import Weighted
+from twofold.merging.methods import Weighted, apart
 
 ROWS = 128
 """How many rows of the updates, evenly spaced, are looked at entry by entry."""
-ROUNDING = 1e-12
-"""Singular values below this share of the largest are no directions."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class PlaceSummary:
 @torch.no_grad()
 def summary(name: str, updates: Weighted, found: Reduced) -> PlaceSummary:
     """What there is to know of one module, from the factors."""
-    together = concatenated(*_apart(updates))
+    together = concatenated(*apart(updates))
     size, made = norm(together), norm(found.update)
     pairs = list(combinations(updates, 2))
     overlaps = [_overlap(a, b) for (a, _), (b, _) in pairs]
@@ -89,10 +87,6 @@ def share_lost(parts: Sequence[tuple[float, float]]) -> float:
     return sum(norm**2 * lost for norm, lost in parts) / had if had else 0.0
 
 
-def _apart(updates: Weighted) -> tuple[list[LowRank], list[float]]:
-    return [u for u, _ in updates], [w for _, w in updates]
-
-
 def _distance(a: LowRank, b: LowRank) -> float:
     """Frobenius norm of the difference, from the singular values, which do not cancel as squares of norms would."""
     return float(decomposed(concatenated([_double(a), _double(b)], [1.0, -1.0])).values.norm())
@@ -110,15 +104,11 @@ def _cosine(a: tuple[LowRank, float], b: tuple[LowRank, float]) -> float:
 
 def _overlap(a: LowRank, b: LowRank) -> tuple[float, float]:
     """phi of both output spaces whole, and what chance gives (`subspace_similarity`)."""
-    spaces = []
-    for update in (a, b):
-        found = decomposed(update)
-        count = int((found.values > ROUNDING * found.values[0]).sum()) if found.values[0] > 0 else 0
-        spaces.append(found.U[:, :count])
-    counts = [space.shape[1] for space in spaces]
+    found = decomposed(a), decomposed(b)
+    counts = [one.rank for one in found]
     if not min(counts):
         return 0.0, 0.0
-    return float(subspace_similarity(*spaces)[-1, -1]), max(counts) / len(a.B)
+    return float(subspace_similarity(*(one.U[:, : one.rank] for one in found))[-1, -1]), max(counts) / len(a.B)
 
 
 def _conflict(updates: Weighted) -> float:
