@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 import twofold.peft as face
 from twofold.adapter.attach import activate, attached
 from twofold.errors import AdapterFileError, ConfigError, TargetError
-from twofold.merging.attached import METHODS
+from twofold.merging.methods import METHODS
 from twofold.peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from twofold.peft.arguments import CHANGES_NOTHING
 from twofold.peft.config import NO_EFFECT, NOT_DONE, QUERY_AND_VALUE

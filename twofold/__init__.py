@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from twofold.adapter.rows import rows as rows
     from twofold.base.load import load_base as load_base
     from twofold.errors import TwofoldError as TwofoldError
+    from twofold.recipes.combine import combine as combine
     from twofold.recipes.inspect import inspect_adapter as inspect_adapter
     from twofold.recipes.merge import merge_checkpoint as merge_checkpoint
     from twofold.recipes.plan import plan as plan
@@ -34,6 +35,7 @@ _WHERE = {
     "TwofoldError": "errors",
     "activate": "adapter.attach",
     "attach": "adapter.attach",
+    "combine": "recipes.combine",
     "detach": "adapter.attach",
     "disabled": "adapter.attach",
     "inspect_adapter": "recipes.inspect",

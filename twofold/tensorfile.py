@@ -62,6 +62,20 @@ class TensorFile:
             ) from error
         self.shapes = {key: entry.shape for key, entry in self._entries.items()}
 
+    @property
+    def header(self) -> bytes:
+        """All that stands before the first tensor, as it stands there: the same for a file of other values."""
+        with self.path.open("rb") as file:
+            return file.read(self._start)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The stored type of one tensor."""
+        return self._entries[key].dtype
+
+    def in_order(self) -> list[str]:
+        """Keys as their tensors lie in the file, one behind the other."""
+        return sorted(self._entries, key=lambda key: (self._entries[key].begin, self._entries[key].end))
+
     def read(self, key: str) -> Tensor:
         """One tensor, on the CPU, in its stored type: a view of the file."""
         entry = self._entries[key]

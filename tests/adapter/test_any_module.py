@@ -12,13 +12,18 @@ from families import build_model, logits, randomise
 from tiny_adapters import learned
 from torch import Tensor, nn
 
+import twofold
 from twofold.adapter.attach import attach, detach, merge, trainable_summary
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import load_adapter, open_adapter, save_adapter
 from twofold.adapter.target import module_shapes
+from twofold.errors import ConfigError
 from twofold.inspection.report import report_adapter
 from twofold.merging.checkpoint import merged_state
+from twofold.merging.methods import METHODS
+from twofold.merging.resize import Size
 from twofold.planning.parameters import plan_parameters
+from twofold.recipes.resize import resize
 
 
 class VitBlock(nn.Module):
@@ -102,7 +107,7 @@ def test_from_planning_to_merging(case: str, tmp_path: Path) -> None:
     load_adapter(other.eval(), tmp_path / "a")
     torch.testing.assert_close(other(x), trained, rtol=1e-5, atol=1e-6)
     report = report_adapter(open_adapter(tmp_path / "a"))
-    assert report.findings == []
+    assert [f for f in report.findings if f.severity != "note"] == []
     assert all(0 < m.spectral_norm <= m.frobenius_norm + 1e-6 for m in report.modules)
 
     merge(other)
@@ -153,3 +158,28 @@ def test_an_encoder_with_its_head_and_an_encoder_decoder(family: str, tmp_path: 
     bare = build_model(family)
     bare.load_state_dict(merged_state(model))
     torch.testing.assert_close(logits(bare), expected, rtol=1e-4, atol=1e-4)
+
+
+def saved_at_random(case: str, path: Path) -> tuple[Any, Tensor, Path]:
+    model, x, config = made(case)
+    attach(model, config)
+    randomise(learned(model))
+    return model.eval(), x, save_adapter(model, path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", ["mlp", "vit"])
+def test_combined_alone_it_stays_what_it_is(case: str, method: str, tmp_path: Path) -> None:
+    model, x, path = saved_at_random(case, tmp_path / "a")
+    twofold.combine({path: 1.0}, tmp_path / "same", method=method)
+    other, _, _ = made(case)
+    load_adapter(other.eval(), tmp_path / "same")
+    torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_groups_are_no_one_product(tmp_path: Path) -> None:
+    _, _, path = saved_at_random("convnet", tmp_path / "a")
+    with pytest.raises(ConfigError, match="'2' is a convolution with groups"):
+        twofold.combine({path: 1.0}, tmp_path / "same")
+    with pytest.raises(ConfigError, match="'2' is a convolution with groups"):
+        resize(path, tmp_path / "same", Size(r=2))

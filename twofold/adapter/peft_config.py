@@ -14,7 +14,7 @@ from torch import nn
 from twofold.adapter.attach import adapter_layers, config_of
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.names import matcher
-from twofold.adapter.target import ModuleShape, adapted_modules, adapted_names, module_shapes
+from twofold.adapter.target import adapted_modules, adapted_names, module_shapes
 from twofold.config import build
 from twofold.errors import AdapterFileError
 from twofold.layers.linear import LoraConv1D
@@ -84,15 +84,33 @@ def peft_config(model: nn.Module, name: str, base_name: str | None) -> dict[str,
     adapted = adapted_modules(config, shapes)
     layers = dict(adapter_layers(model))
     ranked = adapted_names(config, shapes)
-    return {
+    settled = with_changes(
+        config,
+        target_modules=shortest_names(adapted, shapes),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern=_stable(config.rank_pattern, ranked, lambda c, m: resolve(c, m).r, config, "rank_pattern"),
+        alpha_pattern=_stable(config.alpha_pattern, ranked, lambda c, m: resolve(c, m).alpha, config, "alpha_pattern"),
+    )
+    transposed = any(isinstance(layers[m], LoraConv1D) for m in adapted)
+    return in_peft_words(settled, base_name=base_name, task=task_of(model), fan_in_fan_out=transposed)
+
+
+def in_peft_words(
+    config: LoraConfig, *, base_name: str | None, task: str | None, fan_in_fan_out: bool
+) -> dict[str, Any]:
+    """What `adapter_config.json` says of a config whose targets and patterns mean the same in PEFT as here."""
+    targets, layers = config.target_modules, config.layers_to_transform
+    said: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": task_of(model),
+        "task_type": task,
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": config.r,
         "lora_alpha": _as_int(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
-        "target_modules": _shortest(adapted, shapes),
+        "target_modules": targets if isinstance(targets, str) else list(targets),
         "bias": config.bias,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
@@ -102,15 +120,17 @@ def peft_config(model: nn.Module, name: str, base_name: str | None) -> dict[str,
         "trainable_token_indices": _tokens(config),
         "ensure_weight_tying": config.ensure_weight_tying,
         "init_lora_weights": config.init_lora_weights,
-        "fan_in_fan_out": any(isinstance(layers[m], LoraConv1D) for m in adapted),
-        "rank_pattern": _stable(config.rank_pattern, ranked, lambda c, m: resolve(c, m).r, config, "rank_pattern"),
-        "alpha_pattern": {
-            k: _as_int(v)
-            for k, v in _stable(
-                config.alpha_pattern, ranked, lambda c, m: resolve(c, m).alpha, config, "alpha_pattern"
-            ).items()
-        },
+        "fan_in_fan_out": fan_in_fan_out,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": {k: _as_int(v) for k, v in config.alpha_pattern.items()},
     }
+    excluded = config.exclude_modules
+    narrowed = {
+        "exclude_modules": excluded if isinstance(excluded, str) else list(excluded or ()),
+        "layers_to_transform": [layers] if isinstance(layers, int) else list(layers or ()),
+        "layers_pattern": config.layers_pattern,
+    }
+    return {**said, **{key: value for key, value in narrowed.items() if value}}
 
 
 def as_plain(config: LoraConfig) -> LoraConfig:
@@ -138,20 +158,21 @@ def _tokens(config: LoraConfig) -> dict[str, list[int]] | list[int] | None:
     return {name: list(rows) for name, rows in given.items()} if isinstance(given, Mapping) else list(given)
 
 
-def _shortest(adapted: Mapping[str, ModuleShape], shapes: Mapping[str, ModuleShape]) -> list[str] | str:
-    """The last parts of the names where they match exactly the adapted modules, else the names in full."""
-    endings = sorted({name.rsplit(".", 1)[-1] for name in adapted})
-    return endings if _matched(endings, shapes) == set(adapted) else names_in_full(adapted, shapes)
+def shortest_names(adapted: Iterable[str], known: Iterable[str]) -> list[str] | str:
+    """The last parts of the names where they match exactly the adapted ones of all modules known, else the names in full."""
+    names, known = set(adapted), set(known)
+    endings = sorted({name.rsplit(".", 1)[-1] for name in names})
+    return endings if _matched(endings, known) == names else names_in_full(names, known)
 
 
-def names_in_full(adapted: Iterable[str], shapes: Mapping[str, ModuleShape]) -> list[str] | str:
+def names_in_full(adapted: Iterable[str], known: Iterable[str]) -> list[str] | str:
     """The names, or one expression of them where one name is the end of another's, which a list would match too."""
     names = sorted(adapted)
-    return names if _matched(names, shapes) == set(names) else "|".join(re.escape(n) for n in names)
+    return names if _matched(names, known) == set(names) else "|".join(re.escape(n) for n in names)
 
 
-def _matched(patterns: list[str], shapes: Mapping[str, ModuleShape]) -> set[str]:
-    return set(filter(matcher(patterns), shapes))
+def _matched(patterns: list[str], names: Iterable[str]) -> set[str]:
+    return set(filter(matcher(patterns), names))
 
 
 def _stable(

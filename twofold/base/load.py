@@ -76,11 +76,8 @@ class Base:
 
     @property
     def public_name(self) -> str:
-        """What an adapter's config calls the base: no path of this machine."""
-        if self.reference in BUILT_IN:
-            return BUILT_IN[self.reference].hub_id
-        path = Path(self.reference)
-        return path.name if path.is_absolute() else self.reference
+        """What an adapter's config calls the base."""
+        return public_name(self.reference)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,6 +88,14 @@ class Base:
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
+
+
+def public_name(reference: str) -> str:
+    """What an adapter's config calls the base of a reference: no path of this machine."""
+    if reference in BUILT_IN:
+        return BUILT_IN[reference].hub_id
+    path = Path(reference)
+    return path.name if path.is_absolute() else reference
 
 
 def load_base(

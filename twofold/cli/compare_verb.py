@@ -1,4 +1,4 @@
-"""twofold compare ADAPTER ADAPTER"""
+"""twofold compare ADAPTER ADAPTER [--html FILE]"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from twofold.cli.flags import parse, take
 from twofold.cli.main import print_json
 from twofold.cli.terminal import stdout
 from twofold.inspection.compare import Comparison, ModuleComparison
+from twofold.recipes.adapter_pages import write_comparison
 from twofold.recipes.inspect import compare
 
 
@@ -22,10 +23,12 @@ class CompareFlags:
     Attributes:
         first: folder of the one.
         second: folder of the other.
+        html: write a page with maps and phi grids, which opens without a network.
     """
 
     first: Positional[Path]
     second: Positional[Path]
+    html: Path | None = None
 
 
 def run(arguments: list[str]) -> int:
@@ -34,6 +37,8 @@ def run(arguments: list[str]) -> int:
         CompareFlags, arguments, verb="compare", description="How alike two adapters' updates are, by module."
     )
     found = compare(flags.first, flags.second)
+    if flags.html:
+        write_comparison(flags.html, (flags.first.name, flags.second.name), found)
     print_json(found.as_json()) if as_json else _show(found)
     return 0
 

@@ -18,8 +18,11 @@ VERBS = {
     "eval": "loss, accuracy and exact match on held-out data",
     "generate": "answer a prompt",
     "chat": "talk to a base and its adapter",
-    "inspect": "norms and ranks of an adapter, module by module",
+    "inspect": "norms, ranks and findings of an adapter, module by module",
     "compare": "how alike two adapters' updates are, module by module",
+    "combine": "several adapters as one: cat, svd, linear, ties, dare",
+    "resize": "an adapter at other ranks, and what that loses",
+    "extract": "an adapter out of a full fine-tune",
     "merge": "fold an adapter into a standard Hugging Face folder",
 }
 

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from twofold.adapter.files import AdapterFiles
+from twofold.adapter.updates import updates_of
 from twofold.errors import ConfigError
-from twofold.inspection.report import updates_of
-from twofold.lowrank.algebra import Decomposition, decomposed, inner, norm
+from twofold.lowrank.algebra import decomposed, inner, norm
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.spectra import subspace_similarity
 
@@ -90,7 +90,7 @@ def _compared(name: str, a: LowRank, b: LowRank) -> ModuleComparison:
         shapes = " and ".join(f"{u.B.shape[0]} x {u.A.shape[1]}" for u in (a, b))
         raise ConfigError(f"'{name}' is {shapes}: the adapters were trained on different bases")
     in_a, in_b = decomposed(a), decomposed(b)
-    counts = min(DIRECTIONS, _rank(in_a)), min(DIRECTIONS, _rank(in_b))
+    counts = min(DIRECTIONS, in_a.rank), min(DIRECTIONS, in_b.rank)
     left = subspace_similarity(in_a.U[:, : counts[0]], in_b.U[:, : counts[1]])
     right = subspace_similarity(in_a.V[:, : counts[0]], in_b.V[:, : counts[1]])
     norms = norm(a), norm(b)
@@ -103,11 +103,6 @@ def _compared(name: str, a: LowRank, b: LowRank) -> ModuleComparison:
         output_baseline=max(counts) / a.B.shape[0],
         input_baseline=max(counts) / a.A.shape[1],
     )
-
-
-def _rank(found: Decomposition) -> int:
-    """Directions that are no rounding."""
-    return int((found.values > found.values[0] * 1e-12).sum()) if found.values[0] > 0 else 0
 
 
 def _ratio(value: float, scale: float) -> float:

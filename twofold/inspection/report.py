@@ -1,25 +1,35 @@
-"""What an adapter is, read off its factors: norms, ranks and energy per module, without a base and without BA."""
+"""What an adapter is, read off its factors: norms, ranks and energy per module and in all, without a base and without BA."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from twofold.adapter.config import resolve
 from twofold.adapter.files import AdapterFiles
-from twofold.errors import AdapterFileError
+from twofold.adapter.updates import updates_of
+from twofold.inspection.against_base import BesideBase
+from twofold.inspection.lint import Finding, lint_config, lint_update
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.spectra import effective_rank, energy_rank, singular_values, stable_rank
 from twofold.tensorfile import nonfinite
 
+ENOUGH = 0.99
+"""The share of a module's energy that the suggested rank keeps."""
+
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One module's update: norms are of scale·B·A; ranks are counts of directions."""
+    """One module's update: norms are of scale·B·A; ranks are counts of directions.
+
+    Attributes:
+        energy_rank_90, energy_rank_95, energy_rank_99: the smallest rank that keeps so many per cent of the squared norm.
+        singular_values: of scale·B·A, largest first.
+        beside_base: what the base's weight makes of it, where the base was given.
+    """
 
     name: str
     r: int
@@ -28,16 +38,31 @@ class ModuleReport:
     spectral_norm: float
     stable_rank: float
     effective_rank: float
+    energy_rank_90: int
+    energy_rank_95: int
     energy_rank_99: int
+    singular_values: list[float]
+    beside_base: BesideBase | None = None
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something that a user should know of an adapter."""
+class TotalReport:
+    """All updates as one, side by side as the blocks of one large matrix.
 
-    severity: str
-    code: str
-    message: str
+    Attributes:
+        r: the sum of the ranks.
+        energy_rank_99: how many directions, of all modules together, keep 99 % of all energy.
+    """
+
+    modules: int
+    r: int
+    frobenius_norm: float
+    spectral_norm: float
+    stable_rank: float
+    effective_rank: float
+    energy_rank_90: int
+    energy_rank_95: int
+    energy_rank_99: int
 
 
 @dataclass(frozen=True)
@@ -46,76 +71,48 @@ class AdapterReport:
 
     r: int
     modules: list[ModuleReport]
-    findings: list[Finding]
+    findings: list[Finding] = field(default_factory=list)
 
     @property
     def suggested_rank(self) -> int:
         """The rank that keeps 99 % of the energy in every module."""
         return max((m.energy_rank_99 for m in self.modules), default=0)
 
+    @property
+    def total(self) -> TotalReport | None:
+        """Of all modules; None where no module has figures."""
+        return _total(self.modules) if self.modules else None
+
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "suggested_rank": self.suggested_rank}
+        total = self.total
+        return {**asdict(self), "total": total and asdict(total), "suggested_rank": self.suggested_rank}
 
 
-def report_adapter(files: AdapterFiles) -> AdapterReport:
+def report_adapter(
+    files: AdapterFiles, beside: Mapping[str, BesideBase] | None = None, found: Sequence[Finding] = ()
+) -> AdapterReport:
     """Inspect an opened adapter.
+
+    Args:
+        beside: what a base makes of each update, by name (`against_base`).
+        found: what was found beside what the adapter alone says.
 
     Raises:
         AdapterFileError: a module has only one of its two factors.
     """
     updates = updates_of(files)
     broken = [name for name, update in updates.items() if nonfinite({"A": update.A, "B": update.B})]
-    reports = [_module(name, update) for name, update in updates.items() if name not in broken]
-    findings = [Finding("error", "not-finite", f"'{name}' holds NaN or infinity") for name in broken]
-    if files.config.use_dora:
-        said = "these figures are of B·A alone: DoRA also sets the lengths of the rows, for which the base's weights are needed"
-        findings.append(Finding("warning", "dora", said))
-    return AdapterReport(files.config.r, reports, [*findings, *(f for r in reports for f in _findings(r))])
+    findings = [*found, *(Finding("error", "not-finite", f"'{name}' holds NaN or infinity") for name in broken)]
+    reports = []
+    for name, update in updates.items():
+        if name not in broken:
+            values = singular_values(update)
+            reports.append(_module(name, update, values, (beside or {}).get(name)))
+            findings += lint_update(name, update, values)
+    return AdapterReport(files.config.r, reports, [*findings, *lint_config(files, updates)])
 
 
-def updates_of(files: AdapterFiles) -> dict[str, LowRank]:
-    """Every update of an adapter, by name: of a module, or of a part of one."""
-    return {name: found for module, keys in files.modules().items() for name, found in low_ranks(files, module, keys)}
-
-
-PARTNERS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
-PARTNERS |= {b: a for a, b in PARTNERS.items()}
-
-
-def low_ranks(files: AdapterFiles, module: str, keys: dict[str, str]) -> Iterator[tuple[str, LowRank]]:
-    """The updates of one module with a name each: most have one, attention two, experts one each; trained whole, none."""
-    for suffix, key in keys.items():
-        prefix, mark, rest = suffix.rpartition("lora_")
-        partner = PARTNERS.get(mark + rest)
-        if partner is None:
-            continue
-        if prefix + partner not in keys:
-            raise AdapterFileError(f"{files.path}: '{module}' has {suffix} without its partner")
-        if rest in ("A.weight", "embedding_A"):
-            name = ".".join([module, *prefix.removesuffix(".").split(".")]) if prefix else module
-            yield from _updates(files, module, name, (key, keys[prefix + partner]))
-
-
-def _updates(files: AdapterFiles, module: str, name: str, pair: tuple[str, str]) -> Iterator[tuple[str, LowRank]]:
-    """A pair of tensors as matrices; of experts, whose ranks lie side by side in a file, a pair each."""
-    a, b = (_read(files, key).flatten(1) for key in pair)
-    r, _, scale = resolve(files.config, module)
-    if len(a) != b.shape[1]:  # a convolution with groups: each group of outputs has its own part of the rank
-        b = torch.block_diag(*b.chunk(len(a) // b.shape[1]))
-    experts = len(a) // r if files.config.target_parameters and len(a) % r == 0 else 1
-    if experts == 1:
-        yield name, LowRank(a, b, scale)
-        return
-    for e, inside in enumerate(a.chunk(experts)):
-        yield f"{name}[{e}]", LowRank(inside, b.view(len(b), r, experts)[:, :, e], scale)
-
-
-def _read(files: AdapterFiles, key: str) -> Tensor:
-    return files.tensors.read(key)
-
-
-def _module(name: str, update: LowRank) -> ModuleReport:
-    values = singular_values(update)
+def _module(name: str, update: LowRank, values: Tensor, beside: BesideBase | None) -> ModuleReport:
     return ModuleReport(
         name=name,
         r=update.rank,
@@ -124,11 +121,26 @@ def _module(name: str, update: LowRank) -> ModuleReport:
         spectral_norm=float(values[0]),
         stable_rank=stable_rank(values),
         effective_rank=effective_rank(values),
-        energy_rank_99=energy_rank(values, 0.99),
+        energy_rank_90=energy_rank(values, 0.90),
+        energy_rank_95=energy_rank(values, 0.95),
+        energy_rank_99=energy_rank(values, ENOUGH),
+        singular_values=values.tolist(),
+        beside_base=beside,
     )
 
 
-def _findings(module: ModuleReport) -> list[Finding]:
-    if module.spectral_norm == 0:
-        return [Finding("warning", "dead", f"'{module.name}' changes nothing: its update is zero")]
-    return []
+def _total(modules: Sequence[ModuleReport]) -> TotalReport:
+    values = (
+        torch.tensor([v for m in modules for v in m.singular_values], dtype=torch.float64).sort(descending=True).values
+    )
+    return TotalReport(
+        modules=len(modules),
+        r=sum(m.r for m in modules),
+        frobenius_norm=float(values.norm()),
+        spectral_norm=float(values[0]),
+        stable_rank=stable_rank(values),
+        effective_rank=effective_rank(values),
+        energy_rank_90=energy_rank(values, 0.90),
+        energy_rank_95=energy_rank(values, 0.95),
+        energy_rank_99=energy_rank(values, ENOUGH),
+    )

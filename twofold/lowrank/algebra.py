@@ -24,6 +24,10 @@ from twofold.lowrank.factors import LowRank
 
 OVERSAMPLED, POWERS = 16, 3
 """Directions beyond the rank, and passes, of the sampled decomposition (Halko, Martinsson and Tropp 2011)."""
+ROUNDING = 1e-12
+"""Singular values below this share of the largest are no directions."""
+FIRST_GUESS = 32
+"""The rank that is tried first where the energy decides; it doubles until that is enough."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,11 @@ class Decomposition:
     U: Float[Tensor, "out k"]
     values: Float[Tensor, " k"]
     V: Float[Tensor, "in_ k"]
+
+    @property
+    def rank(self) -> int:
+        """Directions that are no rounding of float64."""
+        return int((self.values > ROUNDING * self.values[0]).sum()) if self.values[0] > 0 else 0
 
     def truncated(self, r: int, energy: float) -> Reduced:
         """The r largest directions as factors that share each value's root, of a delta with this energy in all."""
@@ -175,15 +184,38 @@ def factored(delta: Float[Tensor, "out in_"], r: int, *, exact: bool = False) ->
     By a sampled decomposition, whose error is within a per cent of the smallest possible, or with `exact` by the whole one.
     """
     wide = delta.to(torch.promote_types(delta.dtype, torch.float32))
-    energy = float(wide.double().square().sum())
-    if exact or 4 * (r + OVERSAMPLED) >= min(delta.shape):
-        u, values, vh = torch.linalg.svd(wide.double(), full_matrices=False)
-        found = Decomposition(u, values, vh.T)
-    else:
-        u, values, v = torch.svd_lowrank(wide, q=r + OVERSAMPLED, niter=POWERS)
-        found = Decomposition(u, values, v)
-    reduced = found.truncated(r, energy)
+    reduced = _largest(wide, r, exact=exact).truncated(r, _energy(wide))
     return Reduced(_typed(reduced.update, torch.float32), reduced.lost)
+
+
+def factored_to_energy(delta: Float[Tensor, "out in_"], share: float, *, exact: bool = False) -> Reduced:
+    """The best update that keeps this share of the energy, of no larger rank than that takes, as `factored` finds it.
+
+    A sampled decomposition finds values a little small, so that its rank may come out a little larger than the exact one's.
+    """
+    wide = delta.to(torch.promote_types(delta.dtype, torch.float32))
+    energy, r = _energy(wide), FIRST_GUESS
+    while True:
+        found = _largest(wide, r, exact=exact)
+        kept = found.values.double().square().cumsum(0)
+        if float(kept[-1]) >= share * energy or len(kept) == min(delta.shape):
+            break
+        r *= 2
+    needed = int((kept < share * energy).sum()) + 1
+    reduced = found.truncated(min(needed, len(kept)), energy)
+    return Reduced(_typed(reduced.update, torch.float32), reduced.lost)
+
+
+def _energy(delta: Tensor) -> float:
+    return float(delta.norm(dtype=torch.float64)) ** 2
+
+
+def _largest(wide: Float[Tensor, "out in_"], r: int, *, exact: bool) -> Decomposition:
+    """At least the r largest directions of a matrix, where it has so many."""
+    if exact or 4 * (r + OVERSAMPLED) >= min(wide.shape):
+        u, values, vh = torch.linalg.svd(wide.double(), full_matrices=False)
+        return Decomposition(u, values, vh.T)
+    return Decomposition(*torch.svd_lowrank(wide, q=r + OVERSAMPLED, niter=POWERS))
 
 
 def _typed(update: LowRank, dtype: torch.dtype) -> LowRank:

@@ -2,98 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from twofold.adapter.attach import adapter_layers, attach, attached, shares
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.peft_config import exceptions, names_in_full
 from twofold.adapter.target import module_shapes
-from twofold.errors import ConfigError, did_you_mean
+from twofold.errors import ConfigError
 from twofold.layers.embedding import EmbeddingShare
 from twofold.layers.linear import LinearShare
 from twofold.layers.protocol import Share
-from twofold.lowrank import algebra
-from twofold.lowrank.algebra import Reduced
 from twofold.lowrank.factors import LowRank
-
-Weighted = list[tuple[LowRank, float]]
-"""The updates of one module, each with its adapter's weight."""
-
-
-@dataclass(frozen=True)
-class Combination:
-    """How updates become one.
-
-    Attributes:
-        method: a name of METHODS.
-        r: largest rank of what comes out, where the method brings it down to one; None for the largest of the adapters'.
-        density: the share of entries that ties, dare and pruning keep.
-    """
-
-    method: str = "cat"
-    r: int | None = None
-    density: float = 1.0
-
-
-def _cat(found: Weighted, r: int, density: float) -> Reduced:
-    return Reduced(algebra.concatenated(*_apart(found)), 0.0)
-
-
-def _svd(found: Weighted, r: int, density: float) -> Reduced:
-    return algebra.truncated(algebra.concatenated(*_apart(found)), r)
-
-
-def _linear(found: Weighted, r: int, density: float) -> Reduced:
-    return Reduced(algebra.linear(*_apart(found)), 0.0)
-
-
-def _ties(found: Weighted, r: int, density: float) -> Reduced:
-    if len(found) == 1 and density == 1:
-        return _svd(found, r, density)
-    return algebra.factored(algebra.ties(*_apart(found), density), r)
-
-
-def _dare_linear(found: Weighted, r: int, density: float) -> Reduced:
-    if density == 1:
-        return _svd(found, r, density)
-    return algebra.factored(algebra.sum_of(_thinned(found, density)), r)
-
-
-def _dare_ties(found: Weighted, r: int, density: float) -> Reduced:
-    if len(found) == 1 and density == 1:
-        return _svd(found, r, density)
-    return algebra.factored(algebra.elected(_thinned(found, density), [w for _, w in found]), r)
-
-
-def _magnitude_prune(found: Weighted, r: int, density: float) -> Reduced:
-    if density == 1:
-        return _svd(found, r, density)
-    return algebra.factored(algebra.sum_of([algebra.trimmed(u.delta() * w, density) for u, w in found]), r)
-
-
-METHODS: dict[str, Callable[[Weighted, int, float], Reduced]] = {
-    "cat": _cat,
-    "svd": _svd,
-    "linear": _linear,
-    "ties": _ties,
-    "dare_linear": _dare_linear,
-    "dare_ties": _dare_ties,
-    "magnitude_prune": _magnitude_prune,
-}
-"""From the updates of a module, the rank asked for and the density to the one that comes out."""
-
-
-def _apart(found: Weighted) -> tuple[list[LowRank], list[float]]:
-    return [u for u, _ in found], [w for _, w in found]
-
-
-def _thinned(found: Weighted, density: float) -> list[Tensor]:
-    """Drawn from torch's generator, as starts are."""
-    return algebra.dare(*_apart(found), density, torch.default_generator)
+from twofold.merging.methods import Combination, Weighted, problems_of, reduced_by
 
 
 @torch.no_grad()
@@ -111,29 +34,15 @@ def add_combined(
     _check(model, weights, name, how)
     found = _updates(model, weights)
     r = how.r or max(u.rank for updates in found.values() for u, _ in updates)
-    reduced = {}
-    for module, updates in found.items():
-        try:
-            reduced[module] = METHODS[how.method](updates, r, how.density)
-        except ConfigError as error:
-            raise ConfigError(f"adapters cannot be combined by '{how.method}' in '{module}': {error}") from error
+    reduced = {module: reduced_by(how, module, updates, r) for module, updates in found.items()}
     _attach(model, {module: one.update for module, one in reduced.items()}, name)
     return {module: one.lost for module, one in reduced.items()}
 
 
 def _check(model: nn.Module, weights: Sequence[tuple[str, float]], name: str, how: Combination) -> None:
-    problems = []
-    if how.method not in METHODS:
-        problems.append(
-            f"there is no way of combining adapters named '{how.method}'{did_you_mean(how.method, METHODS)}; "
-            f"there are {', '.join(METHODS)}"
-        )
+    problems = problems_of(how)
     if not weights:
         problems.append("no adapters are given, so there is nothing to combine")
-    if not 0 < how.density <= 1:
-        problems.append(f"density is {how.density}, but must be above 0 and at most 1")
-    if how.r is not None and how.r < 1:
-        problems.append(f"the rank is {how.r}, but must be at least 1")
     if name in attached(model):
         problems.append(f"an adapter named '{name}' is attached already; delete it or choose another name")
     if problems:

@@ -22,8 +22,9 @@ from twofold.adapter.files import load_adapter, write_into
 from twofold.adapter.peft_config import task_of
 from twofold.adapter.rows import rows
 from twofold.errors import ConfigError
-from twofold.merging.attached import Combination, add_combined
+from twofold.merging.attached import add_combined
 from twofold.merging.live import fold_in
+from twofold.merging.methods import Combination
 from twofold.peft.arguments import check_inert
 from twofold.peft.config import Hub, LoraConfig, folder_of
 from twofold.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status

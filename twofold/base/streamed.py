@@ -1,0 +1,67 @@
+"""A base's parameters by their names in the model, read from its files one at a time; no weights are held."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from twofold.base.fingerprint import Fingerprint, fingerprint
+from twofold.base.load import ORIGIN
+from twofold.base.shapes import meta_model
+from twofold.base.stored import StoredBase, names_in_model, open_stored
+from twofold.errors import BaseError, did_you_mean
+
+
+@dataclass(frozen=True)
+class StreamedBase:
+    """A base on disk.
+
+    Attributes:
+        reference: what the user called it.
+        model: it without weights, on the meta device.
+        stored: its files.
+        keys: the checkpoint's key of each parameter that lies there as the model has it.
+    """
+
+    reference: str
+    model: Any
+    stored: StoredBase
+    keys: dict[str, str]
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, as a view of its file.
+
+        Raises:
+            BaseError: it does not lie in the files as such.
+        """
+        if name not in self.keys:
+            raise BaseError(
+                f"{self.reference} holds no '{name}' as the model has it{did_you_mean(name, self.keys)}; is this the right base?"
+            )
+        return self.stored.read(self.keys[name])
+
+    def fingerprint(self) -> Fingerprint | None:
+        """As `load_base` takes it; None where some parameters lie in the files in another form than in the model."""
+        names = [name for name, _ in self.model.named_parameters()]
+        if any(name not in self.keys for name in names):
+            return None
+        origin = self.stored.folder / ORIGIN
+        quantization = json.loads(origin.read_text())["quantization"] if origin.is_file() else None
+        return fingerprint({name: self.read(name) for name in names}, quantization)
+
+
+def open_streamed(reference: str) -> StreamedBase:
+    """The files behind a reference, with names as its model has them.
+
+    Raises:
+        BaseError: no such base, or it is not stored as safetensors.
+    """
+    stored, model = open_stored(reference), meta_model(reference)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    keys = names_in_model(model, stored.where, parameters)
+    owners = {id(parameters[name]): key for name, key in keys.items()}
+    tied = {name: owners[id(p)] for name, p in parameters.items() if name not in keys and id(p) in owners}
+    return StreamedBase(reference, model, stored, keys | tied)

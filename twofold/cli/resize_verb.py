@@ -1,0 +1,54 @@
+"""twofold resize ADAPTER --r 8 | --energy 0.99 | --ratio 100 -o OUT"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from twofold.cli.flags import parse, take
+from twofold.cli.main import print_json
+from twofold.cli.terminal import Terminal, stdout
+from twofold.merging.resize import Size
+from twofold.recipes.resize import resize
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeFlags:
+    """The best adapter of smaller ranks.
+
+    Attributes:
+        adapter: its folder.
+        output: the folder to write.
+        r: rank of every module, at most what it has.
+        energy: share of the squared Frobenius norm that every module keeps, at the smallest rank that does.
+        ratio: keep the directions whose singular value is at least the module's largest over this.
+    """
+
+    adapter: Positional[Path]
+    output: Annotated[Path, arg(aliases=["-o"])]
+    r: int | None = None
+    energy: float | int | None = None
+    ratio: float | int | None = None
+
+
+def run(arguments: list[str]) -> int:
+    arguments, as_json = take(arguments, "--json")
+    flags = parse(ResizeFlags, arguments, verb="resize", description="An adapter at other ranks, and what that loses.")
+    size = Size(r=flags.r, energy=flags.energy, ratio=flags.ratio)
+    with Terminal() as terminal:
+        found = resize(flags.adapter, flags.output, size, terminal)
+    if as_json:
+        print_json(found)
+        return 0
+    table = Table("module", "r", "lost", box=None, header_style="bold")
+    for m in found["modules"]:
+        table.add_row(m["name"], f"{m['before']} → {m['r']}", f"{m['lost']:.3%}")
+    stdout.print(table)
+    stdout.print(
+        f"rank {found['before']} to {found['r']} at most; {found['lost']:.3%} of the energy lost; {found['output']} written"
+    )
+    return 0

@@ -1,0 +1,112 @@
+"""An adapter beside the base that it changes: sizes, amplification, intruders, and whether it fits; one weight at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from twofold.adapter.files import AdapterFiles
+from twofold.adapter.target import ModuleShape, adapted_modules
+from twofold.adapter.updates import TRANSPOSED, updates_of
+from twofold.errors import did_you_mean
+from twofold.events import Emit, Progress
+from twofold.inspection.lint import Finding
+from twofold.lowrank.algebra import decomposed
+from twofold.lowrank.factors import LowRank
+from twofold.lowrank.intruders import ALIKE, beside, intruders
+from twofold.machine import fastest_dtype
+from twofold.tensorfile import nonfinite
+
+Read: TypeAlias = Callable[[str], Tensor]
+MATRICES = ("linear", "conv1d", "embedding", "convolution")
+
+
+@dataclass(frozen=True)
+class BesideBase:
+    """One update beside its weight W.
+
+    Attributes:
+        relative_norm: ‖delta‖_F / ‖W‖_F.
+        relative_spectral_norm: the same of spectral norms; that of W is found from below, to a few per cent.
+        amplification: how much louder the update's own directions are in it than in W (`lowrank.intruders`).
+        intruders: how many of the largest directions of W + delta are new; None where that was not asked.
+        likeness: of those directions, the largest cosine with one of W's.
+    """
+
+    relative_norm: float
+    relative_spectral_norm: float
+    amplification: float
+    intruders: int | None = None
+    likeness: list[float] | None = None
+
+
+@torch.no_grad()
+def beside_base(
+    files: AdapterFiles, shapes: Mapping[str, ModuleShape], read: Read, directions: int, emit: Emit
+) -> dict[str, BesideBase]:
+    """By name, every update that fits a linear map, a convolution or an embedding of the base.
+
+    Args:
+        directions: of how many of the largest directions to ask whether they are new; 0 for none.
+    """
+    updates = {n: u for n, u in updates_of(files).items() if fits(u, shapes.get(n))}
+    found = {}
+    for i, (name, update) in enumerate(updates.items(), 1):
+        if not nonfinite({"A": update.A, "B": update.B}):
+            weight = _quick(read(f"{name}.weight")).flatten(1)
+            found[name] = _beside(weight.T if shapes[name].kind in TRANSPOSED else weight, update, directions)
+        emit(Progress(task="reading the base", done=i, total=len(updates)))
+    return found
+
+
+def _beside(weight: Tensor, update: LowRank, directions: int) -> BesideBase:
+    likeness = intruders(weight.float(), update, directions) if directions else None
+    found = decomposed(update)
+    size, (largest, amplification) = float(weight.norm(dtype=torch.float32)), beside(weight, found)
+    return BesideBase(
+        relative_norm=float(found.values.norm()) / size if size else float("inf"),
+        relative_spectral_norm=float(found.values[0]) / largest if largest else float("inf"),
+        amplification=amplification,
+        intruders=None if likeness is None else sum(cosine < ALIKE for cosine in likeness),
+        likeness=likeness,
+    )
+
+
+def _quick(weight: Tensor) -> Tensor:
+    """In a type that this machine multiplies fast: bfloat16 only where it does."""
+    kept = weight.dtype == torch.float32 or weight.dtype == fastest_dtype(torch.device("cpu"))
+    return weight if kept else weight.float()
+
+
+def fits(update: LowRank, shape: ModuleShape | None) -> bool:
+    """Whether the base has such a module, whose weight is one matrix of this shape."""
+    return shape is not None and shape.kind in MATRICES and _wrong(update, shape) is None
+
+
+def _wrong(update: LowRank, shape: ModuleShape) -> str | None:
+    """How an update's shape differs from its module's, if it does."""
+    of_base = (shape.out_features, shape.in_features // shape.groups)
+    of_update = (len(update.B), update.A.shape[1])
+    if of_update == of_base or shape.kind not in MATRICES:
+        return None
+    return f"{of_update[0]} x {of_update[1]} where the base has {of_base[0]} x {of_base[1]}"
+
+
+def lint_against(files: AdapterFiles, shapes: Mapping[str, ModuleShape]) -> Iterator[Finding]:
+    """What does not fit between an adapter and the modules of a base."""
+    for name, update in updates_of(files).items():
+        shape = shapes.get(name.partition("[")[0])
+        if shape is None and not files.config.target_parameters and not name.endswith(".base_layer.out_proj"):
+            said = f"the base has no module '{name}'{did_you_mean(name, shapes)}"
+            yield Finding("error", "unmatched-module", said)
+        elif shape is not None and (wrong := _wrong(update, shape)):
+            yield Finding("error", "wrong-shape", f"'{name}' is {wrong}")
+    held = files.modules()
+    for module in adapted_modules(files.config, shapes):
+        if module not in held:
+            said = f"target_modules names '{module}' of the base, but the file holds nothing for it"
+            yield Finding("warning", "target-ignored", said)

@@ -1,0 +1,139 @@
+"""What a user should know of an adapter before it is used, each with a code.
+
+| code | severity | of |
+|---|---|---|
+| dead | warning | a module whose update is zero |
+| rank-deficient | warning | directions that are rounding |
+| rank-mismatch | error | tensors whose rank is not the config's |
+| odd-scale | warning | alpha / r far from what is usual, or far from the other modules' |
+| target-without-tensors | warning | an entry of target_modules for which the file holds nothing |
+| dora | warning | figures of B·A alone |
+| vllm-*, gguf-*, mlx-* | note | what these engines and formats do not take, or take otherwise |
+
+With a base there are also no-fingerprint, foreign-base, unmatched-module, wrong-shape and target-ignored (`against_base`); a NaN
+is not-finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.files import AdapterFiles
+from twofold.adapter.names import matches
+from twofold.lowrank.factors import LowRank
+
+ROUNDING = 1e-7
+"""Directions smaller than this share of the largest are float32's rounding."""
+USUAL_SCALES = (1 / 16, 16.0)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for --max-lora-rank; an adapter's rank may be no larger than the one chosen."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that a user should know of an adapter: `severity` is error, warning or note."""
+
+    severity: str
+    code: str
+    message: str
+
+
+def lint_update(name: str, update: LowRank, values: Tensor) -> Iterator[Finding]:
+    """What the factors of one module say."""
+    if values[0] == 0:
+        yield Finding("warning", "dead", f"'{name}' changes nothing: its update is zero")
+        return
+    real = int((values > ROUNDING * values[0]).sum())
+    if real < len(values):
+        yield Finding("warning", "rank-deficient", f"'{name}' uses {real} of its {len(values)} directions")
+    low, high = USUAL_SCALES
+    if not low <= abs(update.scale) <= high:
+        said = f"'{name}' has the scale {update.scale:g}; usual are {low:g} to {high:g}, so is lora_alpha meant so?"
+        yield Finding("warning", "odd-scale", said)
+
+
+def lint_config(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator[Finding]:
+    """What the config says, by itself and beside the tensors."""
+    config = files.config
+    if config.use_dora:
+        said = "these figures are of B·A alone: DoRA also sets the lengths of the rows, for which the base's weights are needed"
+        yield Finding("warning", "dora", said)
+    yield from _targets(files)
+    if not config.target_parameters:
+        yield from _ranks(files, updates)
+    yield from _vllm(config, updates)
+    yield from _gguf(files, updates)
+    yield from _mlx(config, updates)
+
+
+def _targets(files: AdapterFiles) -> Iterator[Finding]:
+    """Entries of a list that no module in the file bears."""
+    targets = files.config.target_modules
+    if isinstance(targets, str) or files.config.target_parameters or files.config.trainable_token_indices:
+        return
+    for entry in targets:
+        if not any(matches((entry,), module) for module in files.modules()):
+            said = f"target_modules names '{entry}', but the file holds nothing for it: it did nothing"
+            yield Finding("warning", "target-without-tensors", said)
+
+
+def _ranks(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator[Finding]:
+    for name, update in updates.items():
+        module = max((m for m in files.modules() if name == m or name.startswith(f"{m}.")), key=len, default=name)
+        r = resolve(files.config, module).r
+        if update.rank != r:
+            said = f"'{name}' has rank {update.rank} in the tensors but {r} by the config, so its scale is wrong"
+            yield Finding("error", "rank-mismatch", said)
+
+
+def _vllm(config: LoraConfig, updates: Mapping[str, LowRank]) -> Iterator[Finding]:
+    r = max((u.rank for u in updates.values()), default=config.r)
+    if r > VLLM_RANKS[-1]:
+        yield Finding(
+            "note", "vllm-rank", f"rank {r} is more than vLLM takes ({VLLM_RANKS[-1]}); twofold resize lowers it"
+        )
+    elif r not in VLLM_RANKS:
+        needed = next(n for n in VLLM_RANKS if n >= r)
+        yield Finding("note", "vllm-rank", f"rank {r} is filled up in vLLM, which needs --max-lora-rank {needed}")
+    held = [
+        ("vllm-dora", config.use_dora, "DoRA"),
+        ("vllm-bias", config.bias != "none" or config.lora_bias, "biases"),
+        ("vllm-whole-modules", bool(config.modules_to_save), "modules_to_save"),
+        ("vllm-tokens", bool(config.trainable_token_indices), "trainable_token_indices"),
+    ]
+    for code, is_held, what in held:
+        if is_held:
+            yield Finding(
+                "note", code, f"vLLM refuses adapters with {what}; serve the merged model there (twofold merge)"
+            )
+
+
+def _gguf(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator[Finding]:
+    """A GGUF adapter has one alpha, and its readers divide it by each tensor's rank."""
+    config = files.config
+    wrong = [n for n, u in updates.items() if abs(config.lora_alpha / u.rank - u.scale) > 1e-6 * abs(u.scale)]
+    if wrong:
+        said = (
+            f"GGUF holds one alpha and no rsLoRA, so llama.cpp's own converter would scale '{wrong[0]}' and {len(wrong) - 1} more "
+            "wrongly; fold the scale in first (twofold combine ADAPTER, twofold resize)"
+        )
+        yield Finding("note", "gguf-scale", said)
+    if config.use_dora:
+        yield Finding("note", "gguf-dora", "GGUF adapters know no DoRA; merge it instead (twofold merge)")
+    if config.modules_to_save or config.bias != "none" or config.lora_bias:
+        yield Finding(
+            "note", "gguf-whole", "GGUF adapters hold factors alone, neither biases nor whole modules; merge it instead"
+        )
+
+
+def _mlx(config: LoraConfig, updates: Mapping[str, LowRank]) -> Iterator[Finding]:
+    if len({(u.rank, round(u.scale, 9)) for u in updates.values()}) > 1:
+        yield Finding(
+            "note", "mlx-rank", "MLX has one rank and one scale for all modules; smaller ranks need filling up"
+        )
+    if config.modules_to_save or config.bias != "none" or config.lora_bias:
+        yield Finding("note", "mlx-whole", "MLX adapters hold factors alone, neither biases nor whole modules")

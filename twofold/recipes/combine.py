@@ -1,0 +1,105 @@
+"""`twofold combine`: adapters of one base as one adapter, from files to files, module by module."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twofold.adapter.files import open_adapter
+from twofold.adapter.plain import PlainAdapter
+from twofold.adapter.updates import Pair
+from twofold.base.streamed import open_streamed
+from twofold.errors import RunError
+from twofold.events import Emit, silent
+from twofold.lowrank.factors import LowRank
+from twofold.merging.combine import Weighed, check, put_together, reduced_updates
+from twofold.merging.methods import Combination
+from twofold.merging.preview import PlaceSummary, summary, total_lost
+from twofold.recipes.adapters import recorded_head
+from twofold.recipes.provenance import common_kept, common_provenance, digest
+
+
+def combine(
+    adapters: Mapping[str | Path, float],
+    output: str | Path | None,
+    *,
+    method: str = Combination.method,
+    r: int | None = Combination.r,
+    density: float = Combination.density,
+    base: str | None = None,
+    seed: int = 0,
+    allow_foreign_base: bool = False,
+    emit: Emit = silent,
+) -> dict[str, Any]:
+    """Write one adapter whose update is what `method` makes of theirs; without an output, only say what it would be.
+
+    Args:
+        adapters: folders, each with its weight, which may be negative.
+        output: the folder to write; None writes nothing.
+        method: `cat` (exact, ranks add up), `svd` (the best of rank r), `linear` (exact or refused), `ties`, `dare_linear`,
+            `dare_ties`, `magnitude_prune`.
+        r: rank of what comes out, for the methods that bring it down; the largest of the adapters' if not given.
+        density: share of the entries that ties, dare and pruning keep.
+        base: needed only where adapters hold biases or whole modules and their weights do not add up to 1.
+        seed: of dare's draws.
+
+    Returns:
+        What came out and what was lost, in all and by module (`PlaceSummary`).
+
+    Raises:
+        ConfigError: what cannot be combined, all of it in one message.
+        AdapterFileError: a folder is damaged or not understood.
+        ForeignBaseError: they were trained on different bases.
+        RunError: the output exists or cannot be written.
+    """
+    if output is not None and Path(output).exists():
+        raise RunError(f"{output} exists already; choose another output or remove it first")
+    started = time.perf_counter()
+    given = [Weighed(open_adapter(Path(path)), weight) for path, weight in adapters.items()]
+    how = Combination(method, r, density)
+    check(given, how, base_given=base is not None)
+    files = [one.files for one in given]
+    recorded_head([f.path for f in files])
+    kept = common_kept(files, emit)
+    provenance = common_provenance(files, _made(given, how, seed), emit, allow_foreign=allow_foreign_base)
+    updates: dict[Pair, LowRank] = {}
+    places = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for pair, parts, found in reduced_updates(given, how, emit):
+            updates[pair] = found.update
+            places.append(summary(pair.name, parts, found))
+    if output is not None:
+        read = None if base is None else open_streamed(base).read
+        tensors, config = put_together(given, updates, read)
+        PlainAdapter(tensors, config, kept, provenance).write(Path(output))
+    return _told(given, how, places, output, time.perf_counter() - started)
+
+
+def _made(given: Sequence[Weighed], how: Combination, seed: int) -> dict[str, Any]:
+    sources = [{"adapter": o.files.path.name, "weight": o.weight, "sha256": digest(o.files)} for o in given]
+    return {
+        "combined": {"from": sources, "method": how.method, "r": how.r, "density": how.density, "seed": seed},
+    }
+
+
+def _told(
+    given: Sequence[Weighed],
+    how: Combination,
+    places: Sequence[PlaceSummary],
+    output: str | Path | None,
+    seconds: float,
+) -> dict[str, Any]:
+    return {
+        "output": None if output is None else str(output),
+        "adapters": [{"path": str(one.files.path), "weight": one.weight} for one in given],
+        "method": how.method,
+        "r": max(place.r for place in places),
+        "lost": total_lost(places),
+        "modules": [place.as_json() for place in places],
+        "seconds": seconds,
+    }

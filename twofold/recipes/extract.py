@@ -1,0 +1,110 @@
+"""`twofold extract`: an adapter out of a full fine-tune, both streamed from disk."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twofold.adapter.config import LoraConfig, Names
+from twofold.adapter.files import Provenance
+from twofold.adapter.peft_config import shortest_names, task_of, with_changes
+from twofold.adapter.plain import Kept, PlainAdapter, plain_config, plain_tensors, ranks_of
+from twofold.adapter.target import find_targets, module_shapes
+from twofold.base.load import load_renderer, public_name
+from twofold.base.streamed import StreamedBase, open_streamed
+from twofold.errors import BaseError, ConfigError, RunError
+from twofold.events import Emit, Warned, silent
+from twofold.merging.extract import Extracted, Extraction, extracted_updates, left_out, stored_shapes
+from twofold.merging.preview import share_lost
+
+
+def extract(
+    base: str,
+    tuned: str,
+    output: str | Path,
+    how: Extraction,
+    *,
+    target_modules: Names = "all-linear",
+    seed: int = 0,
+    emit: Emit = silent,
+) -> dict[str, Any]:
+    """Write an adapter of `base` that does what `tuned` does, as far as its ranks reach.
+
+    Args:
+        base, tuned: references of the base and of its full fine-tune, stored as safetensors.
+        target_modules: the modules that get updates; what changed besides is told and not carried.
+        seed: of the sampled decompositions.
+
+    Returns:
+        Ranks and losses, in all and by module; and what changed but is not carried, as a share of the whole change.
+
+    Raises:
+        BaseError: one of them cannot be found, or does not lie on disk as safetensors.
+        ConfigError: their shapes differ, or nothing changed.
+        RunError: the output exists or cannot be written.
+    """
+    if Path(output).exists():
+        raise RunError(f"{output} exists already; choose another output or remove it first")
+    started = time.perf_counter()
+    before, after = open_streamed(base), open_streamed(tuned)
+    shapes = module_shapes(before.model)
+    targets = find_targets(LoraConfig(target_modules=target_modules), shapes).adapted
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        found = list(extracted_updates(before.read, after.read, targets, how, emit))
+    if not found:
+        raise ConfigError(
+            f"{tuned} changes none of the modules that {base} and target_modules name: nothing to extract"
+        )
+    updates = {pair: update for pair, update, _ in found}
+    ranks = ranks_of(updates)
+    stored = {pair: stored_shapes(targets[pair.module], before.read(f"{pair.module}.weight").shape) for pair in updates}
+    config = with_changes(LoraConfig(), target_modules=shortest_names(ranks, shapes))
+    transposed = any(targets[m].kind == "conv1d" for m in ranks)
+    adapter = PlainAdapter(
+        plain_tensors(updates, ranks, stored),
+        plain_config(config, ranks),
+        Kept(public_name(base), task_of(before.model), transposed),
+        _provenance(before, tuned, {"tuned": public_name(tuned), "seed": seed, **vars(how)}),
+    )
+    adapter.write(Path(output))
+    rest = _rest(before, after, set(ranks), emit)
+    return _told(Path(output), [one for _, _, one in found], rest, time.perf_counter() - started)
+
+
+def _provenance(base: StreamedBase, tuned: str, made: dict[str, Any]) -> Provenance:
+    """The base's fingerprint, where all of its parameters lie on disk as the model has them, and how the fine-tune answers."""
+    known = base.fingerprint()
+    taken = known.as_json() if known else None
+    try:
+        renderer = load_renderer(tuned)
+    except BaseError:
+        return Provenance(base=taken, training={"extracted": made})
+    template, ends = renderer.template, renderer.end_token_ids
+    return Provenance(base=taken, chat_template=template, eos_token_ids=ends, training={"extracted": made})
+
+
+def _rest(before: StreamedBase, after: StreamedBase, carried: set[str], emit: Emit) -> dict[str, float]:
+    """By name, the norms of the changes that no update carries; told, since an adapter leaves them behind."""
+    names = [n for n, _ in before.model.named_parameters() if n in before.keys and n in after.keys]
+    rest = left_out(before.read, after.read, [n for n in names if n.removesuffix(".weight") not in carried])
+    if rest:
+        loudest = max(rest, key=rest.__getitem__)
+        emit(Warned(text=f"{len(rest)} tensors changed that the adapter does not carry, most of all '{loudest}'"))
+    return rest
+
+
+def _told(output: Path, modules: list[Extracted], rest: dict[str, float], seconds: float) -> dict[str, Any]:
+    carried = sum(m.norm**2 for m in modules)
+    beside = sum(norm**2 for norm in rest.values())
+    return {
+        "output": str(output),
+        "r": max(m.r for m in modules),
+        "lost": share_lost([(m.norm, m.lost) for m in modules]),
+        "not_carried": {"share": beside / (carried + beside), "norms": rest},
+        "modules": [m.as_json() for m in modules],
+        "seconds": seconds,
+    }
