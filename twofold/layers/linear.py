@@ -87,6 +87,13 @@ class LinearShare(Share):
             return LowRank(self.A, changed, scale)
         return LowRank(torch.cat([self.A, self.A - self.start_A]), torch.cat([changed, self.start_B], 1), scale)
 
+    def bias_added(self) -> Float[Tensor, " out"] | None:
+        """What it adds to the bias at weight 1, if anything."""
+        scaled = None if self.b_bias is None else self.b_bias * self.scale
+        if self.bias_change is None or scaled is None:
+            return self.bias_change if scaled is None else scaled
+        return self.bias_change + scaled
+
     def saved(self, base: nn.Module) -> dict[str, Tensor]:
         return self._named(self.A.detach(), self.B.detach(), base)
 
@@ -215,9 +222,12 @@ class LoraLinear(WeightLayer):
         each = weights.repeat_interleave(x[0].numel() // x.shape[-1], 0)
         updates = [LowRank(s.A, s.B, s.scale) for s in shares]
         y = y + grouped_update(x.reshape(-1, x.shape[-1]), updates, Spread.of(each, x.device)).view(y.shape)
-        changes = [s.A.new_zeros(y.shape[-1]) if s.bias_change is None else s.bias_change for s in shares]
-        if any(s.bias_change is not None for s in shares):
-            y = y + (each.to(changes[0]) @ torch.stack(changes)).view(y.shape).to(y.dtype)
+        changes = [s.bias_added() for s in shares]
+        if any(c is not None for c in changes):
+            stacked = torch.stack(
+                [s.B.new_zeros(len(s.B)) if c is None else c for s, c in zip(shares, changes, strict=True)]
+            )
+            y = y + (each.to(stacked) @ stacked).view(y.shape).to(y.dtype)
         return y
 
     @torch.no_grad()
@@ -291,18 +301,17 @@ class LoraQuantised(LoraLinear):
 
 
 def _only_adds(share: Share) -> bool:
-    """Whether a share is A and B, and at most a change of the bias: whatever else it has may do more than add to the output."""
+    """Whether a share is A and B, and at most changes of the bias: whatever else it has may do more than add to the output."""
     own = {name for name, value in {**share._parameters, **share._buffers}.items() if value is not None}
-    return isinstance(share, LinearShare) and own <= {"A", "B", "bias_change"} and "A" in share._parameters
+    return isinstance(share, LinearShare) and own <= {"A", "B", "bias_change", "b_bias"} and "A" in share._parameters
 
 
 def effective_bias(bias: Tensor | None, shares: Iterable[LinearShare]) -> Tensor | None:
     """A base's bias with what the shares add to it."""
     for share in shares:
-        if share.bias_change is not None and bias is not None:
-            bias = bias + (share.bias_change * share.weight_when_active).to(bias.dtype)
-        if share.b_bias is not None:
-            change = share.b_bias * (share.scale * share.weight_when_active)
+        added = share.bias_added()
+        if added is not None:
+            change = added * share.weight_when_active
             bias = change if bias is None else bias + change.to(bias.dtype)
     return bias
 
