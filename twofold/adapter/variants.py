@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -11,8 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.target import ModuleShape, Targets
-from twofold.errors import ConfigError
+from twofold.errors import AdapterFileError, ConfigError
 from twofold.layers.linear import LinearShare
+from twofold.layers.protocol import bare_modules
+from twofold.layers.quantised import frozen_of, unpacked
 from twofold.lowrank.dora import row_norms, row_squares
 from twofold.lowrank.init import STARTS, Factors
 from twofold.lowrank.spectral_init import DATA_STARTS, is_subtracted, weight_start
@@ -41,6 +44,22 @@ def check_variants(config: LoraConfig, targets: Targets, given: Mapping[str, Fac
                 f"init_lora_weights: {config.init_lora_weights} is computed from data or from the unquantised weights before "
                 f"training, but no factors were given for {_listed(missing)}; see twofold.recipes.starts"
             )
+
+
+def check_source(model: nn.Module, config: LoraConfig, targets: Targets, path: Path) -> None:
+    """Refuse to compute the start of a file's raw factors again from packed weights: it was that of the 16-bit ones.
+
+    Raises:
+        AdapterFileError: names the file and a packed module.
+    """
+    bases = dict(bare_modules(model)) if is_subtracted(config.init_lora_weights) else {}
+    packed = [name for name in targets.adapted if name in bases and unpacked(getattr(bases[name], "base", bases[name]))]
+    if packed:
+        raise AdapterFileError(
+            f"{path} holds raw factors of init_lora_weights={config.init_lora_weights!r}, whose start was read off the 16-bit "
+            f"weight of '{packed[0]}', which is quantised here; load it onto its 16-bit base and save it again "
+            "(twofold.save_adapter): that writes the plain update"
+        )
 
 
 def linear_only(config: LoraConfig) -> list[str]:
@@ -101,11 +120,14 @@ def _start(config: LoraConfig, shape: ModuleShape, base: nn.Module, r: int, scal
 
 
 def _matrix(base: nn.Module) -> Tensor:
-    """The base's weight as (out, in).
+    """The base's weight as (out, in), of a packed one what its codes stand for.
 
     Raises:
-        ConfigError: it is packed, so that its values cannot be read.
+        ConfigError: it is packed in a way of its own, so that its values cannot be read.
     """
+    packed = frozen_of(base)
+    if packed is not None:
+        return packed.dequantised()
     weight = cast(Tensor, base.weight).detach()
     if not weight.is_floating_point():
         raise ConfigError(
