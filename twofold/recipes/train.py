@@ -197,7 +197,8 @@ def _attach(config: TrainConfig, loaded: Loaded) -> None:
     if config.adapter.init_from:
         load_adapter(loaded.base.model, config.adapter.init_from)
     else:
-        lora, factors = started(loaded.base.model, loaded.lora, loaded.train.items, pad_token(loaded.base))
+        base = loaded.base
+        lora, factors = started(base.model, loaded.lora, loaded.train.items, pad_token(base), base.reference)
         attach(loaded.base.model, lora, factors=factors)
 
 
