@@ -13,11 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
+from twofold.layers.dora import DoraLayer, MatrixShare
 from twofold.layers.protocol import Share, adopt, bias_of
 from twofold.layers.quantised import QuantisedLinear, frozen_of
 from twofold.layers.rows import Rows
-from twofold.layers.weights import WeightLayer
-from twofold.lowrank.dora import row_norms, row_squares
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.frozen import Frozen
 from twofold.lowrank.grouped import Spread, grouped_update
@@ -25,7 +24,7 @@ from twofold.lowrank.linear import Projection, group_product
 from twofold.quant import QuantisedWeight
 
 
-class LinearShare(Share):
+class LinearShare(MatrixShare):
     """One adapter's factors over one linear map: A (r, in), B (out, r), in float32 or wider; and its own bias, if any.
 
     `bias_change` (out,) is what the adapter adds to the base's bias, zero at the start; `cast` is A and B in the type of the
@@ -126,21 +125,11 @@ class LinearShare(Share):
             self.bias_change.copy_(tensors["base_layer.bias"].to(self.bias_change) - bias_of(base))
 
 
-class LoraLinear(WeightLayer):
+class LoraLinear(DoraLayer):
     """y = x W0ᵀ + b + Σ weight · scale · (dropout(x) Aᵀ) Bᵀ over the active shares, arXiv 2106.09685.
 
     With DoRA, y = c ⊙ (x W0ᵀ + scale · (dropout(x) Aᵀ) Bᵀ) + b, where c = magnitude / ||W0 + scale·BA|| row by row.
-
-    Attributes:
-        squares: ||W0||² of each row, once an adapter asked for it.
     """
-
-    squares: Tensor | None
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__(base)
-        self._buffers["squares"] = None
-        self._non_persistent_buffers_set.add("squares")
 
     @classmethod
     def from_base(cls, base: nn.Module) -> LoraLinear:
@@ -185,21 +174,13 @@ class LoraLinear(WeightLayer):
             effective_bias(self.bias, shares),
             combined([s.low_rank() for s in shares]),
             cast_before,
-            self._stretch(shares),
+            self.stretch(shares),
         )
 
-    def row_norms(self, share: LinearShare) -> Float[Tensor, " out"]:
-        """||W0 + scale·BA|| of each row, a constant to the gradient."""
-        if share.norms is not None:
-            return share.norms
-        if self.squares is None:
-            self.squares = row_squares(self.matrix())
-        return row_norms(self.matrix(), self.squares, share.low_rank())
-
-    def _stretch(self, shares: list[LinearShare]) -> Float[Tensor, " out"] | None:
-        """DoRA's factor of each row; such an adapter is active alone, at weight 1."""
-        magnitude = shares[0].magnitude if len(shares) == 1 else None
-        return None if magnitude is None else magnitude / self.row_norms(shares[0])
+    def row_norms(self, share: MatrixShare) -> Float[Tensor, " out"]:
+        """As they stand now, or within `cast_once` as they stood."""
+        kept = share.norms if isinstance(share, LinearShare) else None
+        return super().row_norms(share) if kept is None else kept
 
     def forward(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         shares = self.linear_shares()
@@ -233,7 +214,7 @@ class LoraLinear(WeightLayer):
     @torch.no_grad()
     def delta(self) -> Float[Tensor, "out in_"]:
         """What the active updates add to the weight, in float32 or wider."""
-        if self._stretch(self.linear_shares()) is None:
+        if self.stretch(self.linear_shares()) is None:
             return self._added()
         return self._wide_fold() - self.matrix()
 
@@ -244,12 +225,12 @@ class LoraLinear(WeightLayer):
     @torch.no_grad()
     def fold(self) -> Float[Tensor, "out in_"]:
         """A new weight with the active updates in it, rounded once to the base's type."""
-        if self._stretch(self.linear_shares()) is None:
+        if self.stretch(self.linear_shares()) is None:
             return merged_weight(self.matrix(), [self._added()])
         return self._wide_fold().to(self.matrix().dtype)
 
     def _wide_fold(self) -> Float[Tensor, "out in_"]:
-        stretch = self._stretch(self.linear_shares())
+        stretch = self.stretch(self.linear_shares())
         added = self._added()
         total = added.add_(self.matrix())
         return total if stretch is None else total.mul_(stretch[:, None])
