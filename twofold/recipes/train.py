@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from twofold import atomic
-from twofold.adapter.attach import attach, folding
+from twofold.adapter.attach import attach, folding, freeze_a
 from twofold.adapter.files import Provenance, load_adapter, save_adapter
 from twofold.base.batch import Example, PackedBatch
 from twofold.base.chat import Renderer
@@ -200,6 +200,8 @@ def _attach(config: TrainConfig, loaded: Loaded) -> None:
     torch.manual_seed(config.training.seed)
     if config.adapter.init_from:
         load_adapter(loaded.base.model, config.adapter.init_from)
+        if config.adapter.freeze_a:
+            freeze_a(loaded.base.model)
     else:
         base = loaded.base
         lora, factors = started(base.model, loaded.lora, loaded.train.items, pad_token(base), base.reference)
