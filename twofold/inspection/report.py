@@ -12,6 +12,7 @@ from torch import Tensor
 from twofold.adapter.config import resolve
 from twofold.adapter.files import AdapterFiles
 from twofold.errors import AdapterFileError
+from twofold.inspection.experts import placed
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.spectra import effective_rank, energy_rank, singular_values, stable_rank
 from twofold.tensorfile import nonfinite
@@ -84,6 +85,21 @@ PARTNERS |= {b: a for a, b in PARTNERS.items()}
 
 def low_ranks(files: AdapterFiles, module: str, keys: dict[str, str]) -> Iterator[tuple[str, LowRank]]:
     """The updates of one module with a name each: most have one, attention two, experts one each; trained whole, none."""
+    pairs = _pairs(files, module, keys)
+    inner_first = sorted(pairs, key=len, reverse=True)
+    found = placed(files.config, module, [files.tensors.shapes[pairs[prefix][0]][0] for prefix in inner_first])
+    if found is not None:
+        for prefix, parameter in zip(inner_first, found, strict=True):
+            yield from _of_experts(files, f"{module}.{parameter.name}", parameter.experts, pairs[prefix])
+        return
+    for prefix, pair in pairs.items():
+        name = ".".join([module, *prefix.removesuffix(".").split(".")]) if prefix else module
+        yield name, _of_module(files, module, pair)
+
+
+def _pairs(files: AdapterFiles, module: str, keys: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """The keys of A and B of each map of a module, by what stands before their names."""
+    found = {}
     for suffix, key in keys.items():
         prefix, mark, rest = suffix.rpartition("lora_")
         partner = PARTNERS.get(mark + rest)
@@ -92,22 +108,26 @@ def low_ranks(files: AdapterFiles, module: str, keys: dict[str, str]) -> Iterato
         if prefix + partner not in keys:
             raise AdapterFileError(f"{files.path}: '{module}' has {suffix} without its partner")
         if rest in ("A.weight", "embedding_A"):
-            name = ".".join([module, *prefix.removesuffix(".").split(".")]) if prefix else module
-            yield from _updates(files, module, name, (key, keys[prefix + partner]))
+            found[prefix] = (key, keys[prefix + partner])
+    return found
 
 
-def _updates(files: AdapterFiles, module: str, name: str, pair: tuple[str, str]) -> Iterator[tuple[str, LowRank]]:
-    """A pair of tensors as matrices; of experts, whose ranks lie side by side in a file, a pair each."""
+def _of_module(files: AdapterFiles, module: str, pair: tuple[str, str]) -> LowRank:
     a, b = (_read(files, key).flatten(1) for key in pair)
-    r, _, scale = resolve(files.config, module)
     if len(a) != b.shape[1]:  # a convolution with groups: each group of outputs has its own part of the rank
         b = torch.block_diag(*b.chunk(len(a) // b.shape[1]))
-    experts = len(a) // r if files.config.target_parameters and len(a) % r == 0 else 1
-    if experts == 1:
-        yield name, LowRank(a, b, scale)
-        return
+    return LowRank(a, b, resolve(files.config, module).scale)
+
+
+def _of_experts(
+    files: AdapterFiles, parameter: str, experts: int, pair: tuple[str, str]
+) -> Iterator[tuple[str, LowRank]]:
+    """An update for each expert, whose ranks lie side by side in a file; of one map, by the parameter's own name."""
+    a, b = (_read(files, key) for key in pair)
+    r, _, scale = resolve(files.config, parameter)
     for e, inside in enumerate(a.chunk(experts)):
-        yield f"{name}[{e}]", LowRank(inside, b.view(len(b), r, experts)[:, :, e], scale)
+        name = parameter if experts == 1 else f"{parameter}[{e}]"
+        yield name, LowRank(inside, b.view(len(b), r, experts)[:, :, e], scale)
 
 
 def _read(files: AdapterFiles, key: str) -> Tensor:
