@@ -73,8 +73,8 @@ def _load_data(config: TrainConfig, base: Base, emit: Emit, *, sharded: bool) ->
     if template is not None:
         base = replace(base, renderer=renderer_for(base.model, base.tokenizer, template))
     stream = open_stream(data, base.renderer, training.batch_size, training.seed) if data.streaming else None
-    train_set = first_examples(stream, emit) if stream else task.examples(data.train, config, base, emit)
-    held_out = task.examples(data.evaluation, config, base, emit) if data.evaluation else None
+    train_set = first_examples(stream, emit) if stream else task.examples(data.train, data, base, emit)
+    held_out = task.examples(data.evaluation, data, base, emit) if data.evaluation else None
     return Loaded(base, train_set, held_out, lora, stream)
 
 
