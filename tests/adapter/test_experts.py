@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from twofold.adapter.attach import activate, attach, detach, disabled, folding, merge, shares, unmerge
 from twofold.adapter.config import LoraConfig
-from twofold.adapter.files import load_adapter, save_adapter
+from twofold.adapter.files import load_adapter, open_adapter, save_adapter
 from twofold.adapter.target import module_shapes
 from twofold.errors import ConfigError, TargetError
+from twofold.inspection.report import report_adapter
 from twofold.lowrank.standin import StandIn, Sum
 from twofold.merging.checkpoint import merged_state
 from twofold.planning.parameters import plan_parameters
@@ -216,7 +217,7 @@ def test_bfloat16_and_a_weight_of_a_linear_layer() -> None:
             "in both target_modules and target_parameters",
         ),
         ({"lora_dropout": 0.1}, ConfigError, "lora_dropout cannot fall"),
-        ({"use_dora": True}, ConfigError, "use_dora is defined for linear layers alone"),
+        ({"use_dora": True}, ConfigError, "use_dora is defined for linear layers, embeddings and"),
         ({"init_lora_weights": "pissa"}, ConfigError, "pissa is defined for linear layers alone"),
     ],
 )
@@ -237,3 +238,31 @@ def test_training_a_mixture_lowers_its_loss() -> None:
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.2
     assert math.isfinite(losses[-1])
+
+
+PATTERNS: list[dict[str, Any]] = [
+    {},
+    {"rank_pattern": {"down_proj": 5}, "alpha_pattern": {"gate_up_proj": 7}},
+    {"rank_pattern": {"down_proj": 6}, "target_parameters": [*EXPERTS[::-1], "mlp.gate.weight"]},
+    {"target_parameters": EXPERTS[1:], "target_modules": ["q_proj"], "rank_pattern": {"down_proj": 2}},
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=["none", "ranks and alphas", "other order and a router", "one"])
+def test_inspection_knows_each_experts_rank_and_scale(pattern: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(**pattern)
+    report = report_adapter(open_adapter(save_adapter(model, tmp_path / "a")))
+    expected = {}
+    for module, share in shares(model, "default").items():
+        held: Any = share
+        for name in getattr(share, "names", ()):
+            factors, scale = held.of(name), held.scales[name]
+            norms = (scale * factors.B @ factors.A).flatten(1).norm(dim=1).tolist()
+            names = [f"{module}.{name}"] if len(norms) == 1 else [f"{module}.{name}[{e}]" for e in range(len(norms))]
+            expected |= {n: (factors.A.shape[1], scale, norm) for n, norm in zip(names, norms, strict=True)}
+        if not hasattr(share, "names"):
+            expected[module] = (len(held.A), held.scale, (held.scale * held.B @ held.A).norm().item())
+    found = {m.name: (m.r, m.scale, m.frobenius_norm) for m in report.modules}
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, rel=1e-4), name

@@ -57,6 +57,36 @@ def test_every_row_is_as_if_alone_and_base_rows_are_the_bases(family: str) -> No
         assert adapters is None or not torch.allclose(alone, bare[i], atol=1e-3)
 
 
+@pytest.mark.parametrize("first", ["dora", "plain"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_rows_of_dora_and_of_a_bias_of_b_are_as_if_alone(family: str, first: str) -> None:
+    """With DoRA among them each combination of adapters runs apart; without it all rows go through one product."""
+    model = build_model(family).requires_grad_(False)
+    attach(model, LoraConfig(r=4, use_dora=True), "dora")
+    attach(model, LoraConfig(r=4, lora_alpha=8, lora_bias=True, bias="lora_only"), "biased")
+    attach(model, LoraConfig(r=2), "plain")
+    magnitudes = [p for n, p in model.named_parameters() if n.endswith(".magnitude")]
+    lengths = [p.detach().clone() for p in magnitudes]
+    randomise([(n, p) for n, p in model.named_parameters() if ".shares." in n], scale=0.1)
+    with torch.no_grad():
+        for parameter, length in zip(magnitudes, lengths, strict=True):
+            parameter.add_(length)
+    batch = row_inputs(model)
+    chosen: list[Any] = [first, None, "biased", {"biased": 0.5, "plain": -2.0}, first]
+    activate(model, None)
+    bare = model(**batch).logits
+    with rows(model, chosen):
+        found = model(**batch).logits
+    assert torch.equal(found[1], bare[1])
+    for i, adapters in enumerate(chosen):
+        activate(model, adapters)
+        alone = model(**{k: v[i : i + 1] for k, v in batch.items()}).logits[0]
+        torch.testing.assert_close(found[i], alone, rtol=1e-4, atol=1e-5)
+        assert adapters is None or not torch.allclose(alone, bare[i], atol=1e-3)
+    with pytest.raises(ConfigError, match="'dora' is DoRA"), rows(model, [{"dora": 0.5}]):
+        pass
+
+
 def linear(base: nn.Module) -> tuple[AdapterLayer, Any]:
     def share(r: int) -> LinearShare:
         return LinearShare((torch.randn(r, 6).double(), torch.randn(5, r).double()), 0.5, 0.0, torch.randn(5).double())

@@ -252,7 +252,7 @@ def test_what_cannot_go_together_is_refused_by_the_config(settings: dict[str, An
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"use_dora": True}, "use_dora is defined for linear layers alone"),
+        ({"use_dora": True, "target_parameters": ["lm_head.weight"]}, r"use_dora is defined for .*'lm_head.weight'"),
         ({"lora_bias": True}, "lora_bias is defined for linear layers alone"),
         ({"freeze_a": True}, "freeze_a is defined for linear layers alone"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa is defined"),

@@ -83,6 +83,30 @@ def test_a_run_that_goes_on_writes_down_the_settings_that_hold(config: TrainConf
     assert train(replace(written, output=str(tmp_path / "again")))["steps"] == 1
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_run_goes_on_with_a_as_it_stands(config: TrainConfig, tmp_path: Path, use_dora: bool) -> None:
+    """LoRA-FA from an adapter whose A has learned: not one bit of A moves, and B learns on."""
+    first = train(replace(config, adapter=replace(config.adapter, use_dora=use_dora)))
+    settings = AdapterSettings(init_from=first["adapter"], freeze_a=True)
+    second = train(replace(config, adapter=settings, output=str(tmp_path / "more")))
+    start, end = adapter_tensors(first["adapter"]), adapter_tensors(second["adapter"])
+    assert start.keys() == end.keys()
+    for key, tensor in end.items():
+        assert torch.equal(tensor, start[key]) == ("lora_A" in key), key
+    assert second["parameters"]["trainable"] == sum(t.numel() for k, t in end.items() if "lora_A" not in k)
+    assert second["evaluation"]["adapter"]["loss"] < 1.05 * first["evaluation"]["adapter"]["loss"]
+    assert second["verification"]["passed"]
+    assert read_config(Path(second["run"]) / "config.yaml").adapter.freeze_a
+
+
+def test_a_cannot_be_frozen_where_the_adapter_goes_beyond_linear_layers(config: TrainConfig, tmp_path: Path) -> None:
+    targets = ("q_proj", "embed_tokens")
+    first = train(changed(replace(config, adapter=replace(config.adapter, target_modules=targets)), max_steps=1))
+    settings = AdapterSettings(init_from=first["adapter"], freeze_a=True)
+    with pytest.raises(ConfigError, match=r"freeze_a is defined for linear layers alone.*'model.embed_tokens'"):
+        train(replace(config, adapter=settings, output=str(tmp_path / "more")))
+
+
 @pytest.mark.parametrize("place", ["file", "flag", "file, adapter by flag", "flag, adapter in the file"])
 @pytest.mark.parametrize("r", [16, 4])
 def test_a_setting_given_by_hand_must_be_the_adapters_even_if_it_is_the_default(

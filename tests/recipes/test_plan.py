@@ -124,8 +124,8 @@ def kept_for_the_backward(folder: Path, settings: PlanSettings) -> int:
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
 
 
-@pytest.mark.parametrize("length", [192, 448, 704])
-def test_the_fast_path_keeps_what_the_formula_says(llama_base: Path, length: int) -> None:
+@pytest.mark.parametrize(("length", "use_dora"), [(192, False), (448, False), (704, False), (192, True), (448, True)])
+def test_the_fast_path_keeps_what_the_formula_says(llama_base: Path, length: int, use_dora: bool) -> None:
     """Examples so long that filler hardly counts, and supervised as a whole, so that the last layer computes all rows."""
     settings = PlanSettings(
         base=str(llama_base),
@@ -135,6 +135,7 @@ def test_the_fast_path_keeps_what_the_formula_says(llama_base: Path, length: int
         supervised_share=1.0,
         gradient_checkpointing=False,
         device="cpu",
+        use_dora=use_dora,
     )
     found = plan(settings)["memory"]
     assert kept_for_the_backward(llama_base, settings) == pytest.approx(found["activations"], rel=0.1)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from twofold.data.examples import DataConfig
 from twofold.recipes.preflight import Preflight
@@ -52,3 +53,15 @@ def test_the_micro_batch_decides_the_memory_and_the_batch_the_time(llama_base: P
     assert halves.memory.terms["activations"] < whole.memory.terms["activations"]
     assert halves.memory.terms["weights"] == whole.memory.terms["weights"]
     assert halves.seconds > 0
+
+
+def test_memory_counts_what_the_process_holds_before_it_loads_a_base(llama_base: Path, train_file: Path) -> None:
+    """As a run's own libraries, or whatever else a program that trains has in memory."""
+
+    def runtime() -> int:
+        return foreseen(llama_base, train_file, {"r": 4}).memory.terms["runtime"]
+
+    runtime()
+    before = runtime()
+    ballast = torch.ones(1 << 26)
+    assert runtime() - before == pytest.approx(ballast.nbytes, rel=0.2)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from families import randomise
@@ -15,14 +17,14 @@ from tiny_runs import adapter_tensors, changed
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from twofold.adapter.attach import activate, attach, detach, disabled, trainable_summary
+from twofold.adapter.attach import activate, attach, detach, disabled, merge, shares, trainable_summary
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import load_adapter, save_adapter
 from twofold.adapter.rows import rows
 from twofold.base.blocks import Decoder, describe
 from twofold.base.load import load_base
 from twofold.data.examples import DataConfig
-from twofold.errors import ConfigError
+from twofold.errors import AdapterFileError, ConfigError
 from twofold.layers.quantised import QuantisedLinear, packed_as, values_of
 from twofold.planning.memory import QUANTIZED_BYTES
 from twofold.quant import Scheme, roundtrip
@@ -133,6 +135,79 @@ def test_the_adapter_learns_what_it_would_over_the_unpacked_weights(scheme: Sche
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"use_dora": True},
+    {"use_dora": True, "init_lora_weights": "olora"},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "olora"},
+    {"lora_bias": True},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("which", ["llama_base", "gpt2_base"])
+def test_a_variant_over_codes_is_that_over_the_values_they_stand_for(
+    which: str, variant: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Starts, logits, gradients and merged weights, beside a dense model of the unpacked weights; and through a file."""
+    folder, config = request.getfixturevalue(which), LoraConfig(r=4, **variant)
+    models = [packed(folder, Scheme("nf4")).model, unpacked(folder, Scheme("nf4"))]
+    before, digest = logits(models[0]), base_digest(models[0])
+    gradients = []
+    for model in models:
+        torch.manual_seed(0)
+        attach(model, config)
+        torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
+    learned = [{n: p for n, p in m.named_parameters() if p.requires_grad} for m in models]
+    assert learned[0].keys() == learned[1].keys()
+    torch.manual_seed(1)
+    for name, parameter in learned[0].items():
+        assert parameter.shape == learned[1][name].shape
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+        if name.endswith(".magnitude"):
+            parameter.data.abs_()
+    for (module, ours), theirs in zip(
+        shares(models[0], "default").items(), shares(models[1], "default").values(), strict=True
+    ):
+        assert ours.state_dict().keys() == theirs.state_dict().keys(), module
+        theirs.load_state_dict(ours.state_dict())
+    for model in models:
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for name, ours, theirs in zip(learned[0], *gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=name)
+    moved = logits(models[1])
+    assert (moved - before).abs().max() > 0.01
+    torch.testing.assert_close(logits(models[0]), moved, rtol=1e-4, atol=1e-4)
+    save_adapter(models[0], tmp_path / "a")
+    other = packed(folder, Scheme("nf4")).model
+    load_adapter(other, tmp_path / "a")
+    torch.testing.assert_close(logits(other), moved, rtol=1e-4, atol=1e-4)
+    merge(models[0])
+    torch.testing.assert_close(logits(models[0]), moved, rtol=1e-4, atol=1e-4)
+    detach(models[0])
+    assert base_digest(models[0]) == digest
+
+
+def test_raw_factors_of_another_base_are_not_taken_off_codes(llama_base: Path, tmp_path: Path) -> None:
+    """PEFT's PiSSA starts from the 16-bit weights, which a packed base does not have."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+        peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama_base), config).save_pretrained(tmp_path / "raw")
+    load_adapter(AutoModelForCausalLM.from_pretrained(llama_base), tmp_path / "raw")
+    with pytest.raises(AdapterFileError, match="16-bit base"):
+        load_adapter(packed(llama_base, Scheme("nf4")).model, tmp_path / "raw")
+
+
+@pytest.mark.parametrize("adapter", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_a_run_of_a_variant_over_codes(config: TrainConfig, adapter: dict[str, Any]) -> None:
+    report = train(replace(config, quantization="nf4", adapter=AdapterSettings(r=4, **adapter)))
+    assert report["base_unchanged"]
+    assert report["evaluation"]["adapter"]["loss"] < 0.8 * report["evaluation"]["base"]["loss"]
+    assert report["verification"]["passed"]
 
 
 def test_codes_are_not_trained_whole(llama_base: Path) -> None:

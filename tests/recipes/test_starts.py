@@ -11,13 +11,15 @@ import torch
 from families import build_model, logits
 from torch import Tensor
 
-from twofold.adapter.attach import attach, shares
+from twofold.adapter.attach import attach, detach, shares
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.base.batch import Example, pack
 from twofold.base.blocks import NotDescribed
+from twofold.base.load import load_base
 from twofold.errors import ConfigError
 from twofold.layers.linear import LinearShare
 from twofold.lowrank.spectral_init import eva_ranks, loftq
+from twofold.quant import Scheme
 from twofold.recipes.proof import base_digest
 from twofold.recipes.settings import AdapterSettings, TrainConfig
 from twofold.recipes.starts import loftq_start, started
@@ -50,7 +52,7 @@ def test_eva_starts_along_the_main_directions_of_the_inputs(family: str) -> None
     model = build_model(family)
     bare, before = logits(model), base_digest(model)
     config, factors = started(
-        model, LoraConfig(r=3, target_modules=TARGETS[family], init_lora_weights="eva"), examples(), 0
+        model, LoraConfig(r=3, target_modules=TARGETS[family], init_lora_weights="eva"), examples(), 0, "unread"
     )
     assert factors is not None
     for module, (A, B) in factors.items():
@@ -78,7 +80,7 @@ def test_lora_ga_starts_along_the_gradient(family: str) -> None:
     learns = {n: p.requires_grad for n, p in model.named_parameters()}
     config = LoraConfig(r=2, target_modules=TARGETS[family], init_lora_weights="lora_ga")
     torch.manual_seed(1)
-    found, factors = started(model, config, examples(), 0)
+    found, factors = started(model, config, examples(), 0, "unread")
     assert found == config
     assert factors is not None
     assert {n: p.requires_grad for n, p in model.named_parameters()} == learns
@@ -164,8 +166,42 @@ def test_a_training_with_a_start_from_data_goes_on_after_a_stop(config: TrainCon
     assert again["evaluation"]["adapter"] == undisturbed["evaluation"]["adapter"]
 
 
+@pytest.mark.parametrize("which", ["llama_base", "gpt2_base"])
+def test_loftq_over_a_packed_base_takes_the_best_of_what_packing_lost(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    """Against the decomposition in float64 of each weight of the checkpoint less what its codes stand for."""
+    folder = str(request.getfixturevalue(which))
+    exact, model = (load_base(folder, "float32", "cpu", quantization=s).model for s in (None, Scheme("nf4")))
+    config = LoraConfig(r=8, lora_alpha=5, init_lora_weights="loftq")
+    before = base_digest(model)
+    lora, factors = started(model, config, [], 0, folder)
+    attach(model, lora, factors=factors)
+    assert len(shares(model, "default")) > 4
+    for module, share in shares(model, "default").items():
+        assert isinstance(share, LinearShare)
+        layer, source = model.get_submodule(module), exact.get_submodule(module)
+        dense = source.weight.detach().double()
+        lost = (dense.T if which == "gpt2_base" else dense) - layer.matrix()
+        U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
+        best = (U[:, :8] * S[:8]) @ Vh[:8]
+        torch.testing.assert_close((share.scale * share.B @ share.A).double(), best, rtol=1e-3, atol=1e-5)
+    adapted = logits(model)
+    detach(model)
+    assert base_digest(model) == before
+    assert (adapted - logits(exact)).norm() < (logits(model) - logits(exact)).norm()
+
+
+def test_a_training_that_starts_with_loftq(config: TrainConfig) -> None:
+    adapter = AdapterSettings(r=4, init_lora_weights="loftq")
+    report = train(replace(config, adapter=adapter, quantization="nf4"))
+    assert report["evaluation"]["adapter"]["loss"] < 0.7 * report["evaluation"]["base"]["loss"]
+    assert report["verification"]["passed"]
+    assert report["base_unchanged"]
+
+
 def test_loftq_is_not_for_a_base_that_is_not_quantised(config: TrainConfig) -> None:
-    with pytest.raises(ConfigError, match="loftq needs the weights"):
+    with pytest.raises(ConfigError, match="this base is not quantised; set quantization: nf4"):
         train(replace(config, adapter=AdapterSettings(r=4, init_lora_weights="loftq")))
 
 

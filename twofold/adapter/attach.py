@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 from torch import nn
@@ -14,6 +14,7 @@ from twofold.adapter.kinds import Part, parts_of
 from twofold.adapter.target import Targets, find_targets, module_shapes
 from twofold.adapter.variants import check_variants
 from twofold.errors import ConfigError, did_you_mean
+from twofold.layers.linear import LinearShare
 from twofold.layers.protocol import (
     AdapterLayer,
     Adapters,
@@ -66,6 +67,21 @@ def attach(
     targets = find_targets(config, module_shapes(model))
     put_on(model, made_shares(model, targets, config, name, factors), config, name)
     return trainable_summary(model)
+
+
+def freeze_a(model: nn.Module, name: str = DEFAULT_NAME) -> None:
+    """Let only B of an attached adapter learn from now on, as `LoraConfig.freeze_a` does from its start (LoRA-FA).
+
+    Raises:
+        ConfigError: no such adapter is attached, or it adapts more than linear layers.
+    """
+    config = replace(config_of(model, name), freeze_a=True)
+    plain = replace(config, init_lora_weights=True)  # whatever it started from, it has its factors
+    check_variants(plain, find_targets(plain, module_shapes(model)), None)
+    for share in shares(model, name).values():
+        if isinstance(share, LinearShare):
+            share.freeze_A()
+        share.__dict__["origin"] = config
 
 
 class Made(NamedTuple):

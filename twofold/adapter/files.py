@@ -34,7 +34,7 @@ from twofold.adapter.target import (
     token_rows,
     wrong_tokens,
 )
-from twofold.adapter.variants import LINEAR
+from twofold.adapter.variants import LINEAR, check_source
 from twofold.config import build
 from twofold.errors import AdapterFileError, RunError
 from twofold.lowrank.init import Factors, unfilled
@@ -176,6 +176,7 @@ def read_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -
         raise AdapterFileError(_mismatch(files.path, [*wrong.values()] or ["its config names no module of it"]))
     config = _exact_config(files, shapes, claimed)
     targets = targets_of(config, shapes, claimed)
+    check_source(model, config, targets, files.path)
     if beyond := wrong_tokens(config, shapes, targets.tokens):
         raise AdapterFileError(_mismatch(files.path, beyond))
     made = made_shares(model, targets, config, name, _places(config, targets))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.parameters import ParameterShape
 from twofold.adapter.target import Kind, ModuleShape, Targets
-from twofold.adapter.variants import LINEAR, like, linear_share
+from twofold.adapter.variants import LINEAR, like, linear_share, set_lengths
 from twofold.errors import ConfigError
 from twofold.layers.attention import AttentionShare, LoraAttention
 from twofold.layers.conv import ConvShare, LoraConv
@@ -38,7 +38,10 @@ def _bias_change(config: LoraConfig, shape: ModuleShape, b: Tensor) -> Tensor | 
 
 def embedding_share(config: LoraConfig, module: str, shape: ModuleShape, base: nn.Module) -> EmbeddingShare:
     r, _, scale = resolve(config, module)
-    return EmbeddingShare(like(_weight(base), embedding(r, shape.in_features, shape.out_features)), scale)
+    share = EmbeddingShare(like(_weight(base), embedding(r, shape.in_features, shape.out_features)), scale)
+    if config.use_dora:
+        set_lengths(share, _weight(base).T)
+    return share
 
 
 def conv_share(config: LoraConfig, module: str, shape: ModuleShape, base: nn.Module) -> ConvShare:
@@ -53,7 +56,11 @@ def conv_share(config: LoraConfig, module: str, shape: ModuleShape, base: nn.Mod
     a, b = like(weight, STARTS[config.init_lora_weights](r, shape.in_features, shape.out_features))
     kernel = weight.shape[2:]
     factors = a.view(r, -1, *kernel), b[:, : r // shape.groups].reshape(len(b), -1, *(1 for _ in kernel))
-    return ConvShare(factors, scale, config.lora_dropout, _bias_change(config, shape, b))
+    share = ConvShare(factors, scale, config.lora_dropout, _bias_change(config, shape, b))
+    if config.use_dora:
+        set_lengths(share, weight.flatten(1))
+        share.magnitude = nn.Parameter(cast(Tensor, share.magnitude).detach().view(1, -1, *(1 for _ in kernel)))
+    return share
 
 
 def attention_share(config: LoraConfig, module: str, shape: ModuleShape, base: nn.Module) -> AttentionShare:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from twofold import atomic
 from twofold.adapter.config import LoraConfig
-from twofold.adapter.files import CONFIG, OURS, PREFIX, TENSORS, AdapterFiles, Provenance
+from twofold.adapter.files import CONFIG, OURS, TENSORS, AdapterFiles, Provenance
+from twofold.adapter.keys import PREFIX
 from twofold.adapter.peft_config import exceptions, in_peft_words, with_changes
 from twofold.adapter.updates import Pair
 from twofold.lowrank.factors import LowRank

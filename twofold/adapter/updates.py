@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from twofold.adapter.config import resolve
+from twofold.adapter.experts import placed
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.target import Kind
 from twofold.errors import AdapterFileError
@@ -63,7 +64,10 @@ def pairs_of(files: AdapterFiles) -> Iterator[Pair]:
 
 def updates_of(files: AdapterFiles) -> dict[str, LowRank]:
     """Every update of an adapter, by name: of a module, or of a part of one."""
-    return {name: update for pair in pairs_of(files) for name, update in _updates(files, pair)}
+    found: dict[str, list[Pair]] = {}
+    for pair in pairs_of(files):
+        found.setdefault(pair.module, []).append(pair)
+    return {name: update for pairs in found.values() for name, update in _updates(files, pairs)}
 
 
 def low_rank(files: AdapterFiles, pair: Pair) -> LowRank:
@@ -84,15 +88,29 @@ def has_groups(files: AdapterFiles, pair: Pair) -> bool:
     return files.tensors.shapes[keys[pair.a]][0] != files.tensors.shapes[keys[pair.b]][1]
 
 
-def _updates(files: AdapterFiles, pair: Pair) -> Iterator[tuple[str, LowRank]]:
-    """A pair of tensors as matrices; of experts, whose ranks lie side by side in a file, a pair each."""
-    a, b = (tensor.flatten(1) for tensor in factors(files, pair))
-    r, _, scale = resolve(files.config, pair.module)
-    if len(a) != b.shape[1]:
-        b = torch.block_diag(*b.chunk(len(a) // b.shape[1]))
-    experts = len(a) // r if files.config.target_parameters and len(a) % r == 0 else 1
-    if experts == 1:
-        yield pair.name, LowRank(a, b, scale)
+def _updates(files: AdapterFiles, pairs: list[Pair]) -> Iterator[tuple[str, LowRank]]:
+    """The pairs of one module as matrices; of experts, whose ranks lie side by side in a file, a pair each."""
+    inner_first = sorted(pairs, key=lambda pair: len(pair.a), reverse=True)
+    rows = [len(factors(files, pair)[0]) for pair in inner_first]
+    found = placed(files.config, pairs[0].module, rows)
+    if found is None:
+        yield from ((pair.name, _of_module(files, pair)) for pair in pairs)
         return
+    for pair, parameter in zip(inner_first, found, strict=True):
+        yield from _of_experts(files, pair, f"{pair.module}.{parameter.name}", parameter.experts)
+
+
+def _of_module(files: AdapterFiles, pair: Pair) -> LowRank:
+    a, b = (tensor.flatten(1) for tensor in factors(files, pair))
+    if len(a) != b.shape[1]:  # a convolution with groups: each group of outputs has its own part of the rank
+        b = torch.block_diag(*b.chunk(len(a) // b.shape[1]))
+    return LowRank(a, b, resolve(files.config, pair.module).scale)
+
+
+def _of_experts(files: AdapterFiles, pair: Pair, parameter: str, experts: int) -> Iterator[tuple[str, LowRank]]:
+    """An update for each expert; of one map, by the parameter's own name."""
+    a, b = factors(files, pair)
+    r, _, scale = resolve(files.config, parameter)
     for e, inside in enumerate(a.chunk(experts)):
-        yield f"{pair.name}[{e}]", LowRank(inside, b.view(len(b), r, experts)[:, :, e], scale)
+        name = parameter if experts == 1 else f"{parameter}[{e}]"
+        yield name, LowRank(inside, b.view(len(b), r, experts)[:, :, e], scale)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.target import ModuleShape, Targets
-from twofold.errors import ConfigError
+from twofold.errors import AdapterFileError, ConfigError
+from twofold.layers.dora import MatrixShare
 from twofold.layers.linear import LinearShare
+from twofold.layers.protocol import bare_modules
+from twofold.layers.quantised import frozen_of, unpacked
 from twofold.lowrank.dora import row_norms, row_squares
 from twofold.lowrank.init import STARTS, Factors
 from twofold.lowrank.spectral_init import DATA_STARTS, is_subtracted, weight_start
 
 LINEAR = ("linear", "conv1d")
+DORA = (*LINEAR, "embedding", "convolution")
 
 
 def check_variants(config: LoraConfig, targets: Targets, given: Mapping[str, Factors] | None) -> None:
@@ -26,13 +32,21 @@ def check_variants(config: LoraConfig, targets: Targets, given: Mapping[str, Fac
     Raises:
         ConfigError: names the setting and the modules.
     """
+    parameters = [f"{name}.{shape.name}" for name, found in targets.parameters.items() for shape in found]
     asked = linear_only(config)
-    others = [name for name, shape in targets.adapted.items() if shape.kind not in LINEAR]
-    others += [f"{name}.{shape.name}" for name, found in targets.parameters.items() for shape in found]
+    others = [name for name, shape in targets.adapted.items() if shape.kind not in LINEAR] + parameters
     if asked and others:
         raise ConfigError(
             f"{' and '.join(asked)} is defined for linear layers alone, but the targets include {_listed(others)}; "
             "leave these out by exclude_modules, or take plain LoRA"
+        )
+    beyond = [
+        name for name, shape in targets.adapted.items() if shape.kind not in DORA or shape.groups > 1
+    ] + parameters
+    if config.use_dora and beyond:
+        raise ConfigError(
+            "use_dora is defined for linear layers, embeddings and convolutions without groups, but the targets include "
+            f"{_listed(beyond)}; leave these out by exclude_modules, or take plain LoRA"
         )
     if config.init_lora_weights in DATA_STARTS:
         missing = [name for name in targets.adapted if name not in (given or {})]
@@ -43,9 +57,25 @@ def check_variants(config: LoraConfig, targets: Targets, given: Mapping[str, Fac
             )
 
 
+def check_source(model: nn.Module, config: LoraConfig, targets: Targets, path: Path) -> None:
+    """Refuse to compute the start of a file's raw factors again from packed weights: it was that of the 16-bit ones.
+
+    Raises:
+        AdapterFileError: names the file and a packed module.
+    """
+    bases = dict(bare_modules(model)) if is_subtracted(config.init_lora_weights) else {}
+    packed = [name for name in targets.adapted if name in bases and unpacked(getattr(bases[name], "base", bases[name]))]
+    if packed:
+        raise AdapterFileError(
+            f"{path} holds raw factors of init_lora_weights={config.init_lora_weights!r}, whose start was read off the 16-bit "
+            f"weight of '{packed[0]}', which is quantised here; load it onto its 16-bit base and save it again "
+            "(twofold.save_adapter): that writes the plain update"
+        )
+
+
 def linear_only(config: LoraConfig) -> list[str]:
     """The settings that only linear layers know."""
-    flags = [name for name in ("use_dora", "lora_bias", "freeze_a") if getattr(config, name)]
+    flags = [name for name in ("lora_bias", "freeze_a") if getattr(config, name)]
     drawn = config.init_lora_weights is True or config.init_lora_weights == "gaussian"
     return flags if drawn else [*flags, f"init_lora_weights: {str(config.init_lora_weights).lower()}"]
 
@@ -80,10 +110,7 @@ def linear_share(
     if config.lora_bias:
         share.b_bias = nn.Parameter(torch.zeros_like(factors[1][:, 0]))
     if config.use_dora:
-        share.weight_when_active = 1.0
-        weight = _matrix(base)
-        share.magnitude = nn.Parameter(row_norms(weight, row_squares(weight), share.low_rank()))
-        share.weight_when_active = 0.0
+        set_lengths(share, _matrix(base))
     return share
 
 
@@ -91,6 +118,13 @@ def _own(given: Factors) -> Factors:
     """A copy of factors that belong to someone else; one value that is repeated needs none."""
     A, B = (f if 0 in f.stride() else f.clone() for f in given)
     return A, B
+
+
+def set_lengths(share: MatrixShare, matrix: Float[Tensor, "out in_"]) -> None:
+    """Make a share DoRA's, with the lengths of the rows of this base and its start for its magnitudes, in its type."""
+    share.weight_when_active = 1.0
+    share.magnitude = nn.Parameter(row_norms(matrix, row_squares(matrix), share.low_rank()))
+    share.weight_when_active = 0.0
 
 
 def _start(config: LoraConfig, shape: ModuleShape, base: nn.Module, r: int, scale: float) -> Factors:
@@ -101,11 +135,14 @@ def _start(config: LoraConfig, shape: ModuleShape, base: nn.Module, r: int, scal
 
 
 def _matrix(base: nn.Module) -> Tensor:
-    """The base's weight as (out, in).
+    """The base's weight as (out, in), of a packed one what its codes stand for.
 
     Raises:
-        ConfigError: it is packed, so that its values cannot be read.
+        ConfigError: it is packed in a way of its own, so that its values cannot be read.
     """
+    packed = frozen_of(base)
+    if packed is not None:
+        return packed.dequantised()
     weight = cast(Tensor, base.weight).detach()
     if not weight.is_floating_point():
         raise ConfigError(

@@ -7,8 +7,8 @@ float32 and linear layers with a forward of their own stay what they are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,21 @@ from twofold.machine import page_out
 from twofold.quant import Scheme
 
 METHOD = "twofold"
+Take: TypeAlias = Callable[[str, QuantisedLinear, Tensor], Tensor]
+"""From a module's name, the module and its weight (out, in) to the parameter that it gets."""
+
+
+def _codes(_: str, module: QuantisedLinear, weight: Tensor) -> Tensor:
+    return module.pack(weight)
 
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What `from_pretrained` is given: how to pack, and where."""
+    """What `from_pretrained` is given: how to pack, where, and what to make of each 16-bit weight (out, in) but its codes."""
 
-    def __init__(self, scheme: Scheme, device: torch.device) -> None:
+    def __init__(self, scheme: Scheme, device: torch.device, take: Take | None = None) -> None:
         self.quant_method = METHOD
-        self.scheme, self.device = scheme, device
+        self.scheme, self.device, self.take = scheme, device, take or _codes
 
 
 @register_quantizer(METHOD)
@@ -102,7 +108,8 @@ class _Pack(ConversionOps):  # type: ignore[misc]
         matrix = weight.T if isinstance(module, _PackedConv1D) else weight
         if tuple(matrix.shape) != (module.out_features, module.in_features):
             raise BaseError(f"{name} is of shape {tuple(weight.shape)}, which its config does not describe")
-        codes = module.pack(matrix.to(self.packer.quantization_config.device))
+        settings = self.packer.quantization_config
+        codes: Tensor = settings.take(name.rpartition(".")[0], module, matrix.to(settings.device))
         page_out(weight)  # or the whole 16-bit file is in memory in the end, mapped
         return codes
 
@@ -120,6 +127,17 @@ def read_packed(cls: Any, source: str, dtype: torch.dtype, scheme: Scheme, devic
     packer.remove_quantization_config(model)
     _own(model)
     return model.to(device), {**told, "packed": packer.seen}
+
+
+def read_again(model: Any, source: str, scheme: Scheme, look: Callable[[str, Tensor], None]) -> None:
+    """Show `look` the 16-bit weight (out, in) of each packed module of a model, one after the other; none is kept."""
+
+    def take(name: str, _: QuantisedLinear, weight: Tensor) -> Tensor:
+        look(name, weight)
+        return nn.Parameter(weight.new_empty(0), requires_grad=False)
+
+    settings = PackedConfig(scheme, model.device, take)
+    type(model).from_pretrained(source, dtype=model.dtype, quantization_config=settings)
 
 
 def adopt(model: Any) -> dict[str, Sampled]:

@@ -13,8 +13,8 @@ from twofold.cli.run_flags import SearchFlags, config_from
 from twofold.cli.terminal import Terminal, duration, stdout
 from twofold.recipes.find_lr import find_lr
 from twofold.recipes.rate_page import verdict
-from twofold.recipes.report import shown
 from twofold.recipes.settings import TrainConfig
+from twofold.recipes.words import shown
 
 
 def run(arguments: list[str]) -> int:

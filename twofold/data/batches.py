@@ -23,6 +23,12 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return -(-examples // batch_size)
 
 
+def examples_seen(examples: int, batch_size: int, steps: int) -> int:
+    """Examples, counted each time, in so many optimiser steps."""
+    epochs, more = divmod(steps, steps_per_epoch(examples, batch_size))
+    return epochs * examples + min(more * batch_size, examples)
+
+
 def step_indices(examples: int, batch_size: int, seed: int, step: int) -> list[int]:
     """The examples of optimiser step `step`, counted from 0 over all epochs."""
     epoch, at = divmod(step, steps_per_epoch(examples, batch_size))

@@ -55,6 +55,16 @@ def answered(source: str, config: DataConfig, tokenizer: Any) -> Examples:
     return fit([_answered(row, place, tokenizer) for place, row in _places(table)], table, config)
 
 
+def questions(source: str) -> list[tuple[str, str]]:
+    """Prompts for an encoder, and what the decoder is to answer, as text.
+
+    Raises:
+        DataError: unreadable, or one of both is no text.
+    """
+    rows = _places(read_table(source, ANSWERED))
+    return [(_text(row, "prompt", place), _text(row, "completion", place)) for place, row in rows]
+
+
 def _places(table: Table) -> list[tuple[str, Mapping[str, Any]]]:
     return [(f"{table.source}, example {i}", row) for i, row in enumerate(table.rows, start=1)]
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
+from twofold.layers.dora import DoraLayer
 from twofold.layers.linear import LinearShare, effective_bias
-from twofold.layers.weights import WeightLayer
-from twofold.lowrank.factors import merged_weight
+from twofold.lowrank.factors import LowRank, merged_weight
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -32,6 +32,10 @@ CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.con
 
 class ConvShare(LinearShare):
     """One adapter's factors over one convolution: A (r, in, *kernel), B (out, r / groups, 1…); and its own bias, if any."""
+
+    def low_rank(self) -> LowRank:
+        """Its update of the kernel as a matrix (out, in · kernel), of a convolution without groups."""
+        return LowRank(self.A.flatten(1), self.B.flatten(1), self.scale * self.weight_when_active)
 
     def kernel(self, groups: int) -> Float[Tensor, "out in_ *kernel"]:
         """Its update at the weight it is active with, as the kernel of a convolution without groups."""
@@ -42,8 +46,11 @@ class ConvShare(LinearShare):
         return found.view(len(self.B), *self.A.shape[1:])
 
 
-class LoraConv(WeightLayer):
-    """y = W0 * x + b + Σ weight · scale · B * (A * dropout(x)) over the active shares."""
+class LoraConv(DoraLayer):
+    """y = W0 * x + b + Σ weight · scale · B * (A * dropout(x)) over the active shares.
+
+    With DoRA, which has no groups, y = c ⊙ (W0 * x + scale · B * (A * dropout(x))) + b, with c of each output channel.
+    """
 
     base: Conv
 
@@ -51,6 +58,10 @@ class LoraConv(WeightLayer):
     def from_base(cls, base: nn.Module) -> LoraConv:
         """Wrap a frozen convolution; nothing is copied."""
         return cls(base)
+
+    def matrix(self) -> Float[Tensor, "out in_"]:
+        """A row is the kernel of an output channel."""
+        return self.weight.flatten(1)
 
     def _shares_now(self) -> list[ConvShare]:
         return cast(list[ConvShare], self.active())
@@ -63,17 +74,30 @@ class LoraConv(WeightLayer):
         if self.merged is not None or self.folding:
             bias = effective_bias(self.bias, shares)
             return self._convolve(x, in_own_precision(self._merged_now, self.weight), bias)
+        stretch = self.stretch(shares)
+        if stretch is not None:
+            return self._stretched(x, shares[0], stretch)
         y: Tensor = self.base(x)
         for share in shares:
-            y = y + self._update(x, share).to(y.dtype)
+            change = share.bias_change
+            bias = None if change is None else (change * share.weight_when_active).to(x.dtype)
+            y = y + self._update(x, share, bias).to(y.dtype)
         return y
 
-    def _update(self, x: Tensor, share: ConvShare) -> Tensor:
+    def _stretched(self, x: Tensor, share: ConvShare, stretch: Tensor) -> Tensor:
+        """DoRA's output: all but the bias times the channels' factors."""
+        y = self._convolve(x, self.weight, None) + self._update(x, share, None)
+        bias = effective_bias(self.bias, [share])
+        y = (y * self._channelwise(stretch)).to(x.dtype)
+        return y if bias is None else y + self._channelwise(bias)
+
+    def _channelwise(self, values: Float[Tensor, " out"]) -> Tensor:
+        return values.view(-1, *(1 for _ in range(self._dimensions)))
+
+    def _update(self, x: Tensor, share: ConvShare, bias: Tensor | None) -> Tensor:
         """What one share adds to the output."""
         h = self._convolve(F.dropout(x, share.dropout, self.training), share.A.to(x.dtype), None)
         B = (share.B * (share.scale * share.weight_when_active)).to(x.dtype)
-        change = share.bias_change
-        bias = None if change is None else (change * share.weight_when_active).to(x.dtype)
         return CONVOLVE[self._dimensions](h, B, bias, groups=self.base.groups)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,7 +118,8 @@ class LoraConv(WeightLayer):
         total = torch.zeros(shape, dtype=torch.float32, device=self.weight.device)
         for share in self._shares_now():
             total = total + share.kernel(self.base.groups)
-        return total
+        stretch = self.stretch(self._shares_now())
+        return total if stretch is None else (total + self.weight) * self._channelwise(stretch)[:, None] - self.weight
 
     @torch.no_grad()
     def fold(self) -> Float[Tensor, "out in_ *kernel"]:

@@ -11,18 +11,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from twofold.functional.widen import in_own_precision
-from twofold.layers.protocol import Share, adopt
-from twofold.layers.weights import WeightLayer
+from twofold.layers.dora import DoraLayer, MatrixShare
+from twofold.layers.protocol import adopt
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.init import Factors
 
 
-class EmbeddingShare(Share):
-    """One adapter's factors over one embedding: A (r, vocabulary), B (dim, r)."""
+class EmbeddingShare(MatrixShare):
+    """One adapter's factors over one embedding: A (r, vocabulary), B (dim, r); of DoRA `magnitude` (dim,), else None."""
 
     def __init__(self, factors: Factors, scale: float) -> None:
         super().__init__()
         self.A, self.B = nn.Parameter(factors[0]), nn.Parameter(factors[1])
+        self.register_parameter("magnitude", None)
         self.scale = scale
 
     def low_rank(self) -> LowRank:
@@ -30,21 +31,31 @@ class EmbeddingShare(Share):
         return LowRank(self.A, self.B, self.scale * self.weight_when_active)
 
     def saved(self, base: nn.Module) -> dict[str, Tensor]:
-        return {"lora_embedding_A": self.A.detach(), "lora_embedding_B": self.B.detach()}
+        found = {"lora_embedding_A": self.A.detach(), "lora_embedding_B": self.B.detach()}
+        return found if self.magnitude is None else {**found, "lora_magnitude_vector": self.magnitude.detach()}
 
     @torch.no_grad()
     def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         adopt(self.A, tensors["lora_embedding_A"])
         adopt(self.B, tensors["lora_embedding_B"])
+        if self.magnitude is not None:
+            adopt(self.magnitude, tensors["lora_magnitude_vector"])
 
 
-class LoraEmbedding(WeightLayer):
-    """y = W0[ids] + Σ weight · scale · A[:, ids]ᵀ Bᵀ over the active shares."""
+class LoraEmbedding(DoraLayer):
+    """y = W0[ids] + Σ weight · scale · A[:, ids]ᵀ Bᵀ over the active shares.
+
+    With DoRA, c ⊙ (W0[ids] + scale · A[:, ids]ᵀ Bᵀ), with c of each of the dim columns of the table, as PEFT has it.
+    """
 
     @classmethod
     def from_base(cls, base: nn.Module) -> LoraEmbedding:
         """Wrap a frozen embedding; nothing is copied."""
         return cls(base)
+
+    def matrix(self) -> Float[Tensor, "dim vocabulary"]:
+        """The table on its side, as the updates are of it."""
+        return self.weight.T
 
     def _shares_now(self) -> list[EmbeddingShare]:
         return cast(list[EmbeddingShare], self.active())
@@ -62,14 +73,16 @@ class LoraEmbedding(WeightLayer):
             update = share.low_rank()
             rows = F.embedding(ids, update.A.T) @ update.B.T
             y = y + (rows * (update.scale * self._factor())).to(y.dtype)
-        return y
+        stretch = self.stretch(shares)
+        return y if stretch is None else (y * stretch).to(y.dtype)
 
     def delta(self) -> Float[Tensor, "vocabulary dim"]:
         """The sum of the active updates of the table, in float32 or wider."""
         total = torch.zeros_like(self.weight, dtype=torch.float32)
         for share in self._shares_now():
             total = total + share.low_rank().delta().T
-        return total
+        stretch = self.stretch(self._shares_now())
+        return total if stretch is None else (total + self.weight) * stretch - self.weight
 
     @torch.no_grad()
     def fold(self) -> Float[Tensor, "vocabulary dim"]:

@@ -13,11 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.errors import ConfigError
 from twofold.functional.widen import in_own_precision
+from twofold.layers.dora import DoraLayer, MatrixShare
 from twofold.layers.protocol import Share, adopt, bias_of
 from twofold.layers.quantised import QuantisedLinear, frozen_of
 from twofold.layers.rows import Rows
-from twofold.layers.weights import WeightLayer
-from twofold.lowrank.dora import row_norms, row_squares
 from twofold.lowrank.factors import LowRank, merged_weight
 from twofold.lowrank.frozen import Frozen
 from twofold.lowrank.grouped import Spread, grouped_update
@@ -25,7 +24,7 @@ from twofold.lowrank.linear import Projection, group_product
 from twofold.quant import QuantisedWeight
 
 
-class LinearShare(Share):
+class LinearShare(MatrixShare):
     """One adapter's factors over one linear map: A (r, in), B (out, r), in float32 or wider; and its own bias, if any.
 
     `bias_change` (out,) is what the adapter adds to the base's bias, zero at the start; `cast` is A and B in the type of the
@@ -87,6 +86,13 @@ class LinearShare(Share):
             return LowRank(self.A, changed, scale)
         return LowRank(torch.cat([self.A, self.A - self.start_A]), torch.cat([changed, self.start_B], 1), scale)
 
+    def bias_added(self) -> Float[Tensor, " out"] | None:
+        """What it adds to the bias at weight 1, if anything."""
+        scaled = None if self.b_bias is None else self.b_bias * self.scale
+        if self.bias_change is None or scaled is None:
+            return self.bias_change if scaled is None else scaled
+        return self.bias_change + scaled
+
     def saved(self, base: nn.Module) -> dict[str, Tensor]:
         return self._named(self.A.detach(), self.B.detach(), base)
 
@@ -119,21 +125,11 @@ class LinearShare(Share):
             self.bias_change.copy_(tensors["base_layer.bias"].to(self.bias_change) - bias_of(base))
 
 
-class LoraLinear(WeightLayer):
+class LoraLinear(DoraLayer):
     """y = x W0ᵀ + b + Σ weight · scale · (dropout(x) Aᵀ) Bᵀ over the active shares, arXiv 2106.09685.
 
     With DoRA, y = c ⊙ (x W0ᵀ + scale · (dropout(x) Aᵀ) Bᵀ) + b, where c = magnitude / ||W0 + scale·BA|| row by row.
-
-    Attributes:
-        squares: ||W0||² of each row, once an adapter asked for it.
     """
-
-    squares: Tensor | None
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__(base)
-        self._buffers["squares"] = None
-        self._non_persistent_buffers_set.add("squares")
 
     @classmethod
     def from_base(cls, base: nn.Module) -> LoraLinear:
@@ -178,21 +174,13 @@ class LoraLinear(WeightLayer):
             effective_bias(self.bias, shares),
             combined([s.low_rank() for s in shares]),
             cast_before,
-            self._stretch(shares),
+            self.stretch(shares),
         )
 
-    def row_norms(self, share: LinearShare) -> Float[Tensor, " out"]:
-        """||W0 + scale·BA|| of each row, a constant to the gradient."""
-        if share.norms is not None:
-            return share.norms
-        if self.squares is None:
-            self.squares = row_squares(self.matrix())
-        return row_norms(self.matrix(), self.squares, share.low_rank())
-
-    def _stretch(self, shares: list[LinearShare]) -> Float[Tensor, " out"] | None:
-        """DoRA's factor of each row; such an adapter is active alone, at weight 1."""
-        magnitude = shares[0].magnitude if len(shares) == 1 else None
-        return None if magnitude is None else magnitude / self.row_norms(shares[0])
+    def row_norms(self, share: MatrixShare) -> Float[Tensor, " out"]:
+        """As they stand now, or within `cast_once` as they stood."""
+        kept = share.norms if isinstance(share, LinearShare) else None
+        return super().row_norms(share) if kept is None else kept
 
     def forward(self, x: Float[Tensor, "*batch in_"]) -> Float[Tensor, "*batch out"]:
         shares = self.linear_shares()
@@ -215,15 +203,18 @@ class LoraLinear(WeightLayer):
         each = weights.repeat_interleave(x[0].numel() // x.shape[-1], 0)
         updates = [LowRank(s.A, s.B, s.scale) for s in shares]
         y = y + grouped_update(x.reshape(-1, x.shape[-1]), updates, Spread.of(each, x.device)).view(y.shape)
-        changes = [s.A.new_zeros(y.shape[-1]) if s.bias_change is None else s.bias_change for s in shares]
-        if any(s.bias_change is not None for s in shares):
-            y = y + (each.to(changes[0]) @ torch.stack(changes)).view(y.shape).to(y.dtype)
+        changes = [s.bias_added() for s in shares]
+        if any(c is not None for c in changes):
+            stacked = torch.stack(
+                [s.B.new_zeros(len(s.B)) if c is None else c for s, c in zip(shares, changes, strict=True)]
+            )
+            y = y + (each.to(stacked) @ stacked).view(y.shape).to(y.dtype)
         return y
 
     @torch.no_grad()
     def delta(self) -> Float[Tensor, "out in_"]:
         """What the active updates add to the weight, in float32 or wider."""
-        if self._stretch(self.linear_shares()) is None:
+        if self.stretch(self.linear_shares()) is None:
             return self._added()
         return self._wide_fold() - self.matrix()
 
@@ -234,12 +225,12 @@ class LoraLinear(WeightLayer):
     @torch.no_grad()
     def fold(self) -> Float[Tensor, "out in_"]:
         """A new weight with the active updates in it, rounded once to the base's type."""
-        if self._stretch(self.linear_shares()) is None:
+        if self.stretch(self.linear_shares()) is None:
             return merged_weight(self.matrix(), [self._added()])
         return self._wide_fold().to(self.matrix().dtype)
 
     def _wide_fold(self) -> Float[Tensor, "out in_"]:
-        stretch = self._stretch(self.linear_shares())
+        stretch = self.stretch(self.linear_shares())
         added = self._added()
         total = added.add_(self.matrix())
         return total if stretch is None else total.mul_(stretch[:, None])
@@ -291,18 +282,17 @@ class LoraQuantised(LoraLinear):
 
 
 def _only_adds(share: Share) -> bool:
-    """Whether a share is A and B, and at most a change of the bias: whatever else it has may do more than add to the output."""
+    """Whether a share is A and B, and at most changes of the bias: whatever else it has may do more than add to the output."""
     own = {name for name, value in {**share._parameters, **share._buffers}.items() if value is not None}
-    return isinstance(share, LinearShare) and own <= {"A", "B", "bias_change"} and "A" in share._parameters
+    return isinstance(share, LinearShare) and own <= {"A", "B", "bias_change", "b_bias"} and "A" in share._parameters
 
 
 def effective_bias(bias: Tensor | None, shares: Iterable[LinearShare]) -> Tensor | None:
     """A base's bias with what the shares add to it."""
     for share in shares:
-        if share.bias_change is not None and bias is not None:
-            bias = bias + (share.bias_change * share.weight_when_active).to(bias.dtype)
-        if share.b_bias is not None:
-            change = share.b_bias * (share.scale * share.weight_when_active)
+        added = share.bias_added()
+        if added is not None:
+            change = added * share.weight_when_active
             bias = change if bias is None else bias + change.to(bias.dtype)
     return bias
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from twofold.adapter.config import LoraConfig
-from twofold.adapter.files import PREFIX, AdapterFiles
+from twofold.adapter.files import AdapterFiles
+from twofold.adapter.keys import PREFIX
 from twofold.adapter.names import matcher, tails
 from twofold.adapter.peft_config import names_in_full, with_changes
 from twofold.adapter.plain import plain_config, plain_tensors, ranks_of

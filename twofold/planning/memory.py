@@ -58,6 +58,7 @@ SYMBOLS = {
     "heads": "attention heads",
     "V": "vocabulary",
     "R": "sum of all adapters' ranks",
+    "D": "sum of DoRA's adapted modules' output widths, each kept once more for the gradient of its lengths; 0 without DoRA",
     "X": "sum of all adapted modules' input widths",
     "T": "tokens in one forward pass",
     "Y": "of these, supervised",
@@ -98,13 +99,13 @@ PROOF = "8 * largest + e * max(largest, P_adapted / L) + 6 * e * min(proved * V,
 """A layer's merged weights, one of them twice more in float32 while it is formed (its update and the sum), and three sets of
 logits. A proof finds free what a step took beside weights and adapter; the term is what goes beyond."""
 FAST = Loop(
-    layer="T * e * (2 * h + 2 * d_q + 2 * d_kv + d_raw + 2 * m + heads * s + R / L) + casts / L",
+    layer="T * e * (2 * h + 2 * d_q + 2 * d_kv + d_raw + 2 * m + heads * s + (R + D) / L) + casts / L",
     passing="T * e * (5 * m + 2 * h)",
     logits="e * min(Y * V, chunk) + 4 * min(Y * V, widened)",
     proof=PROOF,
 )
 PLAIN = Loop(
-    layer="T * (8 * h + e * (2 * h + 3 * d_q + 2 * d_kv + 4 * m + R / L))",
+    layer="T * (8 * h + e * (2 * h + 3 * d_q + 2 * d_kv + 4 * m + (R + D) / L))",
     passing="T * 5 * e * m",
     logits="Y * V * (12 + e)",
     proof=PROOF,
@@ -250,6 +251,7 @@ def symbol_values(parameters: ParameterPlan, shape: Architecture, step: StepShap
         "heads": shape.heads,
         "V": shape.vocabulary,
         "R": parameters.ranks,
+        "D": parameters.dora_outputs,
         "X": parameters.adapted_inputs,
         "T": step.tokens,
         "Y": step.supervised_tokens,

@@ -21,6 +21,7 @@ class ParameterPlan:
         modules: adapted modules.
         ranks: the sum of their ranks.
         adapted_inputs: the sum of their input widths.
+        dora_outputs: the sum of their output widths, of DoRA; 0 without.
         adapted_base: values of the weights that get factors.
         largest: values of the largest of these.
     """
@@ -31,6 +32,7 @@ class ParameterPlan:
     modules: int
     ranks: int
     adapted_inputs: int
+    dora_outputs: int
     adapted_base: int
     largest: int
 
@@ -64,6 +66,7 @@ def plan_parameters(config: LoraConfig, shapes: Mapping[str, ModuleShape], base:
         modules=len(adapted),
         ranks=sum(ranks.values()),
         adapted_inputs=sum(s.in_features for s in targets.adapted.values()),
+        dora_outputs=sum(s.out_features for s in targets.adapted.values()) if config.use_dora else 0,
         adapted_base=sum(adapted),
         largest=max(adapted, default=0),
     )

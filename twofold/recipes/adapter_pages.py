@@ -13,7 +13,7 @@ from twofold.inspection.compare import Comparison, ModuleComparison
 from twofold.inspection.report import AdapterReport, ModuleReport
 from twofold.recipes.charts import Chart, Figure, Line, Number, draw, significant
 from twofold.recipes.pages import template
-from twofold.recipes.report import NONE, Table
+from twofold.recipes.words import NONE, Table
 
 FAINTEST = -8
 """The power of ten, beside a module's largest value, below which its spectrum is not drawn."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import nn
 
 from twofold.adapter.config import LoraConfig
@@ -16,7 +17,7 @@ from twofold.data.examples import Examples
 from twofold.data.stream import Streamed, first_examples, open_stream
 from twofold.errors import DataError
 from twofold.events import Emit
-from twofold.machine import checked_device
+from twofold.machine import checked_device, memory_bytes
 from twofold.recipes.adapters import check_base
 from twofold.recipes.preflight import Preflight, preflight
 from twofold.recipes.settings import TrainConfig, check_factors_only
@@ -26,13 +27,14 @@ from twofold.world import World
 
 @dataclass(frozen=True)
 class Loaded:
-    """`train` is the whole training data, or what `stream` begins with."""
+    """`train` is the whole training data, or what `stream` begins with; `held` the bytes that this process held before it all."""
 
     base: Base
     train: Examples
     evaluation: Examples | None
     lora: LoraConfig
     stream: Streamed | None
+    held: int
 
 
 def is_sharded(config: TrainConfig, world: World) -> bool:
@@ -46,8 +48,9 @@ def load(config: TrainConfig, emit: Emit, world: World) -> Loaded:
     Raises:
         UserError: anything about the configuration, the base or the data.
     """
+    held = memory_bytes(torch.device("cpu"))
     base = _load_base(config, emit, world)
-    return world.together(lambda: _load_data(config, base, emit, sharded=is_sharded(config, world)))
+    return world.together(lambda: _load_data(config, base, held, emit, sharded=is_sharded(config, world)))
 
 
 def _load_base(config: TrainConfig, emit: Emit, world: World) -> Base:
@@ -60,7 +63,7 @@ def _load_base(config: TrainConfig, emit: Emit, world: World) -> Base:
     return world.together(lambda: load_base(config.base, config.dtype, config.device, emit, config.scheme, head))
 
 
-def _load_data(config: TrainConfig, base: Base, emit: Emit, *, sharded: bool) -> Loaded:
+def _load_data(config: TrainConfig, base: Base, held: int, emit: Emit, *, sharded: bool) -> Loaded:
     task = TASKS[config.task]
     lora = task.adapter(config.adapter.lora(), base)
     if config.adapter.init_from:
@@ -73,14 +76,15 @@ def _load_data(config: TrainConfig, base: Base, emit: Emit, *, sharded: bool) ->
     if template is not None:
         base = replace(base, renderer=renderer_for(base.model, base.tokenizer, template))
     stream = open_stream(data, base.renderer, training.batch_size, training.seed) if data.streaming else None
-    train_set = first_examples(stream, emit) if stream else task.examples(data.train, config, base, emit)
-    held_out = task.examples(data.evaluation, config, base, emit) if data.evaluation else None
-    return Loaded(base, train_set, held_out, lora, stream)
+    train_set = first_examples(stream, emit) if stream else task.examples(data.train, data, base, emit)
+    held_out = task.examples(data.evaluation, data, base, emit) if data.evaluation else None
+    return Loaded(base, train_set, held_out, lora, stream, held)
 
 
 def foresee(config: TrainConfig, loaded: Loaded, world: World) -> Preflight:
     """The pre-flight, with the memory of one process of those that train."""
-    found = preflight(loaded.base, loaded.lora, config.training, loaded.train, loaded.evaluation, world)
+    data = (loaded.train, loaded.evaluation)
+    found = preflight(loaded.base, loaded.lora, config.training, *data, loaded.held, world)
     if not is_sharded(config, world):
         return found
     weights = bytes_per_process(loaded.base.model, world.size)

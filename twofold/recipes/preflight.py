@@ -20,7 +20,6 @@ from twofold.planning.architecture import StepShape, architecture
 from twofold.planning.memory import FAST, PLAIN, Loop, MemoryPlan, Setup, plan_memory
 from twofold.planning.parameters import ParameterPlan, plan_parameters
 from twofold.planning.time import measure_rates, plan_time
-from twofold.recipes.plan import HELD_BYTES
 from twofold.training.layout import lay_out
 from twofold.training.optim import TrainingConfig
 from twofold.world import ALONE, World
@@ -80,9 +79,13 @@ def preflight(
     training: TrainingConfig,
     train: Examples,
     evaluation: Examples | None,
+    held: int,
     world: World = ALONE,
 ) -> Preflight:
     """Foresee a run over a base that carries no adapter yet; memory is that of one process.
+
+    Args:
+        held: bytes that this process held before the base was loaded: interpreter and libraries.
 
     Raises:
         TargetError: the adapter's targets match nothing.
@@ -94,7 +97,7 @@ def preflight(
     scheme = packed_as(base.model)
     packed = "none" if scheme is None else scheme.kind
     shapes = numbers_of_rows(train, training, base.dtype, loop)
-    setup = Setup(loop=loop, quantization=packed, device=base.device.type, held=HELD_BYTES, shapes=shapes)
+    setup = Setup(loop=loop, quantization=packed, device=base.device.type, held=held, shapes=shapes)
     batch = first_batch(train, training)
     first = _shape(batch, training, base.dtype, loop)
     of_first = plan_memory(parameters, sizes, first, setup)

@@ -10,7 +10,7 @@ from typing import Any
 from twofold import atomic
 from twofold.recipes.charts import Chart, Figure, Line, Marker, Number, Point, draw
 from twofold.recipes.pages import template
-from twofold.recipes.report import NONE, Table, shown
+from twofold.recipes.words import NONE, Table, shown
 
 WORTH_DRAWING = 1.5
 """Losses above this many times the untouched model's would press all others flat."""

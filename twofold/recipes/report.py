@@ -21,10 +21,11 @@ from markupsafe import Markup
 from twofold import atomic
 from twofold.recipes import charts
 from twofold.recipes.charts import Json, Number, significant
+from twofold.recipes.others import others_table
 from twofold.recipes.pages import template
 from twofold.recipes.runs import RunFolder
+from twofold.recipes.words import NONE, Table, dig, duration, magnitude, memory, shown
 
-NONE = "–"
 SAMPLE_TOKENS, TABLE_STEPS = 1200, 24
 """The most tokens shown of a sample, and rows of the table behind the charts."""
 SPECIAL = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
@@ -40,15 +41,6 @@ class Card:
     value: str
     details: Sequence[str] = ()
     gauge: Markup | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows whose first cell is their heading."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str | Markup]]
 
 
 @dataclass(frozen=True)
@@ -96,6 +88,7 @@ def render(report: Json, preflight: Json, events: Sequence[Json], settings: Json
         steps=charts.thin(steps, TABLE_STEPS),
         all_steps=len(steps),
         losses=before_and_after(report),
+        others=others_table(report),
         scores=dig(report, "task", "scores") or [],
         answers=[answers(s) for s in dig(report, "task", "samples") or []],
         cut=cut_sentence(preflight),
@@ -107,43 +100,6 @@ def render(report: Json, preflight: Json, events: Sequence[Json], settings: Json
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
-
-
-def dig(value: Any, *keys: str) -> Any:
-    """A value inside nested mappings; None as soon as something is absent."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def shown(value: Any, form: str | Callable[[Number], str]) -> str:
-    """A number in a format, or a dash where there is none."""
-    if value is None:
-        return NONE
-    return form(value) if callable(form) else format(value, form)
-
-
-def memory(count: Number) -> str:
-    """Bytes in GB, or MB below a tenth of one; never broken over two lines."""
-    return f"{count / 1e9:.2f}\u00a0GB" if count >= 1e8 else f"{count / 1e6:.1f}\u00a0MB"
-
-
-def duration(seconds: Number) -> str:
-    """Seconds as a person says them."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60}\u00a0h {minutes % 60}\u00a0min"
-    if minutes:
-        return f"{minutes}\u00a0min {rest}\u00a0s"
-    return f"{seconds:.2g}\u00a0s" if seconds < 10 else f"{rest}\u00a0s"
-
-
-def magnitude(count: Number) -> str:
-    """A count, in millions or billions where it is that large."""
-    for size, name in ((1e9, "B"), (1e6, "M")):
-        if count >= size:
-            return f"{count / size:.3g}\u00a0{name}"
-    return f"{count:,}"
 
 
 def _finished(events: Sequence[Json]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,8 @@ from twofold.quant import Kind, Scheme
 from twofold.training.optim import TrainingConfig
 
 LORA_SETTINGS = tuple(f.name for f in fields(LoraConfig))
+OF_A_FILE = tuple(name for name in LORA_SETTINGS if name != "freeze_a")
+"""Those that an adapter's folder keeps: it does not say which of its factors learn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class AdapterSettings(LoraConfig):
     """The adapter of a run.
 
     Attributes:
-        init_from: folder of an adapter to go on from; its own settings then hold.
+        init_from: folder of an adapter to go on from; its own settings then hold, and freeze_a is the run's.
     """
 
     init_from: str | None = None
@@ -142,7 +144,7 @@ def check_continues(settings: AdapterSettings, given: Iterable[str]) -> None:
     if settings.init_from is None:
         return
     own = open_adapter(Path(settings.init_from)).config
-    pairs = {n: (getattr(settings, n), getattr(own, n)) for n in LORA_SETTINGS if n in set(given)}
+    pairs = {n: (getattr(settings, n), getattr(own, n)) for n in OF_A_FILE if n in set(given)}
     differing = [
         f"{name} is {here!r} here but {there!r} there" for name, (here, there) in pairs.items() if here != there
     ]
@@ -162,9 +164,9 @@ def continued(settings: AdapterSettings) -> AdapterSettings:
     if settings.init_from is None:
         return settings
     default = LoraConfig()
-    check_continues(settings, [n for n in LORA_SETTINGS if getattr(settings, n) != getattr(default, n)])
+    check_continues(settings, [n for n in OF_A_FILE if getattr(settings, n) != getattr(default, n)])
     own = open_adapter(Path(settings.init_from)).config
-    return AdapterSettings(init_from=settings.init_from, **{n: getattr(own, n) for n in LORA_SETTINGS})
+    return replace(settings, **{n: getattr(own, n) for n in OF_A_FILE})
 
 
 def check_factors_only(config: LoraConfig) -> None:

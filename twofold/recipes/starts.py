@@ -17,7 +17,10 @@ from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.target import ModuleShape, find_targets, module_shapes
 from twofold.base.batch import Example, pack
 from twofold.base.blocks import NotDescribed
+from twofold.base.load import locate
+from twofold.base.quantised import read_again
 from twofold.errors import ConfigError
+from twofold.layers.quantised import frozen_of, packed_as
 from twofold.lowrank.init import Factors
 from twofold.lowrank.spectral_init import eva, eva_ranks, loftq, lora_ga
 from twofold.training.objective import plain_objective
@@ -27,22 +30,22 @@ START_EXAMPLES = 16
 
 
 def started(
-    model: Any, config: LoraConfig, examples: Sequence[Example], pad_id: int
+    model: Any, config: LoraConfig, examples: Sequence[Example], pad_id: int, source: str
 ) -> tuple[LoraConfig, dict[str, Factors] | None]:
     """The config and the factors to attach: of EVA with its ranks redistributed, None where `attach` itself knows the start.
 
+    Args:
+        source: the reference of the base that `model` was read from.
+
     Raises:
-        ConfigError: the start needs what a training does not have.
+        ConfigError: the start needs what this base does not have.
     """
     if config.init_lora_weights == "eva":
         return eva_start(model, config, examples[:START_EXAMPLES], pad_id)
     if config.init_lora_weights == "lora_ga":
         return config, lora_ga_start(model, config, examples[:START_EXAMPLES], pad_id)
     if config.init_lora_weights == "loftq":
-        raise ConfigError(
-            "init_lora_weights: loftq needs the weights that a 4-bit base was made from, which a training does not hold; compute "
-            "them with twofold.recipes.starts.loftq_start and attach(..., factors=...), or take pissa"
-        )
+        return config, loftq_from_source(model, config, source)
     return config, None
 
 
@@ -154,6 +157,42 @@ def loftq_start(
     return {
         name: loftq(weights[name], roundtrip, *_rank_and_scale(config, name))[0] for name in _targets(model, config)
     }
+
+
+def loftq_from_source(model: Any, config: LoraConfig, source: str) -> dict[str, Factors]:
+    """LoftQ over a packed base, whose 16-bit weights are read again from its checkpoint, one at a time.
+
+    Args:
+        source: the reference that the base was loaded by.
+
+    Raises:
+        ConfigError: the base was not packed while it was read, so that nothing was lost or what was lost is not there.
+    """
+    scheme = packed_as(model)
+    if scheme is None:
+        raise ConfigError(
+            "init_lora_weights: loftq starts from what quantisation rounds away, and this base is not quantised; set quantization: "
+            "nf4, or take pissa"
+        )
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"init_lora_weights: loftq needs the 16-bit weights, and {source} holds packed ones; name the 16-bit base with "
+            "quantization: nf4"
+        )
+    adapted, found = _targets(model, config), dict[str, Factors]()
+
+    def look(name: str, weight: Tensor) -> None:
+        packed = frozen_of(model.get_submodule(name)) if name in adapted else None
+        if packed is not None:
+            left = packed.dequantised()
+            found[name], _ = loftq(weight, lambda _: left, *_rank_and_scale(config, name))
+
+    read_again(model, locate(source), scheme, look)
+    if missing := [name for name in adapted if name not in found]:
+        raise ConfigError(
+            f"init_lora_weights: loftq is for quantised layers, and '{missing[0]}' stays as it is; exclude it"
+        )
+    return found
 
 
 def _rank_and_scale(config: LoraConfig, module: str) -> tuple[int, float]:

@@ -4,6 +4,7 @@ what an evaluation says. How a batch becomes a loss and logits follows from the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import OURS, AdapterFiles
 from twofold.base.head import Head, TaskName, head_modules, head_of, labels_of
 from twofold.base.load import Base
-from twofold.data.examples import Examples, load_examples
+from twofold.data.examples import DataConfig, Examples, load_examples
 from twofold.data.tasks import answered, classified, find_labels
 from twofold.errors import ConfigError
 from twofold.events import Emit
@@ -30,9 +31,14 @@ class Task:
         """What the base is loaded to predict with."""
         return Head(task=self.name)
 
-    def examples(self, source: str, config: TrainConfig, base: Base, emit: Emit) -> Examples:
-        """A data set as the model will see it."""
-        return load_examples(source, config.data, base.renderer, emit)
+    def examples(self, source: str, data: DataConfig, base: Base, emit: Emit) -> Examples:
+        """A data set as the model will see it.
+
+        Raises:
+            ConfigError: a setting of the data that this task knows nothing of.
+            DataError: as `load_examples`.
+        """
+        return load_examples(source, data, base.renderer, emit)
 
     def adapter(self, config: LoraConfig, base: Base) -> LoraConfig:
         """The settings of the adapter, with what the task itself needs."""
@@ -55,6 +61,11 @@ class Task:
         """What the report says of an evaluation."""
         return asdict(found)
 
+    def evaluated(self, found: HeldOut, examples: Examples) -> dict[str, Any]:
+        """What `twofold eval` says of one."""
+        perplexity = math.exp(min(found.loss, 700))
+        return {**self.figures(found), "perplexity": perplexity, "examples": len(examples.items)}
+
     def provenance(self, base: Base) -> dict[str, Any]:
         """What an adapter keeps, so that its answers are understood elsewhere."""
         return {}
@@ -66,8 +77,8 @@ class SequenceClassification(Task):
     def head(self, config: TrainConfig) -> Head:
         return Head(task=self.name, labels=find_labels(config.data.train), seed=config.training.seed)
 
-    def examples(self, source: str, config: TrainConfig, base: Base, emit: Emit) -> Examples:
-        return classified(source, _within_base(config, base).data, base.tokenizer, labels_of(base.model))
+    def examples(self, source: str, data: DataConfig, base: Base, emit: Emit) -> Examples:
+        return classified(source, within_base(data, base), base.tokenizer, labels_of(base.model))
 
     def adapter(self, config: LoraConfig, base: Base) -> LoraConfig:
         if config.modules_to_save:
@@ -79,6 +90,9 @@ class SequenceClassification(Task):
     def figures(self, found: HeldOut) -> dict[str, Any]:
         return {"loss": found.loss, "accuracy": found.token_accuracy, "examples": found.tokens}
 
+    def evaluated(self, found: HeldOut, examples: Examples) -> dict[str, Any]:
+        return self.figures(found)
+
     def provenance(self, base: Base) -> dict[str, Any]:
         return {"task": self.name, "labels": list(labels_of(base.model))}
 
@@ -86,18 +100,25 @@ class SequenceClassification(Task):
 class Seq2Seq(Task):
     """Prompts for an encoder, answers of a decoder."""
 
-    def examples(self, source: str, config: TrainConfig, base: Base, emit: Emit) -> Examples:
-        return answered(source, _within_base(config, base).data, base.tokenizer)
+    def examples(self, source: str, data: DataConfig, base: Base, emit: Emit) -> Examples:
+        return answered(source, within_base(data, base), base.tokenizer)
 
     def provenance(self, base: Base) -> dict[str, Any]:
         return {"task": self.name}
 
 
-def _within_base(config: TrainConfig, base: Base) -> TrainConfig:
-    """The configuration with `data.max_length` at most what the base has learned positions for."""
-    positions = getattr(base.model.config, "max_position_embeddings", None) or config.data.max_length
-    limit = min(config.data.max_length, positions, base.tokenizer.model_max_length)
-    return replace(config, data=replace(config.data, max_length=limit))
+def within_base(data: DataConfig, base: Base) -> DataConfig:
+    """The settings of the data with `max_length` at most what the base has learned positions for.
+
+    Raises:
+        ConfigError: a system message, which nothing here takes.
+    """
+    if data.system is not None:
+        raise ConfigError(
+            f"a system message belongs to a conversation, and a {head_of(base.model).words} has none; leave it out"
+        )
+    positions = getattr(base.model.config, "max_position_embeddings", None) or data.max_length
+    return replace(data, max_length=min(data.max_length, positions, base.tokenizer.model_max_length))
 
 
 TASKS: dict[TaskName, Task] = {

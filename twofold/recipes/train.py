@@ -11,17 +11,18 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from twofold import atomic
-from twofold.adapter.attach import attach, folding
+from twofold.adapter.attach import attach, folding, freeze_a
 from twofold.adapter.files import Provenance, load_adapter, save_adapter
 from twofold.base.batch import Example, PackedBatch
 from twofold.base.chat import Renderer
 from twofold.base.load import Base, Precision
-from twofold.data.batches import evaluation_batches, micro_batches, step_indices, steps_per_epoch
+from twofold.data.batches import evaluation_batches, examples_seen, micro_batches, step_indices, steps_per_epoch
 from twofold.data.examples import Examples
 from twofold.errors import ProofError, TwofoldError, UserError
 from twofold.events import Emit, Event, Message, Warned, fan_out, silent, working
 from twofold.machine import checked_device, fastest_dtype, peak_memory_bytes, pick_device
 from twofold.recipes.loading import Loaded, check_alike, foresee, is_sharded, load, own_tensors
+from twofold.recipes.others import comparable, same_data
 from twofold.recipes.preflight import Preflight, total_steps
 from twofold.recipes.proof import Verification, base_digest, pad_token, proof_batch, verify_merge, within_memory
 from twofold.recipes.report import write_page
@@ -141,6 +142,8 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit,
     unchanged = base_digest(own_tensors(config, base, world)) == before
     report = {
         **_figures(config, run, progressed),
+        **comparable(config, foreseen.as_json()),
+        "examples_per_second": _examples_per_second(config.training, loaded, progressed),
         "processes": world.size,
         "peak_memory_bytes": peak,
         "floor": floor and floor.as_json(),
@@ -151,6 +154,7 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit,
         "verification_skipped": skipped,
         "base_unchanged": all(world.gather(unchanged)),
     }
+    report["same_data"] = world.on_main(lambda: same_data(run, report))
     world.on_main(lambda: _record_report(run, report, foreseen))
     if not report["base_unchanged"]:
         raise ProofError("the base's tensors changed in training, which must never happen; do not use this adapter")
@@ -196,8 +200,11 @@ def _attach(config: TrainConfig, loaded: Loaded) -> None:
     torch.manual_seed(config.training.seed)
     if config.adapter.init_from:
         load_adapter(loaded.base.model, config.adapter.init_from)
+        if config.adapter.freeze_a:
+            freeze_a(loaded.base.model)
     else:
-        lora, factors = started(loaded.base.model, loaded.lora, loaded.train.items, pad_token(loaded.base))
+        base = loaded.base
+        lora, factors = started(base.model, loaded.lora, loaded.train.items, pad_token(base), base.reference)
         attach(loaded.base.model, lora, factors=factors)
 
 
@@ -341,3 +348,9 @@ def _figures(config: TrainConfig, run: RunFolder, progressed: Progressed) -> dic
         "supervised_tokens": progressed.supervised_tokens,
         "tokens_per_second": progressed.tokens / progressed.seconds if progressed.seconds else 0.0,
     }
+
+
+def _examples_per_second(training: TrainingConfig, loaded: Loaded, progressed: Progressed) -> float:
+    count, batch = len(loaded.train.items), training.batch_size
+    seen = progressed.step * batch if loaded.stream else examples_seen(count, batch, progressed.step)
+    return seen / progressed.seconds if progressed.seconds else 0.0
