@@ -20,8 +20,10 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 demo: $(VENV)/run.stamp
 	$(BIN)/twofold demo
 
+# The base is fetched before, so that the two processes do not both do it.
 test: $(VENV)/dev.stamp check
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/twofold base pull smollm2-135m-instruct
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow
