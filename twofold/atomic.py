@@ -6,6 +6,7 @@ a temporary name that starts with a dot, never something that looks finished.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -81,6 +82,33 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             os.replace(retired, path)
         _remove(temporary)
         _remove(retired)
+
+
+@contextmanager
+def resumed_folder(path: Path, job: str) -> Iterator[Path]:
+    """As `new_folder`, but what was written stays where the work ends early, and the same `job` finds it there again.
+
+    Files in it must be written whole (`new_file`). What another job for the same `path` left is taken away.
+
+    Raises:
+        RunError: `path` exists, or the place cannot be written.
+    """
+    if path.exists():
+        raise RunError(f"{path} exists already; choose another output or remove it first")
+    temporary = path.parent / f".{path.name}.{job}.unfinished"
+    try:
+        for other in set(path.parent.glob(f".{glob.escape(path.name)}.*.unfinished")) - {temporary}:
+            _remove(other)
+        temporary.mkdir(parents=True, exist_ok=True)
+        for half in temporary.rglob(".*.partial"):
+            _remove(half)
+        yield temporary
+        for entry in [*temporary.rglob("*"), temporary]:
+            sync(entry)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        raise RunError(_cannot_write(path, error)) from error
 
 
 def _remove(path: Path) -> None:

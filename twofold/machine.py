@@ -7,6 +7,8 @@ import mmap
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -82,6 +84,17 @@ def peak_memory_bytes(device: torch.device) -> int:
 def memory_bytes(device: torch.device) -> int:
     """The memory held now."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else int(psutil.Process().memory_info().rss)
+
+
+@contextmanager
+def one_thread_a_product() -> Iterator[None]:
+    """Products run on one core each: for work that runs several at once, and for sums whose bits do not depend on the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def page_out(tensor: torch.Tensor) -> None:

@@ -134,6 +134,8 @@ def test_merge(cli: WarmCli, llama_base: Path, adapter: Path, tmp_path: Path) ->
     assert found["seconds"] > 0
     assert found["peak_memory_bytes"] > 0
     assert "exists already" in cli("merge", *flags).refusal()
+    asked = ("--base", llama_base, "--adapter", adapter, "--check", tmp_path / "merged", "--json")
+    assert cli("merge", *asked).json()["holds_the_adapter"]
 
 
 def test_preview(cli: WarmCli, config: Path) -> None:

@@ -66,8 +66,12 @@ def fingerprint(parameters: Mapping[str, Tensor | Sampled], quantization: str | 
 
 def _sample(tensor: Tensor) -> list[float]:
     flat = tensor.detach().flatten()
-    at = torch.linspace(0, flat.numel() - 1, min(VALUES, flat.numel()), dtype=torch.float64).long()
-    return [float(v) for v in flat[at].to(torch.bfloat16)]
+    return [float(v) for v in flat[sampled_at(flat.numel())].to(torch.bfloat16)]
+
+
+def sampled_at(count: int) -> Tensor:
+    """The flat places that are sampled of a tensor of so many values."""
+    return torch.linspace(0, count - 1, min(VALUES, count), dtype=torch.float64).long()
 
 
 def check_same_base(recorded: Mapping[str, Any], ours: Fingerprint, adapter: str) -> str | None:

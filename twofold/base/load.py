@@ -131,10 +131,10 @@ def load_base(
     except Exception as error:
         raise BaseError(f"cannot load a {head.words} from {reference}: {_first_line(error)}") from error
     made = head.made(model, told)
-    _check_complete(reference, head, {**told, "missing_keys": set(told["missing_keys"]) - set(made)}, emit)
+    check_complete(reference, head, {**told, "missing_keys": set(told["missing_keys"]) - set(made)}, emit)
     model = model.eval().requires_grad_(False)
     known = {n: p for n, p in _source_parameters(model, told).items() if n not in made}
-    taken = fingerprint(known, _quantization(source, model))
+    taken = fingerprint(known, quantization_of(source, model))
     if head.labels:
         _tell_padding(model, tokenizer)
     return Base(reference, model, tokenizer, renderer_for(model, tokenizer), taken, tuple(made))
@@ -177,7 +177,7 @@ def _source_parameters(model: nn.Module, told: Mapping[str, Any]) -> dict[str, T
     return {n: packed.get(n, p) for n, p in model.named_parameters()}
 
 
-def _check_complete(reference: str, head: Head, told: Mapping[str, Any], emit: Emit) -> None:
+def check_complete(reference: str, head: Head, told: Mapping[str, Any], emit: Emit) -> None:
     """Refuse a base with random weights in it: transformers makes up what a checkpoint lacks."""
     lacking = sorted([*told["missing_keys"], *(str(m[0]) for m in told["mismatched_keys"])])
     if lacking:
@@ -308,7 +308,7 @@ def gguf_quantization(file_name: str) -> str | None:
     return next((p for p in reversed(parts) if re.fullmatch(r"(I|T)?Q\d(_\w+)?|MXFP4", p)), None)
 
 
-def _quantization(source: str, model: Any) -> str | None:
+def quantization_of(source: str, model: Any) -> str | None:
     """The format that a base's values went through before they were read."""
     stored = getattr(model.config, "quantization_config", None)
     if stored is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,11 @@ class StoredBase:
     def where(self) -> dict[str, str]:
         """The shard of each tensor."""
         return {key: name for name, file in self.shards.items() for key in file.shapes}
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all of its tensors."""
+        return {key: shape for file in self.shards.values() for key, shape in file.shapes.items()}
 
     def read(self, key: str) -> Tensor:
         """One tensor, as a view of its file."""
@@ -88,23 +93,75 @@ def _folder(source: str) -> Path:
     return Path(cached_file(source, "config.json")).parent
 
 
-def names_in_model(model: Any, keys: Mapping[str, str], parameters: Mapping[str, Any]) -> dict[str, str]:
-    """Checkpoint keys by the name of the parameter that holds the same values, without those fused or split on loading.
+class Piece(NamedTuple):
+    """A tensor of the files that is fused with others on loading: some rows of one expert's matrix in a parameter of three
+    dimensions."""
+
+    key: str
+    expert: int
+    rows: slice
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the parameters of a live model lie in its files, by the names that they have without adapters.
+
+    Attributes:
+        alone: the key of the tensor with the same values.
+        fused: the pieces that it is made of on loading, all of it.
+    """
+
+    alone: dict[str, str]
+    fused: dict[str, list[Piece]]
+
+
+def places_in_model(model: Any, shapes: Mapping[str, tuple[int, ...]], parameters: Mapping[str, Any]) -> Places:
+    """By transformers' own conversion mapping, what became of the tensors of a checkpoint; those that were joined or split in
+    other ways than experts are belong to no place.
 
     Args:
         model: the live model, with or without adapters.
-        keys: of the checkpoint.
+        shapes: of the checkpoint's tensors, by key.
         parameters: the model's own, by the names it has without adapters.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    found, known = {}, dict(parameters)
-    for key in keys:
-        name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
-        if converted is None and name in parameters:
-            found[name] = key
-    return found
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    known, alone = dict(parameters), {}
+    joined: dict[str, dict[str, list[str]]] = {}
+    for key in sorted(shapes, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        if name not in known and key in known:
+            name, pattern = key, None
+        if pattern is None and name in known:
+            alone[name] = key
+        elif pattern is not None:
+            joined.setdefault(name, {}).setdefault(pattern, []).append(key)
+    found = {n: _pieces(by_pattern[next(iter(keys))], keys, shapes) for n, keys in joined.items() if n in known}
+    return Places(alone, {n: p for n, p in found.items() if p and _fills(p, shapes, tuple(known[n].shape))})
+
+
+def _pieces(converter: Any, keys: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]]) -> list[Piece] | None:
+    """Of experts stacked, and their matrices laid one under the other; None of whatever else a converter does."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    steps = [(type(step), step.dim) for step in converter.operations if hasattr(step, "dim")]
+    stacked = [(MergeModulelist, 0), (Concatenate, 1)][: len(converter.operations)]
+    if steps != stacked or len(keys) != len(converter.source_patterns) or len(keys) > len(steps):
+        return None
+    pieces, start = [], 0
+    for pattern in converter.source_patterns:
+        end = start + shapes[keys[pattern][0]][0]
+        pieces += [Piece(key, expert, slice(start, end)) for expert, key in enumerate(keys[pattern])]
+        start = end
+    return pieces
+
+
+def _fills(pieces: list[Piece], shapes: Mapping[str, tuple[int, ...]], shape: tuple[int, ...]) -> bool:
+    """Whether pieces are all of a parameter of this shape."""
+    fit = all(shapes[p.key] == (p.rows.stop - p.rows.start, shape[-1]) and p.expert < shape[0] for p in pieces)
+    return len(shape) == 3 and fit and sum(p.rows.stop - p.rows.start for p in pieces) == shape[0] * shape[1]

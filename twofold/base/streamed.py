@@ -11,7 +11,7 @@ from torch import Tensor
 from twofold.base.fingerprint import Fingerprint, fingerprint
 from twofold.base.load import ORIGIN
 from twofold.base.shapes import meta_model
-from twofold.base.stored import StoredBase, names_in_model, open_stored
+from twofold.base.stored import StoredBase, open_stored, places_in_model
 from twofold.errors import BaseError, did_you_mean
 
 
@@ -61,7 +61,7 @@ def open_streamed(reference: str) -> StreamedBase:
     """
     stored, model = open_stored(reference), meta_model(reference)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    keys = names_in_model(model, stored.where, parameters)
+    keys = places_in_model(model, stored.shapes, parameters).alone
     owners = {id(parameters[name]): key for name, key in keys.items()}
     tied = {name: owners[id(p)] for name, p in parameters.items() if name not in keys and id(p) in owners}
     return StreamedBase(reference, model, stored, keys | tied)

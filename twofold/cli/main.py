@@ -24,6 +24,7 @@ VERBS = {
     "resize": "an adapter at other ranks, and what that loses",
     "extract": "an adapter out of a full fine-tune",
     "merge": "fold an adapter into a standard Hugging Face folder",
+    "export": "an adapter for llama.cpp, Ollama, mlx-lm or vLLM",
 }
 
 

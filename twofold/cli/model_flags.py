@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from twofold.base.load import DEFAULT_BASE, Base, Precision
 from twofold.events import Emit
 from twofold.quant import Kind, Scheme
-from twofold.recipes.adapters import load_with_adapters
+from twofold.recipes.adapters import Asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,14 @@ class ModelFlags:
 
     def load_as(self, emit: Emit, quantization: Scheme | None) -> Base:
         """The same, packed in this way whatever the flags say."""
-        return load_with_adapters(
-            self.base,
-            list(self.adapter),
-            self.dtype,
-            self.device,
-            emit,
-            quantization=quantization,
+        return self.asked().load(emit, quantization)
+
+    def asked(self) -> Asked:
+        """The base and the adapters, whatever is to be done with them."""
+        return Asked(
+            base=self.base,
+            adapters=self.adapter,
+            dtype=self.dtype,
+            device=self.device,
             allow_foreign=self.allow_foreign_base,
         )

@@ -11,8 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from twofold import events
-from twofold.recipes.preflight import Preflight
-from twofold.recipes.train import Prepared
+from twofold.recipes.preflight import Preflight, Prepared
 
 SECONDS_BETWEEN_LINES = 5.0
 LOG_WIDTH = 160

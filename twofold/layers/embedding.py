@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from twofold.functional.widen import in_own_precision
 from twofold.layers.dora import DoraLayer, MatrixShare
+from twofold.layers.linear import combined
 from twofold.layers.protocol import adopt
-from twofold.lowrank.factors import LowRank, merged_weight
+from twofold.lowrank.factors import LowRank, folded, merged_weight
 from twofold.lowrank.init import Factors
 
 
@@ -87,7 +88,11 @@ class LoraEmbedding(DoraLayer):
     @torch.no_grad()
     def fold(self) -> Float[Tensor, "vocabulary dim"]:
         """A new table with the active updates in it, rounded once to the base's type."""
-        return merged_weight(self.weight, [self.delta()])
+        shares = self._shares_now()
+        update = combined([s.low_rank() for s in shares])
+        if update is None or self.stretch(shares) is not None:
+            return merged_weight(self.weight, [self.delta()])
+        return folded(self.weight, update.transposed())
 
     def folded(self) -> dict[str, Tensor]:
         return {"weight": self.fold()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from twofold.layers.protocol import Share
 from twofold.layers.weights import WeightsLayer
-from twofold.lowrank.factors import merged_weight
+from twofold.lowrank.factors import LowRank, folded
 from twofold.lowrank.standin import StandIn, Sum
 
 
@@ -102,12 +102,21 @@ class LoraParameters(WeightsLayer):
         return Sum(weight, left.to(weight.dtype), right.to(weight.dtype))
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor]:
-        pairs = [
-            (s.of(name).pair(), s.scales[name] * s.weight_when_active) for s in self._shares_now() if name in s.names
-        ]
-        left = torch.cat([left * scale for (left, _), scale in pairs], -1)
-        right = torch.cat([right for (_, right), _ in pairs], -2)
+        pairs = self._pairs(name)
+        left = torch.cat([left * scale for left, _, scale in pairs], -1)
+        right = torch.cat([right for _, right, _ in pairs], -2)
         return (left, right) if self.base.get_parameter(name).dim() == 3 else (left[0], right[0])
+
+    def _pairs(self, name: str) -> list[tuple[Tensor, Tensor, float]]:
+        """Left and right factors of each active share, by expert, and its scale."""
+        shares = [s for s in self._shares_now() if name in s.names]
+        return [(*s.of(name).pair(), s.scales[name] * s.weight_when_active) for s in shares]
+
+    def update(self, name: str, expert: int) -> LowRank:
+        """The sum of the active updates of one expert's matrix, as the parameter lies."""
+        pairs = self._pairs(name)
+        left = torch.cat([left[expert] * scale for left, _, scale in pairs], -1)
+        return LowRank(torch.cat([right[expert] for _, right, _ in pairs], -2), left, 1.0)
 
     def delta(self, name: str) -> Tensor:
         """The sum of the active updates of one parameter, in float32 or wider."""
@@ -116,4 +125,10 @@ class LoraParameters(WeightsLayer):
 
     @torch.no_grad()
     def fold(self, name: str) -> Tensor:
-        return merged_weight(self.base.get_parameter(name), [self.delta(name)])
+        weight = self.base.get_parameter(name)
+        if weight.dim() == 2:
+            return folded(weight, self.update(name, 0))
+        made = torch.empty_like(weight)
+        for expert, matrix in enumerate(weight):
+            made[expert] = folded(matrix, self.update(name, expert))
+        return made

@@ -17,7 +17,7 @@ from twofold.layers.dora import DoraLayer, MatrixShare
 from twofold.layers.protocol import Share, adopt, bias_of
 from twofold.layers.quantised import QuantisedLinear, frozen_of
 from twofold.layers.rows import Rows
-from twofold.lowrank.factors import LowRank, merged_weight
+from twofold.lowrank.factors import LowRank, folded
 from twofold.lowrank.frozen import Frozen
 from twofold.lowrank.grouped import Spread, grouped_update
 from twofold.lowrank.linear import Projection, group_product
@@ -223,11 +223,11 @@ class LoraLinear(DoraLayer):
         return torch.zeros_like(self.matrix(), dtype=torch.float32) if update is None else update.delta()
 
     @torch.no_grad()
-    def fold(self) -> Float[Tensor, "out in_"]:
-        """A new weight with the active updates in it, rounded once to the base's type."""
-        if self.stretch(self.linear_shares()) is None:
-            return merged_weight(self.matrix(), [self._added()])
-        return self._wide_fold().to(self.matrix().dtype)
+    def fold(self, into: Float[Tensor, "out in_"] | None = None) -> Float[Tensor, "out in_"]:
+        """A new weight with the active updates in it, rounded once to the base's type; in memory that is given, or its own."""
+        shares = self.linear_shares()
+        update = combined([s.low_rank() for s in shares])
+        return self.matrix().clone() if update is None else folded(self.matrix(), update, self.stretch(shares), into)
 
     def _wide_fold(self) -> Float[Tensor, "out in_"]:
         stretch = self.stretch(self.linear_shares())
@@ -236,13 +236,22 @@ class LoraLinear(DoraLayer):
         return total if stretch is None else total.mul_(stretch[:, None])
 
     def folded(self) -> dict[str, Tensor]:
+        bias = self.folded_bias()
+        return {"weight": self._laid(self.fold())} | ({} if bias is None else {"bias": bias})
+
+    def folded_bias(self) -> Float[Tensor, " out"] | None:
+        """The bias with what the active shares add to it.
+
+        Raises:
+            ConfigError: the base has none.
+        """
         bias = effective_bias(self.bias, self.linear_shares())
         if bias is not None and self.bias is None:
             raise ConfigError(
                 "an adapter with lora_bias gives a bias to layers that have none in this model, so it cannot be merged into its "
                 "files; serve it beside the base"
             )
-        return {"weight": self._laid(self.fold())} | ({} if bias is None else {"bias": bias.detach().clone()})
+        return None if bias is None else bias.detach().clone()
 
     def _laid(self, matrix: Float[Tensor, "out in_"]) -> Tensor:
         """A matrix as the base lays it."""

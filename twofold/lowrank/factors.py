@@ -28,10 +28,42 @@ class LowRank:
     def rank(self) -> int:
         return self.A.shape[0]
 
+    def transposed(self) -> LowRank:
+        """The update of the transposed weight."""
+        return LowRank(self.B.T, self.A.T, self.scale)
+
     def delta(self) -> Float[Tensor, "out in_"]:
         """The update itself, formed in at least float32: (out, in)."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         return (self.B.to(dtype) @ self.A.to(dtype)) * self.scale
+
+
+SUMMED_ELEMENTS = 1 << 19
+"""Values of a weight that are summed at once: their float32 stay in a core's cache, and a whole sum is never held."""
+
+
+def folded(
+    weight: Float[Tensor, "out in_"],
+    update: LowRank,
+    stretch: Float[Tensor, " out"] | None = None,
+    into: Float[Tensor, "out in_"] | None = None,
+) -> Float[Tensor, "out in_"]:
+    """A new weight with the update added and its rows stretched: in at least float32, rounded once to the weight's dtype.
+
+    Some rows at a time, so that little more than the new weight is held.
+
+    Args:
+        into: memory for it, of the weight's dtype: fresh memory costs more time than the sum.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    A, B = update.A.to(dtype), update.B.to(dtype)
+    made = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if into is None else into
+    step = max(1, SUMMED_ELEMENTS // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        total = (B[rows] @ A).mul_(update.scale).add_(weight[rows].to(dtype))
+        made[rows] = total if stretch is None else total.mul_(stretch[rows, None])
+    return made
 
 
 def merged_weight(weight: Float[Tensor, "*shape"], deltas: list[Tensor]) -> Float[Tensor, "*shape"]:

@@ -54,12 +54,7 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ConfigError: no adapter is active, or the base's own weights are packed.
     """
-    if not any(layer.active() for _, layer in adapter_layers(model)):
-        raise ConfigError("no adapter is active, so there is nothing to merge")
-    if packed_as(model) is not None:
-        raise ConfigError(
-            "adapters are merged into the 16-bit base and never into a quantised one; load the base without quantization"
-        )
+    check_mergeable(model)
     state = dict(model.state_dict())
     changed = {layer: layer.folded() for _, layer in adapter_layers(model) if layer.active()}
     for name, layer in model.named_modules(remove_duplicate=False):
@@ -71,11 +66,26 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def check_mergeable(model: nn.Module) -> None:
+    """Raises ConfigError if no adapter is active, or the base's own weights are packed."""
+    if not any(layer.active() for _, layer in adapter_layers(model)):
+        raise ConfigError("no adapter is active, so there is nothing to merge")
+    if packed_as(model) is not None:
+        raise ConfigError(
+            "adapters are merged into the 16-bit base and never into a quantised one; load the base without quantization"
+        )
+
+
 def cut_ties(model: Any, state: dict[str, Tensor]) -> bool:
-    """Whether the input and output embeddings, tied in the base, differ once merged."""
+    """Whether the input and output embeddings, tied in the base, differ once merged; if not, the state gets one tensor for both."""
     names = {id(m): n for n, m in model.named_modules()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or not model.config.tie_word_embeddings:
         return False
-    one, other = (state.get(f"{names[id(m)]}.weight") for m in (head, embedding))
-    return one is not None and other is not None and not torch.equal(one, other)
+    first, second = (f"{names[id(m)]}.weight" for m in (embedding, head))
+    if first not in state or second not in state:
+        return False
+    if not torch.equal(state[first], state[second]):
+        return True
+    state[second] = state[first]
+    return False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from twofold.adapter.attach import activate
@@ -10,6 +11,7 @@ from twofold.adapter.files import OURS, AdapterFiles, load_adapter, open_adapter
 from twofold.base.fingerprint import check_same_base
 from twofold.base.head import Head
 from twofold.base.load import Base, Precision, load_base, renderer_for
+from twofold.base.mapped import NotMapped, map_base
 from twofold.config import build
 from twofold.errors import ConfigError
 from twofold.events import Emit, Message, Warned, silent
@@ -46,9 +48,13 @@ def load_with_adapters(
     Raises:
         UserError: a base or an adapter that cannot be used, or adapters trained with different templates.
     """
-    base = load_base(
-        reference, dtype, device, emit, quantization, recorded_head([parse_adapter(a)[0] for a in adapters])
-    )
+    head = recorded_head([parse_adapter(a)[0] for a in adapters])
+    base = load_base(reference, dtype, device, emit, quantization, head)
+    return with_adapters(base, adapters, emit, allow_foreign=allow_foreign)
+
+
+def with_adapters(base: Base, adapters: Sequence[str], emit: Emit = silent, *, allow_foreign: bool = False) -> Base:
+    """The same for a base that is loaded; its model gets the adapters."""
     weights: dict[str, float] = {}
     templates: set[str] = set()
     for i, (folder, scale) in enumerate(parse_adapter(a) for a in adapters):
@@ -65,6 +71,49 @@ def load_with_adapters(
         emit(Message(text="using the chat template that the adapter was trained with"))
         base = replace(base, renderer=renderer_for(base.model, base.tokenizer, template))
     return base
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A base with adapters, as a user names them: to be loaded in the way that the work asks for.
+
+    Attributes:
+        base: whatever `load_base` takes.
+        adapters: folders, each with an optional scale after a colon.
+        dtype: of the base's weights.
+        device: to run on.
+        allow_foreign: use adapters of another base.
+    """
+
+    base: str
+    adapters: tuple[str, ...]
+    dtype: Precision = "auto"
+    device: str = "auto"
+    allow_foreign: bool = False
+
+    def load(self, emit: Emit, quantization: Scheme | None = None) -> Base:
+        """In memory, to run."""
+        return load_with_adapters(
+            self.base,
+            list(self.adapters),
+            self.dtype,
+            self.device,
+            emit,
+            quantization=quantization,
+            allow_foreign=self.allow_foreign,
+        )
+
+    def mapped(self, emit: Emit) -> Base:
+        """On disk, to be merged there (`map_base`).
+
+        Raises:
+            NotMapped: the base's files do not allow it, or are of another type than is asked for.
+        """
+        base = map_base(self.base, emit, recorded_head([parse_adapter(a)[0] for a in self.adapters]))
+        stored = str(base.dtype).removeprefix("torch.")
+        if self.dtype not in ("auto", stored):
+            raise NotMapped(self.base, f"they hold {stored}, but {self.dtype} is asked for")
+        return with_adapters(base, self.adapters, emit, allow_foreign=self.allow_foreign)
 
 
 def recorded_head(folders: list[Path]) -> Head:

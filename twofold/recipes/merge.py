@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+import torch
 
 from twofold.base.batch import Example
 from twofold.base.head import head_of, task_of
-from twofold.base.load import Base, load_base
-from twofold.errors import ConfigError, RunError
-from twofold.events import Emit, silent, working
+from twofold.base.load import Base, Precision, load_base
+from twofold.base.mapped import NotMapped
+from twofold.base.stored import open_stored
+from twofold.errors import BaseError, ConfigError, RunError
+from twofold.events import Emit, Message, silent, working
 from twofold.functional.widen import move_buffers
 from twofold.layers.quantised import packed_as
-from twofold.machine import peak_memory_bytes
-from twofold.merging.checkpoint import write_merged
+from twofold.machine import checked_device, peak_memory_bytes
+from twofold.merging.checkpoint import check_mergeable, write_merged
+from twofold.merging.disk import ROUNDING, NotStreamed, differing, plan_replay, write_replay
 from twofold.merging.requantised import write_requantised
+from twofold.recipes.adapters import Asked
 from twofold.recipes.proof import Verification, pad_token, proof_batch, verify_merge, within_memory
 
 PROMPTS = ("What is the capital of France?", "Name three fruits.", "Write one sentence about the sea.", "2 + 2 =")
@@ -32,22 +40,131 @@ def merge_checkpoint(
         RunError: the output exists or cannot be written.
         ProofError: what was written does not say what the adapter says; the folder is kept for inspection.
     """
-    if output.exists():
-        raise RunError(f"{output} exists already; choose another output or remove it first")
+    _check_free(output)
     started = time.perf_counter()
     with working(f"merging into {output}", emit):
-        write_merged(base.model, base.tokenizer, output, chat_template=base.renderer.template)
+        write(base, output, emit)
     seconds = time.perf_counter() - started
-    verification, skipped = within_memory(lambda: verify_folder(base, output, examples, emit), emit)
+    return _told(output, seconds, base.device) | _proved(lambda: base, output, examples, emit)
+
+
+def merge_from_disk(asked: Asked, output: Path, emit: Emit = silent, *, verify: bool = True) -> dict[str, Any]:
+    """The same without loading the base to merge it; only the proof does, which can be left out.
+
+    Raises:
+        RunError: the output exists or cannot be written.
+        ConfigError: no adapter counts, or the base is packed.
+        ProofError: as `merge_checkpoint`.
+    """
+    _check_free(output)
+    started = writing = time.perf_counter()
+    loaded = None
+    with working(f"merging into {output}", emit):
+        try:
+            mapped = asked.mapped(emit)
+            writing = time.perf_counter()
+            _stream(mapped, output, emit)
+        except (NotStreamed, NotMapped) as reason:
+            emit(Message(text=f"merging in memory, through transformers: {reason}"))
+            loaded = asked.load(emit)
+            _write_from_memory(loaded, output)
+    ended = time.perf_counter()
+    told = _told(output, ended - started, checked_device("cpu")) | {"writing_seconds": ended - writing}
+    if not verify:
+        return told | {"proof_seconds": 0.0, "verification": None, "verification_skipped": "it was not asked for"}
+    return told | _proved(lambda: loaded or as_stored(asked).load(emit), output, None, emit)
+
+
+def as_stored(asked: Asked) -> Asked:
+    """In the type that the base's files have, if it runs in that."""
+    if asked.dtype == "auto":
+        with suppress(BaseError):
+            found: Any = str(open_stored(asked.base).dtype()).removeprefix("torch.")
+            return replace(asked, dtype=found) if found in get_args(Precision) else asked
+    return asked
+
+
+def _check_free(output: Path) -> None:
+    if output.exists():
+        raise RunError(f"{output} exists already; choose another output or remove it first")
+
+
+def _told(output: Path, seconds: float, device: torch.device) -> dict[str, Any]:
+    return {"output": str(output), "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(device)}
+
+
+def _proved(running: Callable[[], Base], output: Path, examples: list[Example] | None, emit: Emit) -> dict[str, Any]:
+    """The proof of a folder, and what it cost."""
+    started = time.perf_counter()
+    verification, skipped = within_memory(lambda: verify_folder(running(), output, examples, emit), emit)
     if verification:
         verification.require(str(output), emit)
     return {
-        "output": str(output),
-        "seconds": seconds,
-        "peak_memory_bytes": peak_memory_bytes(base.device),
+        "proof_seconds": time.perf_counter() - started,
+        "proof_peak_memory_bytes": peak_memory_bytes(checked_device("cpu")),
         "verification": verification.as_json() if verification else None,
         "verification_skipped": skipped,
     }
+
+
+def write(base: Base, output: Path, emit: Emit = silent) -> None:
+    """From disk to disk, where the base's files allow; else from memory, which is said.
+
+    Raises:
+        ConfigError: no adapter is active, or the base is packed.
+        RunError: the output exists or cannot be written.
+    """
+    check_mergeable(base.model)
+    try:
+        _stream(base, output, emit)
+    except (NotStreamed, BaseError) as reason:
+        emit(Message(text=f"merging in memory, through transformers: {reason}"))
+        _write_from_memory(base, output)
+
+
+def _stream(base: Base, output: Path, emit: Emit) -> None:
+    template = base.renderer.template
+    changed = template if template != base.tokenizer.chat_template else None
+    replay = plan_replay(base.model, open_stored(base.reference))
+    if changed is not None:
+        emit(Message(text="the merged folder gets the chat template that the adapter was trained with"))
+    write_replay(replay, output, chat_template=changed, emit=emit)
+
+
+def _write_from_memory(base: Base, output: Path) -> None:
+    write_merged(base.model, base.tokenizer, output, chat_template=base.renderer.template)
+
+
+def check_merged(base: Base, folder: Path, emit: Emit = silent) -> dict[str, Any]:
+    """Whether a folder holds this base with the active adapters merged in, bit for bit: each tensor is formed again and compared.
+
+    Raises:
+        BaseError: the folder, or the base, is no whole safetensors checkpoint.
+        ConfigError: the base's files do not allow a merge from disk to disk.
+    """
+    replay = plan_replay(base.model, open_stored(base.reference))
+    wrong = differing(replay, open_stored(str(folder)), emit)
+    rounded = bool(wrong) and set(wrong.values()) == {ROUNDING}
+    return {
+        "folder": str(folder),
+        "holds_the_adapter": not wrong,
+        "but_for_rounding": rounded,
+        "differing": wrong,
+    }
+
+
+def said_of_check(found: Mapping[str, Any]) -> str:
+    """One sentence of what `check_merged` found."""
+    folder, differing = found["folder"], found["differing"]
+    if found["holds_the_adapter"]:
+        return f"{folder} is this base with this adapter merged in, bit for bit"
+    if found["but_for_rounding"]:
+        return (
+            f"{folder} is this base with this adapter merged in, but for values of {len(differing)} tensors that are rounded to "
+            "a neighbour: it was merged on another machine, or by another tool"
+        )
+    listed = ", ".join(f"{key} ({what})" for key, what in list(differing.items())[:4])
+    return f"{folder} is something else: {len(differing)} tensors differ, such as {listed}"
 
 
 def over_packed(packed: Base, folder: Path, examples: list[Example] | None, emit: Emit = silent) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from twofold.base.blocks import Decoder, NotDescribed, describe
 from twofold.base.load import Base
 from twofold.data.batches import micro_batches, step_indices, steps_per_epoch
 from twofold.data.examples import DataReport, Examples
+from twofold.events import Event
 from twofold.layers.quantised import packed_as, values_of
 from twofold.planning.advice import far_off
 from twofold.planning.architecture import StepShape, architecture
@@ -71,6 +72,16 @@ class Preflight:
             "samples": self.samples,
             "warnings": self.warnings,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Event):
+    """Everything is loaded and foreseen; training comes next."""
+
+    preflight: Preflight
+
+    def record(self) -> dict[str, Any]:
+        return {"event": "prepared", "steps": self.preflight.steps, "seconds": self.preflight.seconds}
 
 
 def preflight(

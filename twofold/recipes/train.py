@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -19,11 +19,11 @@ from twofold.base.load import Base, Precision
 from twofold.data.batches import evaluation_batches, examples_seen, micro_batches, step_indices, steps_per_epoch
 from twofold.data.examples import Examples
 from twofold.errors import ProofError, TwofoldError, UserError
-from twofold.events import Emit, Event, Message, Warned, fan_out, silent, working
+from twofold.events import Emit, Message, Warned, fan_out, silent, working
 from twofold.machine import checked_device, fastest_dtype, peak_memory_bytes, pick_device
 from twofold.recipes.loading import Loaded, check_alike, foresee, is_sharded, load, own_tensors
 from twofold.recipes.others import comparable, same_data
-from twofold.recipes.preflight import Preflight, total_steps
+from twofold.recipes.preflight import Preflight, Prepared, total_steps
 from twofold.recipes.proof import Verification, base_digest, pad_token, proof_batch, verify_merge, within_memory
 from twofold.recipes.report import write_page
 from twofold.recipes.runs import EventLog, RunFolder, as_begun, open_new, open_resumed, trackers
@@ -40,16 +40,6 @@ from twofold.world import ALONE, World, joined
 
 EVALUATION_TOKENS = 2048
 """Tokens in one forward pass of an evaluation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared(Event):
-    """Everything is loaded and foreseen; training comes next."""
-
-    preflight: Preflight
-
-    def record(self) -> dict[str, Any]:
-        return {"event": "prepared", "steps": self.preflight.steps, "seconds": self.preflight.seconds}
 
 
 def train(config: TrainConfig, emit: Emit = silent, *, resume: bool = False) -> dict[str, Any]:

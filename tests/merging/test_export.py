@@ -1,0 +1,168 @@
+"""Adapters for other programs: against formulas of those programs written out here, and against llama.cpp's own converter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from families import GROUPED, build_model, randomise
+from safetensors.torch import load_file
+from tiny_adapters import learned
+
+from twofold.adapter.attach import adapter_layers, attach
+from twofold.adapter.config import LoraConfig
+from twofold.adapter.files import save_adapter
+from twofold.errors import AdapterFileError, ConfigError, ProofError
+from twofold.merging.export import gguf_adapter
+from twofold.recipes.export import export_adapter
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 6},
+    "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
+    "patterns": {"r": 4, "lora_alpha": 6, "rank_pattern": {"k_proj": 3, "o_proj": 7}, "alpha_pattern": {"q_proj": 5}},
+}
+
+
+def adapted(tmp_path: Path, family: str = "llama", **settings: Any) -> tuple[Path, Path, dict[str, torch.Tensor]]:
+    """A base's folder, an adapter's, and the update of every module."""
+    model = build_model(family)
+    model.save_pretrained(tmp_path / "base")
+    attach(model, LoraConfig(**settings))
+    randomise(learned(model))
+    save_adapter(model, tmp_path / "adapter")
+    deltas = {name: layer.delta() for name, layer in adapter_layers(model)} if settings.get("use_dora") is None else {}
+    return tmp_path / "base", tmp_path / "adapter", deltas
+
+
+def in_llama_cpp(path: Path) -> dict[str, np.ndarray]:
+    """The updates that llama.cpp would add, by its names: `alpha / rank * B A`."""
+    reader = gguf.GGUFReader(path)
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    held = {t.name: t.data.astype(np.float64) for t in reader.tensors}
+    names = {n.removesuffix(".lora_a") for n in held if n.endswith(".lora_a")}
+    assert len(held) == 2 * len(names)
+    return {n: alpha / len(held[f"{n}.lora_a"]) * held[f"{n}.lora_b"] @ held[f"{n}.lora_a"] for n in names}
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's `LlamaModel.permute`."""
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
+
+
+NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"} | {
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    ("family", "turned"), [("llama", True), ("smollm3", True), ("qwen3", False), ("gemma2", False)]
+)
+def test_llama_cpp_gets_the_true_updates(family: str, turned: bool, settings: dict[str, Any], tmp_path: Path) -> None:
+    base, adapter, deltas = adapted(tmp_path, family, **settings)
+    told = export_adapter(adapter, "gguf", tmp_path / "out.gguf", str(base))
+    found = in_llama_cpp(tmp_path / "out.gguf")
+    assert len(found) == len(deltas) == told["modules"]
+    for module, delta in deltas.items():
+        layer, inner = module.removeprefix("model.layers.").split(".", 1)
+        expected = delta.detach().double().numpy()
+        heads = {"self_attn.q_proj": GROUPED["num_attention_heads"], "self_attn.k_proj": GROUPED["num_key_value_heads"]}
+        if turned and inner in heads:
+            expected = permuted(expected, heads[inner])
+        np.testing.assert_allclose(found[f"blk.{layer}.{NAMES[inner]}.weight"], expected, rtol=1e-4, atol=1e-6)
+    assert (told["largest_difference"] == 0) == ("rank_pattern" not in settings)
+    assert "ADAPTER ./out.gguf" in (tmp_path / "out.Modelfile").read_text()
+    fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
+    assert fields["general.type"].contents() == "adapter"
+    assert fields["general.architecture"].contents() == family
+
+
+def test_a_spoiled_file_is_not_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter, _ = adapted(tmp_path, **SETTINGS["plain"])
+    write = gguf_adapter._write
+    monkeypatch.setattr(gguf_adapter, "_write", lambda tensors, alpha, *rest: write(tensors, alpha * 1.001, *rest))
+    with pytest.raises(ProofError, match=r"differs from the adapter by 0\.001"):
+        export_adapter(adapter, "gguf", tmp_path / "out.gguf", str(base))
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_mlx_gets_the_true_updates(settings: dict[str, Any], tmp_path: Path) -> None:
+    base, adapter, deltas = adapted(tmp_path, "qwen3", **settings)
+    export_adapter(adapter, "mlx", tmp_path / "mlx", str(base))
+    config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
+    held = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    assert config["fine_tune_type"] == "lora"
+    assert config["num_layers"] == 2
+    assert config["lora_parameters"]["keys"] == sorted(NAMES)
+    assert {t.shape[1] for k, t in held.items() if k.endswith("lora_a")} == {config["lora_parameters"]["rank"]}
+    for module, delta in deltas.items():  # mlx-lm: y = W x + scale * (x lora_a) lora_b
+        found = config["lora_parameters"]["scale"] * held[f"{module}.lora_a"] @ held[f"{module}.lora_b"]
+        torch.testing.assert_close(found.T, delta, rtol=1e-4, atol=1e-6)
+
+
+def test_vllm_is_told_the_smallest_rank_that_it_takes(tmp_path: Path) -> None:
+    base, adapter, _ = adapted(tmp_path, r=4, rank_pattern={"k_proj": 17})
+    command = export_adapter(adapter, "vllm", None, str(base))["command"]
+    assert "--max-lora-rank 32 " in command
+    assert f"adapter={adapter}" in command
+    assert command.startswith(f"vllm serve {base} --enable-lora")
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"target_modules": ["embed_tokens"]}, "factors of an embedding"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "whole modules"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [3]}, "tokens of its own"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_with_the_way_out(
+    settings: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    base, adapter, _ = adapted(tmp_path, **{"use_dora": False, **settings})
+    for to in ("gguf", "mlx", "vllm"):
+        with pytest.raises(ConfigError, match=rf"has {what}.*merge it into its base"):
+            export_adapter(adapter, to, tmp_path / "out.gguf", str(base))  # type: ignore[arg-type]
+
+
+def test_a_head_that_is_the_embedding_and_a_foreign_base_are_refused(tmp_path: Path) -> None:
+    base, adapter, _ = adapted(tmp_path, "llama-tied", target_modules=["lm_head"])
+    with pytest.raises(ConfigError, match="output head is its embedding"):
+        export_adapter(adapter, "gguf", tmp_path / "out.gguf", str(base))
+    other = build_model("gpt2")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterFileError, match=r"no module|maps"):
+        export_adapter(adapted(tmp_path / "more", "llama")[1], "gguf", tmp_path / "out.gguf", str(tmp_path / "other"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no folder of llama.cpp's sources")
+@pytest.mark.parametrize("family", ["llama", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "mistral"])
+def test_the_file_is_that_of_llama_cpps_own_converter(family: str, tmp_path: Path) -> None:
+    """Only where its scale is right: it takes lora_alpha from the config, and knows of nothing else."""
+    base, adapter, _ = adapted(tmp_path, family, **SETTINGS["plain"])
+    export_adapter(adapter, "gguf", tmp_path / "ours.gguf", str(base))
+    script = Path(os.environ["LLAMA_CPP"]) / "convert_lora_to_gguf.py"
+    command = [sys.executable, script, adapter, "--base", base, "--outfile", tmp_path / "theirs.gguf"]
+    subprocess.run(command, check=True, capture_output=True)
+    ours, theirs = (gguf.GGUFReader(tmp_path / f"{who}.gguf") for who in ("ours", "theirs"))
+    for key in ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"):
+        assert ours.fields[key].contents() == theirs.fields[key].contents()
+    one, other = ({t.name: t.data for t in reader.tensors} for reader in (ours, theirs))
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[k], other[k]) for k in one)
