@@ -20,6 +20,7 @@ CHANGES_NOTHING: dict[str, tuple[tuple[Any, ...], str]] = {
     "svd_clamp": ((None,), "clamped factors would be another update"),
     "majority_sign_method": (("total",), "signs are elected by the weighted sum, as in the paper"),
     "ignore_mismatched_sizes": ((False,), "a tensor of another shape is an error"),
+    "state_dict": ((None,), "the config says which modules are adapted"),
     "push_to_hub": ((False,), "upload the folder with huggingface_hub"),
 }
 """By argument: the values that change nothing, and why the others are refused."""

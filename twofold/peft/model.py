@@ -26,6 +26,7 @@ from twofold.merging.attached import Combination, add_combined
 from twofold.merging.live import fold_in
 from twofold.peft.arguments import check_inert
 from twofold.peft.config import Hub, LoraConfig, folder_of
+from twofold.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
 Model = TypeVar("Model", bound=nn.Module)
 BASE_ROW = "__base__"
@@ -151,6 +152,14 @@ class PeftModel(nn.Module):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The state of each adapted module."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The state of all adapters as a whole."""
+        return get_model_status(self)
+
     # ------------------------------------------------------------------------------------ several adapters
 
     def add_adapter(
@@ -210,6 +219,16 @@ class PeftModel(nn.Module):
     def disable_adapter(self) -> AbstractContextManager[None]:
         """The bare base, for the length of a `with` block."""
         return live.disabled(self)
+
+    def disable_adapter_layers(self) -> None:
+        """The bare base, until `enable_adapter_layers`."""
+        for adapters in live.adapters_of(self):
+            adapters.enabled = False
+
+    def enable_adapter_layers(self) -> None:
+        """The active adapters again."""
+        for adapters in live.adapters_of(self):
+            adapters.enabled = True
 
     def add_weighted_adapter(
         self,

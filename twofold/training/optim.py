@@ -121,7 +121,7 @@ def optimiser(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
 
     Each group says in `ratio` how many times the run's learning rate is its own: see `set_rate`.
     """
-    groups = _groups(model, config)
+    groups = parameter_groups(model, config)
     optimise = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     set_rate(optimise, config.learning_rate)
     starts = _starts(model) if config.weight_decay else []
@@ -136,8 +136,11 @@ def set_rate(optimise: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["ratio"]
 
 
-def _groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
-    """What learns, by how fast it learns and whether it decays to zero; parameters keep the model's order in each."""
+def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """What learns, by how fast it learns and whether it decays to zero; parameters keep the model's order in each.
+
+    `ratio` of a group is how many times the run's learning rate its own is.
+    """
     shares = list(model.modules())
     faster = {id(p) for s in shares if isinstance(s, LinearShare) for p in (s.B, s.b_bias) if p is not None}
     spared = {id(p) for s in shares for p in _not_decayed(s)}
