@@ -370,6 +370,11 @@ def test_hot_swapping_what_does_not_fit_leaves_the_old_one(folders: dict[str, st
     hotswap_adapter(model, folders["second"], "default")
     assert not torch.allclose(logits(model), before)
     assert sum(p.requires_grad for p in model.parameters()) == 8
+    swapped = logits(model)
+    model.load_adapter(folders["first"], "other")
+    hotswap_adapter(model, folders["second"], "other")
+    assert model.active_adapters == ["default"]
+    assert torch.equal(logits(model), swapped)
 
 
 def test_what_cannot_be_scaled_is_not(folders: dict[str, str]) -> None:

@@ -24,7 +24,9 @@ def create_loraplus_optimizer(
     Args:
         optimizer_settings: handed to the class.
     """
-    config = TrainingConfig(learning_rate=lr, loraplus_lr_ratio=loraplus_lr_ratio, weight_decay=loraplus_weight_decay)
+    config = TrainingConfig(
+        learning_rate=lr, loraplus_lr_ratio=float(loraplus_lr_ratio), weight_decay=loraplus_weight_decay
+    )
     groups = [
         {"params": group["params"], "lr": lr * group["ratio"], "weight_decay": group["weight_decay"]}
         for group in parameter_groups(model, config)
