@@ -49,8 +49,8 @@ def base() -> Any:
     return load_base(DEFAULT_BASE, dtype="bfloat16", device="cpu").model
 
 
-def prompts(streams: int) -> list[list[int]]:
-    dice = random.Random(0)
+def prompts(streams: int, seed: int = 0) -> list[list[int]]:
+    dice = random.Random(seed)
     return [[dice.randrange(1000, 40_000) for _ in range(PROMPT)] for _ in range(streams)]
 
 
