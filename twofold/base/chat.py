@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -23,6 +24,8 @@ from twofold.base.batch import Example
 from twofold.errors import DataError
 
 Message = Mapping[str, Any]
+TOOLS = re.compile(r"\{[{%][^{}]*\btools\b")
+"""Where a template speaks of tools."""
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n"
 """What instructions look like for a base without a chat template."""
@@ -51,6 +54,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.template: str | None = template or tokenizer.chat_template
         ends = [*extra_end_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+        self.tools: list[dict[str, Any]] = []
         end_of_turn = self._end_of_turn()
         self.ends_turns = bool(end_of_turn)
         self.end_token_ids = list(dict.fromkeys([*ends, *end_of_turn]))
@@ -90,6 +94,17 @@ class Renderer:
         text = self._render(messages, answer_next=True)
         return self._encode(text, self._cuts(messages, text))[0]
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template has a place for descriptions of tools."""
+        return self.template is not None and TOOLS.search(self.template) is not None
+
+    def with_tools(self, tools: Sequence[dict[str, Any]]) -> Renderer:
+        """The same renderer, whose conversations know these tools; JSON schemas of functions, as OpenAI writes them."""
+        other = copy(self)
+        other.tools = list(tools)
+        return other
+
     def completion_prompt(self, prompt: str) -> list[int]:
         """Tokens of a bare prompt, with the beginning-of-text token where the tokenizer uses one: once."""
         tokens: list[int] = self.tokenizer(prompt, add_special_tokens=True)["input_ids"]
@@ -113,7 +128,11 @@ class Renderer:
         plain = [{k: v for k, v in m.items() if k != "train"} for m in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(
-                plain, tokenize=False, add_generation_prompt=answer_next, chat_template=self.template
+                plain,
+                tools=self.tools or None,
+                tokenize=False,
+                add_generation_prompt=answer_next,
+                chat_template=self.template,
             )
         except Exception as error:
             roles = ", ".join(str(m.get("role")) for m in messages) or "none"

@@ -1,15 +1,23 @@
-"""twofold chat --base B [--adapter DIR]"""
+"""twofold chat --base B [--adapter DIR], or --url URL [--model NAME]"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
 
+from twofold.base.chat import Message
 from twofold.cli.flags import parse
 from twofold.cli.model_flags import ModelFlags
+from twofold.cli.remote import first_model, stream_remote
 from twofold.cli.terminal import Terminal, stderr
 from twofold.engine.request import Sampling
+from twofold.errors import ConfigError
 from twofold.recipes.generate import GenerationConfig, stream_answer
+
+Speak: TypeAlias = Callable[[Sequence[Message]], Iterator[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,24 +28,40 @@ class ChatFlags(ModelFlags):
         system: a system message at the beginning.
         max_new_tokens: the most tokens of an answer.
         sampling: how each token is chosen.
+        url: of a server to talk to; nothing is loaded here then. Its API key is read from TWOFOLD_API_KEY.
+        model: which of that server's models; the first that it lists, if not given.
     """
 
     system: str | None = None
     max_new_tokens: int = 512
     sampling: Sampling = field(default_factory=Sampling)
+    url: str | None = None
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.url is not None and self.adapter:
+            raise ConfigError("--adapter is for models that are loaded here; with --url say --model NAME")
+        if self.url is None and self.model is not None:
+            raise ConfigError("--model is for servers; without --url say --adapter DIR")
+
+    def speaker(self) -> Speak:
+        """What answers: a server, or a base that is loaded now."""
+        config = GenerationConfig(max_new_tokens=self.max_new_tokens, sampling=self.sampling)
+        if self.url is not None:
+            return partial(stream_remote, self.url, self.model or first_model(self.url), config=config)
+        with Terminal() as terminal:
+            return partial(stream_answer, self.load(terminal), config=config)
 
 
 def run(arguments: list[str]) -> int:
     flags = parse(ChatFlags, arguments, verb="chat", description="Talk; an empty line or Ctrl-D ends it.", bare=())
-    with Terminal() as terminal:
-        base = flags.load(terminal)
+    speak = flags.speaker()
     stderr.print("an empty line ends the conversation", style="dim")
-    config = GenerationConfig(max_new_tokens=flags.max_new_tokens, sampling=flags.sampling)
     messages = [] if flags.system is None else [{"role": "system", "content": flags.system}]
     while said := _ask():
         messages.append({"role": "user", "content": said})
         answer = ""
-        for piece in stream_answer(base, messages, config):
+        for piece in speak(messages):
             answer += piece
             sys.stdout.write(piece)
             sys.stdout.flush()

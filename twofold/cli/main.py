@@ -18,6 +18,7 @@ VERBS = {
     "eval": "loss, accuracy and exact match on held-out data",
     "generate": "answer a prompt",
     "chat": "talk to a base and its adapter",
+    "serve": "a base and a folder of adapters over HTTP, as OpenAI's API",
     "inspect": "norms, ranks and findings of an adapter, module by module",
     "compare": "how alike two adapters' updates are, module by module",
     "combine": "several adapters as one: cat, svd, linear, ties, dare",
@@ -98,7 +99,7 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            "Every verb but chat takes --json for one JSON document on stdout; all take --debug for a traceback.",
+            "Every verb but chat and serve takes --json for one JSON document on stdout; all take --debug for a traceback.",
         ]
     )
 

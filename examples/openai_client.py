@@ -1,0 +1,72 @@
+"""OpenAI's own client against `twofold serve`: models, an answer, a stream, and an answer with a form.
+
+    python examples/openai_client.py [URL]
+
+Without a URL it starts a server of its own, on the built-in base.
+"""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+
+import openai
+
+
+@contextlib.contextmanager
+def own_server():
+    """`twofold serve` on a free port, until the block ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "twofold", "serve", "--port", str(port), "--context", "512"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_until_ready(client):
+    """A base of several gigabytes takes its time to load."""
+    while True:
+        try:
+            return client.models.list()
+        except openai.APIConnectionError:
+            time.sleep(0.5)
+
+
+def talk(url):
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    models = [model.id for model in wait_until_ready(client)]
+    print("models:", ", ".join(models))
+    model = models[0]  # an adapter is asked for by its name, in the same way
+    messages = [{"role": "user", "content": "What is the capital of France? One sentence."}]
+
+    answer = client.chat.completions.create(model=model, messages=messages, max_tokens=32, temperature=0)
+    print("answer:", answer.choices[0].message.content)
+    print("tokens:", answer.usage.total_tokens)
+
+    stream = client.chat.completions.create(model=model, messages=messages, max_tokens=32, temperature=0, stream=True)
+    print("stream:", end=" ")
+    for chunk in stream:
+        print(chunk.choices[0].delta.content or "", end="", flush=True)
+    print()
+
+    schema = {"type": "object", "properties": {"capital": {"type": "string", "maxLength": 20}}, "required": ["capital"]}
+    form = {"type": "json_schema", "json_schema": {"name": "city", "schema": {**schema, "additionalProperties": False}}}
+    answer = client.chat.completions.create(
+        model=model, messages=messages, max_tokens=64, temperature=0, response_format=form
+    )
+    print("in a form:", answer.choices[0].message.content)
+
+    try:
+        client.chat.completions.create(model=model + "x", messages=messages)
+    except openai.NotFoundError as error:
+        print("a wrong name:", error.body["message"])
+
+
+with contextlib.nullcontext(sys.argv[1]) if len(sys.argv) > 1 else own_server() as where:
+    talk(where)

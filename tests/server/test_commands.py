@@ -1,0 +1,91 @@
+"""`twofold serve`, `twofold chat --url`, and every command of docs/serving.md."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_server import Running, running, served
+from warm_cli import WarmCli
+
+from twofold.cli.flags import parse
+from twofold.recipes.serve import ServeConfig
+
+pytest_plugins = ("tiny_fixtures", "server_fixtures")
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "serving.md"
+
+
+def test_chat_talks_to_a_server(cli: WarmCli, live: Running) -> None:
+    said = "import sys, io; sys.stdin = io.StringIO('colour of the cup 1?\\n')"
+    found = cli("chat", "--url", live.url, "--model", "red", "--max-new-tokens", 8, setup=said)
+    assert found.code == 0, found.stderr
+    assert found.stdout.removesuffix("\n") == live.say("red", ignore_eos=False)
+    base = cli("chat", "--url", f"{live.url}/v1", "--max-new-tokens", 8, setup=said)
+    assert base.stdout.removesuffix("\n") == live.say("tiny", ignore_eos=False)
+
+
+def test_chat_tells_what_a_server_refuses(cli: WarmCli, live: Running) -> None:
+    said = "import sys, io; sys.stdin = io.StringIO('hat?\\n')"
+    wrong = cli("chat", "--url", live.url, "--model", "rad", setup=said)
+    assert wrong.code == 2
+    assert "did you mean 'red'" in wrong.stderr
+    assert "no server answers" in cli("chat", "--url", "http://127.0.0.1:9", setup=said).refusal()
+    assert "--model NAME" in cli("chat", "--url", live.url, "--adapter", "red").refusal()
+    assert "http://" in cli("chat", "--url", "localhost:8000").refusal()
+
+
+def test_serve_refuses_what_it_cannot_do(cli: WarmCli, llama_base: Path, tmp_path: Path) -> None:
+    assert "no adapter folder" in cli("serve", "--base", llama_base, "--adapters", tmp_path / "no").refusal()
+    assert "was made for 256" in cli("serve", "--base", llama_base, "--context", 5000).refusal()
+    assert "did you mean '--adapters'" in cli("serve", "--adapter", "x").refusal()
+
+
+@pytest.fixture
+def folder(adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader of the page would stand: a trained adapter and the examples."""
+    shutil.copytree(adapters / "red", tmp_path / "runs" / "quickstart" / "adapter")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command_of_the_page_does_what_it_says(
+    folder: Path, llama_base: Path, cli: WarmCli, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`twofold serve` runs in this process, on a tiny base; what follows it goes to that server."""
+    blocks = re.findall(r"^```console\n(.*?)^```", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    commands = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    with contextlib.ExitStack() as until_the_end:
+        url = ""
+        for command in commands:
+            words = shlex.split(command.replace("http://localhost:8000", url))
+            match words:
+                case ["twofold", "serve", *flags]:
+                    config = parse(ServeConfig, flags, verb="serve", description="")
+                    url = until_the_end.enter_context(running(served(llama_base), config)).url
+                case ["echo", said, "|", "twofold", "chat", *flags]:
+                    found = cli("chat", *flags, setup=f"import sys, io; sys.stdin = io.StringIO({said!r})")
+                    assert found.code == 0, found.stderr
+                case ["python", "-c", code]:
+                    exec(code, {})
+                    assert "intents@" in capsys.readouterr().out
+                case ["python", script, *arguments]:
+                    monkeypatch.setattr(sys, "argv", [script, *arguments])
+                    runpy.run_path(script)
+                    assert "models: tiny" in capsys.readouterr().out
+                case _:
+                    done = subprocess.run(words, capture_output=True, text=True, check=False)
+                    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert {p.name.partition("@")[0] for p in (folder / "adapters").iterdir()} == {
+        "facts",
+        "intents",
+        "intents.current",
+    }

@@ -1,0 +1,259 @@
+"""The server under load and under trouble: full, abandoned, late, failing, stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tiny_server import Running, eventually, in_process, lines, question, running, served
+
+from twofold.recipes.serve import ServeConfig
+
+pytest_plugins = ("tiny_fixtures", "server_fixtures")
+LONG = {"max_tokens": 200}
+"""An answer that takes many steps."""
+
+
+def quiet(service: Any) -> bool:
+    """Whether the engine has let go of everything."""
+    scheduler = service.worker.scheduler
+    leases = sum(g.leases for g in service.registry.loaded)
+    return bool(scheduler.idle and service.admission.inside == 0 and leases == 0)
+
+
+# ---------------------------------------------------------------------------------------------- the queue
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(llama_base: Path, adapters: Path) -> None:
+    async def scene() -> None:
+        config = ServeConfig(adapters=adapters, max_queued=2)
+        async with in_process(served(llama_base, streams=1), config) as (client, service):
+            body = question("red", max_tokens=60)
+            going = [asyncio.create_task(client.post("/v1/chat/completions", json=body)) for _ in range(3)]
+            await eventually(lambda: service.admission.inside == 3)
+            refused = await client.post("/v1/chat/completions", json=question("green"))
+            assert refused.status_code == 429
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
+            assert refused.json()["error"]["type"] == "rate_limit_error"
+            assert [r.status_code for r in await asyncio.gather(*going)] == [200, 200, 200]
+            await eventually(lambda: quiet(service))
+            assert (await client.post("/v1/chat/completions", json=question("green"))).status_code == 200
+
+    asyncio.run(scene())
+
+
+# ---------------------------------------------------------------------------------------------- leaving
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_the_engine(live: Running, stream: bool) -> None:
+    service = live.service
+    made = "vllm:generation_tokens_total"
+
+    def tokens() -> float:
+        families = text_string_to_metric_families(live.get("/metrics").text)
+        return sum(s.value for f in families for s in f.samples if s.name == made)
+
+    before = tokens()
+    with httpx.Client() as client, contextlib.suppress(httpx.ReadTimeout):
+        asked: dict[str, Any] = {"json": question("red", stream=stream, n=16, **LONG), "timeout": 0.2}
+        with client.stream("POST", f"{live.url}/v1/chat/completions", **asked) as response:
+            for _ in response.iter_lines():
+                break
+    deadline = time.monotonic() + 10
+    while not quiet(service):
+        assert time.monotonic() < deadline, "the streams go on although nobody reads them"
+        time.sleep(0.01)
+    assert tokens() - before < 16 * LONG["max_tokens"]
+
+
+def test_a_late_answer_is_given_up(llama_base: Path, adapters: Path) -> None:
+    async def scene() -> None:
+        config = ServeConfig(adapters=adapters, deadline_seconds=0.3)
+        async with in_process(served(llama_base), config) as (client, service):
+            found = await client.post("/v1/chat/completions", json=question("tiny", n=16, **LONG))
+            assert found.status_code == 504
+            assert found.json()["error"]["code"] == "deadline"
+            streamed = await client.post("/v1/chat/completions", json=question("tiny", n=16, stream=True, **LONG))
+            assert lines(streamed.text)[-1]["error"]["code"] == "deadline"
+            await eventually(lambda: quiet(service))
+
+    asyncio.run(scene())
+
+
+# ---------------------------------------------------------------------------------------------- trouble
+
+
+def test_a_step_that_fails_ends_its_streams_and_not_the_server(
+    llama_base: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene() -> None:
+        async with in_process(served(llama_base), ServeConfig(adapters=adapters)) as (client, service):
+            expected = (await client.post("/v1/chat/completions", json=question("red"))).json()
+            going = asyncio.create_task(client.post("/v1/chat/completions", json=question("red", **LONG)))
+            await eventually(lambda: service.worker.scheduler.running)
+            with monkeypatch.context() as broken:
+                broken.setattr(service.worker.scheduler, "step", lambda: 1 // 0)
+                failed = await going
+                assert failed.status_code == 500
+                assert failed.json()["error"]["code"] == "engine_error"
+                assert "ZeroDivisionError" not in failed.text
+                await eventually(lambda: not service.worker.healthy)
+                assert (await client.get("/health")).status_code == 503
+            again = await client.post("/v1/chat/completions", json=question("red"))
+            assert again.json()["choices"] == expected["choices"]
+            assert (await client.get("/health")).status_code == 200
+            await eventually(lambda: quiet(service))
+
+    asyncio.run(scene())
+
+
+# ---------------------------------------------------------------------------------------------- many at once
+
+
+def test_every_client_gets_its_own_adapter_however_many_there_are(llama_base: Path, adapters: Path) -> None:
+    """40 clients, base and three adapters mixed, streamed and not, some of them leaving: each answer gives its adapter away."""
+    models = ("tiny", "red", "green", "blue")
+
+    async def ask(client: Any, model: str, stream: bool, leaves: bool) -> str | None:
+        body = question(model, stream=stream)
+        if leaves:
+            task = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            return None
+        found = await client.post("/v1/chat/completions", json=body)
+        if stream:
+            return "".join(e["choices"][0]["delta"].get("content", "") for e in lines(found.text)[:-1])
+        return str(found.json()["choices"][0]["message"]["content"])
+
+    async def scene() -> None:
+        async with in_process(served(llama_base, streams=6), ServeConfig(adapters=adapters)) as (client, service):
+            alone = {m: await ask(client, m, False, False) for m in models}
+            assert len(set(alone.values())) == 4
+            draw = random.Random(5)
+            asked = [(draw.choice(models), draw.random() < 0.5, draw.random() < 0.2) for _ in range(40)]
+            said = await asyncio.gather(*(ask(client, *a) for a in asked))
+            wrong = [(a, s) for a, s in zip(asked, said, strict=True) if s is not None and s != alone[a[0]]]
+            assert wrong == []
+            await eventually(lambda: quiet(service))
+
+    asyncio.run(scene())
+
+
+# ---------------------------------------------------------------------------------------------- what it says of itself
+
+
+def test_metrics_have_vllms_names_and_count_by_adapter(llama_base: Path, adapters: Path) -> None:
+    with running(served(llama_base), ServeConfig(adapters=adapters, max_rank=8)) as live:
+        usage = live.post("/v1/chat/completions", question("red")).json()["usage"]
+        live.say("tiny")
+        page = live.get("/metrics")
+        assert page.headers["content-type"].startswith("text/plain")
+        families = {f.name: f for f in text_string_to_metric_families(page.text)}
+
+        def value(name: str, sample: str, **labels: str) -> float:
+            found = [s for s in families[name].samples if s.name == sample and labels.items() <= s.labels.items()]
+            return sum(s.value for s in found)
+
+        red = {"model_name": "tiny", "lora_name": "red"}
+        assert value("vllm:prompt_tokens", "vllm:prompt_tokens_total", **red) == usage["prompt_tokens"]
+        assert value("vllm:generation_tokens", "vllm:generation_tokens_total", **red) == usage["completion_tokens"] == 8
+        assert value("vllm:generation_tokens", "vllm:generation_tokens_total", lora_name="") == 8
+        finished = ("vllm:request_success", "vllm:request_success_total")
+        assert value(*finished, **red, finished_reason="length") == 1
+        for name, count in (
+            ("vllm:time_to_first_token_seconds", 1),
+            ("vllm:inter_token_latency_seconds", 7),
+            ("vllm:e2e_request_latency_seconds", 1),
+        ):
+            assert value(name, f"{name}_count", **red) == count
+        assert value("vllm:num_requests_running", "vllm:num_requests_running") == 0
+        assert value("vllm:num_requests_waiting", "vllm:num_requests_waiting") == 0
+        assert 0 <= value("vllm:kv_cache_usage_perc", "vllm:kv_cache_usage_perc") <= 1
+        assert value("twofold:adapters_registered", "twofold:adapters_registered") == 4
+        assert value("twofold:adapters_loaded", "twofold:adapters_loaded") == 1
+        (info,) = families["vllm:lora_requests_info"].samples
+        assert set(info.labels) == {"max_lora", "running_lora_adapters", "waiting_lora_adapters"}
+
+
+def test_the_log_has_a_line_a_request_without_what_was_said(live: Running, caplog: pytest.LogCaptureFixture) -> None:
+    from twofold.server.access import JsonLines
+
+    with caplog.at_level(logging.INFO, logger="twofold.server"):
+        found = live.post("/v1/chat/completions", question("red", "a secret"), headers={"x-request-id": "mine-1"})
+        assert found.headers["x-request-id"] == "mine-1"
+        strange = live.get("/health", headers={"x-request-id": 'x" injected'})
+        assert strange.headers["x-request-id"] != 'x" injected'
+    said = [json.loads(JsonLines().format(r)) for r in caplog.records if r.getMessage() == "request"]
+    mine = next(s for s in said if s["request"] == "mine-1")
+    assert (mine["route"], mine["status"], mine["model"]) == ("/v1/chat/completions", 200, "red")
+    assert mine["generation"].startswith("red@")
+    assert "secret" not in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------- the end
+
+
+def test_sigterm_lets_answers_end_and_takes_no_more(llama_base: Path, adapters: Path) -> None:
+    command = [sys.executable, "-m", "twofold", "serve", "--base", llama_base, "--adapters", adapters, "--port", "0"]
+    flags = ["--name", "tiny", "--dtype", "float32", "--context", "256"]
+    process = subprocess.Popen([str(c) for c in (*command, *flags)], stderr=subprocess.PIPE, text=True, env=os.environ)
+    assert process.stderr is not None
+    try:
+        said = [json.loads(line) for line in _until(process.stderr, "running on") if line.startswith("{")]
+        url = said[-1]["event"].split()[3]
+        body = question("red", stream=True, max_tokens=200)
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as response:
+            events = response.iter_lines()
+            next(events)
+            process.send_signal(signal.SIGTERM)
+            rest = [e for e in events if e]
+        assert rest[-1] == "data: [DONE]"
+        assert len(rest) > 20
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+        assert process.wait(20) == -signal.SIGTERM
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def _until(stream: Any, words: str) -> list[str]:
+    """The lines up to one with these words."""
+    found: list[str] = []
+    for line in stream:
+        found.append(line)
+        if words in line:
+            return found
+    raise AssertionError("".join(found))
+
+
+def test_while_it_drains_it_is_not_ready_and_refuses(llama_base: Path, adapters: Path) -> None:
+    async def scene() -> None:
+        async with in_process(served(llama_base), ServeConfig(adapters=adapters)) as (client, service):
+            assert (await client.get("/ready")).status_code == 200
+            going = asyncio.create_task(client.post("/v1/chat/completions", json=question("red", max_tokens=100)))
+            await eventually(lambda: service.worker.scheduler.running)
+            service.admission.draining = True
+            assert (await client.get("/ready")).status_code == 503
+            assert (await client.get("/health")).status_code == 200
+            refused = await client.post("/v1/chat/completions", json=question("red"))
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+            assert (await going).status_code == 200
+
+    asyncio.run(scene())

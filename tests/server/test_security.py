@@ -1,0 +1,158 @@
+"""Who is let in: hosts, origins, keys and sizes; and that no request, however odd, finds a hole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from tiny_server import Running, question, running, served
+
+from twofold.errors import ConfigError
+from twofold.recipes.serve import ServeConfig
+
+pytest_plugins = ("tiny_fixtures", "server_fixtures")
+
+
+# ---------------------------------------------------------------------------------------------- Host and Origin
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", ""]
+)
+def test_a_name_that_is_not_ours_is_refused_even_on_loopback(live: Running, host: str) -> None:
+    found = live.get("/v1/models", headers={"host": host})
+    assert (found.status_code, found.json()["error"]["code"]) == (403, "host_refused")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:8000", "10.0.0.7:80"])
+def test_localhost_and_addresses_are_taken(live: Running, host: str) -> None:
+    assert live.get("/v1/models", headers={"host": host}).status_code == 200
+
+
+def test_pages_of_other_origins_are_refused(live: Running) -> None:
+    for origin in ("https://evil.example", "null", live.url + "1", "file://"):
+        found = live.post("/v1/completions", {"model": "tiny", "prompt": "hat"}, headers={"origin": origin})
+        assert (found.status_code, found.json()["error"]["code"]) == (403, "origin_refused")
+    assert live.get("/v1/models", headers={"origin": live.url}).status_code == 200
+
+
+def test_hosts_and_origins_that_were_allowed(llama_base: Path) -> None:
+    config = ServeConfig(allowed_hosts=("Models.Example",), allowed_origins=("https://page.example",))
+    with running(served(llama_base), config) as live:
+        assert live.get("/ready", headers={"host": "models.example:80"}).status_code == 200
+        found = live.get("/v1/models", headers={"origin": "https://page.example"})
+        assert found.headers["access-control-allow-origin"] == "https://page.example"
+        assert live.get("/v1/models", headers={"origin": "https://other.example"}).status_code == 403
+        asking = {"origin": "https://page.example", "access-control-request-method": "POST"}
+        asked = httpx.options(f"{live.url}/v1/completions", headers=asking)
+        assert asked.status_code == 200
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        assert [m["id"] for m in live.get("/v1/models").json()["data"]] == ["tiny"]
+        loading = live.post("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "a"})
+        assert "--adapters DIR" in loading.json()["error"]["message"]
+
+
+# ---------------------------------------------------------------------------------------------- keys
+
+
+def test_keys(llama_base: Path, adapters: Path) -> None:
+    config = ServeConfig(adapters=adapters, api_key=("one", "two"), admin_key=("root",))
+    load = {"lora_name": "rot", "lora_path": "red"}
+
+    def bearer(key: str) -> dict[str, Any]:
+        return {"headers": {"authorization": f"Bearer {key}"}}
+
+    with running(served(llama_base), config) as live:
+        for path in ("/health", "/ready", "/metrics"):
+            assert live.get(path).status_code == 200
+        for headers in (
+            {},
+            {"authorization": "Bearer three"},
+            {"authorization": "Basic one"},
+            {"authorization": "one"},
+        ):
+            found = live.get("/v1/models", headers=headers)
+            assert (found.status_code, found.headers["www-authenticate"]) == (401, "Bearer")
+        assert live.get("/openapi.json").status_code == 401
+        for key in ("one", "two", "root"):
+            assert live.get("/v1/models", **bearer(key)).status_code == 200
+        assert live.post("/v1/load_lora_adapter", load).status_code == 401
+        assert live.post("/v1/load_lora_adapter", load, **bearer("one")).status_code == 403
+        assert live.post("/v1/load_lora_adapter", load, **bearer("root")).status_code == 200
+        assert live.post("/v1/unload_lora_adapter", {"lora_name": "rot"}, **bearer("two")).status_code == 403
+
+
+def test_keys_do_not_show() -> None:
+    config = ServeConfig(api_key=("sesame",), admin_key=("sesame",))
+    assert "sesame" not in repr(config)
+
+
+# ---------------------------------------------------------------------------------------------- sizes and odd requests
+
+
+def test_a_body_that_is_too_large_is_refused_announced_or_not(llama_base: Path) -> None:
+    with running(served(llama_base), ServeConfig(max_body_mb=0.01)) as live:
+        large = b'{"model": "tiny", "prompt": "' + b"x" * 20_000 + b'"}'
+        for content in (large, iter([large[:9_000], large[9_000:]])):
+            found = httpx.post(f"{live.url}/v1/completions", content=content)
+            assert (found.status_code, found.json()["error"]["code"]) == (413, "too_large")
+        assert live.post("/v1/completions", {"model": "tiny", "prompt": "hat"}).status_code == 200
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"[" * 3000, b'"text"', b"\xff", b'{"model": 1e999}'])
+def test_a_body_that_is_no_request_is_refused(live: Running, body: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    found = httpx.post(f"{live.url}/v1/chat/completions", content=body, headers=headers)
+    assert found.status_code == 400
+    assert found.json()["error"]["message"]
+
+
+def test_unknown_routes_and_methods_answer_in_the_same_shape(live: Running) -> None:
+    assert live.get("/v2/models").json()["error"]["type"] == "not_found_error"
+    assert live.get("/v1/chat/completions").status_code == 405
+    assert live.post("/v1/chat/completions", question("nobody")).json()["error"]["param"] == "model"
+
+
+def test_the_api_does_what_its_own_description_says(live: Running) -> None:
+    """Schemathesis makes requests from the OpenAPI document, right ones and wrong ones, and judges the answers by it."""
+    schema = schemathesis.openapi.from_url(f"{live.url}/openapi.json")
+    operations = [op.ok() for op in schema.get_all_operations()]
+    assert {op.path for op in operations} >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics"}
+    checks = schemathesis.checks.load_all_checks
+    checks()
+    chosen = schemathesis.checks.CHECKS.get_by_names(
+        ["not_a_server_error", "response_schema_conformance", "content_type_conformance", "status_code_conformance"]
+    )
+    few = settings(max_examples=6, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    for operation in operations:
+
+        @few
+        @schemathesis_given(operation)
+        def one(case: Any) -> None:
+            if isinstance(case.body, dict):  # an answer of a few tokens will do
+                case.body = (
+                    {**case.body, "max_tokens": 2} if "messages" in case.body or "prompt" in case.body else case.body
+                )
+            response = case.call(timeout=30)
+            case.validate_response(response, checks=chosen)
+
+        one()
+
+
+def schemathesis_given(operation: Any) -> Any:
+    from hypothesis import given
+
+    return given(case=operation.as_strategy())
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("wrong", [{"streams": 0}, {"max_queued": -1}, {"port": 70_000}, {"deadline_seconds": 0.0}])
+def test_settings_that_make_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        ServeConfig(**wrong)

@@ -1,0 +1,133 @@
+"""`twofold serve`: what is served, and how much of the machine it may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from twofold.base.load import BUILT_IN, DEFAULT_BASE, Base, Precision, load_base
+from twofold.engine.scheduler import Scheduler
+from twofold.errors import ConfigError
+from twofold.events import Emit, silent
+from twofold.quant import Kind, Scheme
+
+CONTEXT = 2048
+"""Tokens of a stream where neither the flags nor the base say fewer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """A base and a folder of adapters, served over HTTP.
+
+    Attributes:
+        base: a Hugging Face directory, a hub id, a `.gguf` file or a built-in name.
+        adapters: folder with the adapters, which is watched; nothing outside of it is read.
+        name: what requests call the base; its own name, if not given.
+        host: address to listen on.
+        port: port to listen on.
+        api_key: keys that requests may carry; none: no key is needed. TWOFOLD_API_KEY adds one.
+        admin_key: keys that may load and unload adapters; none: every key may.
+        allowed_hosts: names that requests may call the server by, besides localhost and addresses; `*` for any.
+        allowed_origins: origins of web pages that may use the server.
+        dtype: type of the base's weights; `auto` takes what this machine multiplies fastest.
+        device: `auto` takes a GPU where there is one.
+        quantization: pack the base's linear layers while they are read, `nf4` or `int8`.
+        allow_foreign_base: serve adapters that were trained on another base.
+        streams: answers that are made side by side.
+        context: most tokens of a prompt and its answer together; what the base was made for, up to 2048, if not given.
+        default_tokens: most tokens of a conversation's answer that does not say; none: as many as fit.
+        max_queued: answers that may wait; more get status 429.
+        max_body_mb: most megabytes of a request.
+        deadline_seconds: after which an answer is given up.
+        drain_seconds: for which answers may end once the server was told to stop.
+        adapter_memory_mb: megabytes of adapters in memory; the least recently used go first.
+        max_adapter_mb: most megabytes of one adapter.
+        max_rank: highest rank of an adapter.
+        poll_seconds: between two looks at the adapter folder.
+    """
+
+    base: str = DEFAULT_BASE
+    adapters: Path | None = None
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: tuple[str, ...] = field(default=(), repr=False)
+    admin_key: tuple[str, ...] = field(default=(), repr=False)
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    dtype: Precision = "auto"
+    device: str = "auto"
+    quantization: Kind | None = None
+    allow_foreign_base: bool = False
+    streams: int = 32
+    context: int | None = None
+    default_tokens: int | None = None
+    max_queued: int = 256
+    max_body_mb: float = 4.0
+    deadline_seconds: float = 600.0
+    drain_seconds: float = 30.0
+    adapter_memory_mb: float = 2048.0
+    max_adapter_mb: float = 512.0
+    max_rank: int = 256
+    poll_seconds: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "streams",
+            "max_body_mb",
+            "deadline_seconds",
+            "drain_seconds",
+            "adapter_memory_mb",
+            "max_adapter_mb",
+        ):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)} but must be above 0")
+        for name in ("max_rank", "poll_seconds", "context", "default_tokens"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} is {value} but must be above 0")
+        if self.max_queued < 0 or not 0 <= self.port < 65536:
+            raise ConfigError("max_queued must be at least 0, and port a number up to 65535")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A base ready to answer.
+
+    Attributes:
+        names: what requests may call it by, the first of them shown to others.
+        context: tokens of a prompt and its answer together.
+    """
+
+    base: Base
+    scheduler: Scheduler
+    names: tuple[str, ...]
+    context: int
+
+
+def load_served(config: ServeConfig, emit: Emit = silent) -> Served:
+    """Load the base and make its scheduler.
+
+    Raises:
+        UserError: the base, its tokenizer or the adapter folder cannot be used.
+    """
+    if config.adapters is not None and not config.adapters.is_dir():
+        raise ConfigError(f"no adapter folder at {config.adapters}; make it first, or leave out --adapters")
+    scheme = None if config.quantization is None else Scheme(config.quantization)
+    base = load_base(config.base, config.dtype, config.device, emit, scheme)
+    context = _context(base, config.context)
+    return Served(base, Scheduler(base.model, streams=config.streams, capacity=context), _names(base, config), context)
+
+
+def _context(base: Base, asked: int | None) -> int:
+    made_for = getattr(base.model.config, "max_position_embeddings", None)
+    if asked is not None and made_for is not None and asked > made_for:
+        raise ConfigError(f"context is {asked}, but {base.public_name} was made for {made_for} tokens")
+    return asked or min(made_for or CONTEXT, CONTEXT)
+
+
+def _names(base: Base, config: ServeConfig) -> tuple[str, ...]:
+    """The name that was given, or the base's own and the built-in's short one."""
+    if config.name is not None:
+        return (config.name,)
+    return (base.public_name, base.reference) if base.reference in BUILT_IN else (base.public_name,)

@@ -1,0 +1,251 @@
+"""The adapter folder that all engines share, and what may be read from it.
+
+    ROOT/NAME/                    a plain adapter; it gets its content hash when it is read
+    ROOT/NAME@HASH/               one generation, which never changes
+    ROOT/NAME.current             a line that says which generation NAME stands for: `NAME@HASH`
+
+vLLM, Ray Serve and others are pointed at the folder of a generation. Nothing outside ROOT is read, links resolved. An adapter is
+copied before it is read: what is hashed, checked and loaded is then the same bytes, whatever happens to the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from twofold import atomic
+from twofold.adapter.config import LoraConfig
+from twofold.adapter.files import CONFIG, OURS, TENSORS, AdapterFiles, open_adapter
+from twofold.base.fingerprint import Fingerprint, check_same_base
+from twofold.errors import AdapterFileError, ForeignBaseError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""What an adapter may be called: no `/`, no `:` and no `@`, which separate it from its base and its generation."""
+GENERATION = re.compile(rf"({NAME.pattern})@([0-9a-f]{{8,64}})")
+CURRENT = ".current"
+DIGITS = 16
+"""Of the hash in a generation's name."""
+MAX_TEXT_BYTES = 8_000_000
+"""The most that an adapter's JSON files may hold."""
+
+
+class Limits(NamedTuple):
+    """What an adapter may be at most."""
+
+    bytes: int
+    rank: int
+
+
+class FileState(NamedTuple):
+    """What tells whether a file is still the same, without reading it."""
+
+    inode: int
+    size: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter lies, and in what state its files were last seen.
+
+    Attributes:
+        name: what it is asked for by.
+        folder: below the root, links resolved.
+        files: config, tensors, and Twofold's own where there is one.
+        digest: of the folder's name, where that has one.
+    """
+
+    name: str
+    folder: Path
+    files: tuple[FileState | None, ...]
+    digest: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.size for f in self.files if f)
+
+
+# ---------------------------------------------------------------------------------------------- finding
+
+
+def scan(root: Path) -> dict[str, Source]:
+    """All adapters below a root by the names that requests may use; what is no adapter or lies elsewhere is left out."""
+    root = root.resolve()
+    entries = list(_entries(root))
+    usable = [e.name for e in entries if NAME.fullmatch(e.name) or GENERATION.fullmatch(e.name)]
+    links = {e.name for e in entries if e.is_symlink()}
+    found = {name: _source(root, (root / name).resolve() if name in links else root / name) for name in usable}
+    named = {name: source for name, source in found.items() if source is not None}
+    aliases = [e.name for e in entries if e.name.endswith(CURRENT)]
+    for alias in aliases:
+        name = alias.removesuffix(CURRENT)
+        chosen = named.get(_pointed_at(root / alias))
+        if chosen is not None and chosen.name == name:
+            named[name] = chosen
+    return named
+
+
+def _entries(root: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(root) as entries:
+            yield from entries
+    except OSError:
+        return
+
+
+def _pointed_at(alias: Path) -> str:
+    try:
+        return alias.read_text(encoding="utf-8")[:256].strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def source_at(root: Path, given: str) -> Source:
+    """The adapter at a path that a client gave, absolute or below the root.
+
+    Raises:
+        AdapterFileError: there is none, or it lies outside the root; in the same words, so that nobody can feel their way.
+    """
+    root = root.resolve()
+    try:
+        source = _source(root, (root / given).resolve())
+    except (OSError, ValueError, RuntimeError):
+        source = None
+    if source is None:
+        raise AdapterFileError("no adapter lies there below the adapter root of this server")
+    return source
+
+
+def _source(root: Path, folder: Path) -> Source | None:
+    """The adapter in a folder, links resolved, if it is one and lies below the root with all of its files."""
+    if root not in folder.parents:
+        return None
+    states = tuple(_state(root, f"{folder}/{name}") for name in (CONFIG, TENSORS, OURS))
+    if states[0] is None or states[1] is None:
+        return None
+    parts = GENERATION.fullmatch(folder.name)
+    return Source(parts[1] if parts else folder.name, folder, states, parts[2] if parts else None)
+
+
+def _state(root: Path, path: str) -> FileState | None:
+    try:
+        found = os.lstat(path)
+        if stat.S_ISLNK(found.st_mode):
+            target = Path(path).resolve()
+            if root not in target.parents:
+                return None
+            found = target.stat()
+    except OSError:
+        return None
+    return FileState(found.st_ino, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def snapshot(source: Source, root: Path, to: Path, limits: Limits) -> str:
+    """Copy an adapter's files into an empty folder; the hash of what was copied.
+
+    Raises:
+        AdapterFileError: it is gone, too large, or not what its folder's name says.
+    """
+    if source.bytes > limits.bytes:
+        raise AdapterFileError(
+            f"adapter '{source.name}' has {source.bytes} bytes, more than the {limits.bytes} of this server"
+        )
+    root = root.resolve()
+    for name, most in ((CONFIG, MAX_TEXT_BYTES), (TENSORS, limits.bytes), (OURS, MAX_TEXT_BYTES)):
+        path = (source.folder / name).resolve()
+        if root in path.parents and (name != OURS or path.exists()):
+            _copy(path, to / name, most, source.name)
+    found = content_hash(to)
+    if source.digest is not None and not found.startswith(source.digest[:DIGITS]):
+        raise AdapterFileError(f"the files of '{source.name}@{source.digest}' are not those that its name promises")
+    return found
+
+
+def _copy(path: Path, to: Path, most: int, name: str) -> None:
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            there = os.fstat(file.fileno())
+            if not stat.S_ISREG(there.st_mode) or there.st_size > most:
+                raise AdapterFileError(f"{path.name} of adapter '{name}' is no file of at most {most} bytes")
+            with to.open("wb") as copy:
+                shutil.copyfileobj(file, copy, 1 << 20)
+    except OSError as error:
+        raise AdapterFileError(f"cannot read {path.name} of adapter '{name}': {error.strerror}") from error
+
+
+def content_hash(folder: Path) -> str:
+    """The hash that names a generation: SHA-256 over an adapter's files, their names and lengths, shortened."""
+    digest = hashlib.sha256()
+    for name in (CONFIG, TENSORS, OURS):
+        path = folder / name
+        if path.exists():
+            digest.update(f"{name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+    return digest.hexdigest()[:DIGITS]
+
+
+def checked(folder: Path, name: str, limits: Limits, fingerprint: Fingerprint, *, allow_foreign: bool) -> AdapterFiles:
+    """An adapter that may be served, judged by its configuration and the header of its tensors; no tensor is read.
+
+    Raises:
+        UserError: something in it is not supported, too large, for another task or for another base.
+    """
+    files = open_adapter(folder)
+    highest = max(_ranks(files))
+    if highest > limits.rank:
+        raise AdapterFileError(f"adapter '{name}' has rank {highest}, above the {limits.rank} of this server")
+    if files.provenance is None:
+        return files
+    task = files.provenance.training.get("task", "causal-lm")
+    if task != "causal-lm":
+        raise AdapterFileError(f"adapter '{name}' was trained for {task} and cannot answer")
+    if files.provenance.base is not None and not allow_foreign:
+        try:
+            check_same_base(files.provenance.base, fingerprint, f"adapter '{name}'")
+        except ForeignBaseError as error:
+            raise ForeignBaseError(str(error).partition(";")[0]) from error
+    return files
+
+
+def _ranks(files: AdapterFiles) -> Iterator[int]:
+    """Ranks by the config and by the shapes of the tensors."""
+    config: LoraConfig = files.config
+    yield from (config.r, *config.rank_pattern.values())
+    for key, shape in files.tensors.shapes.items():
+        if key.endswith(("lora_A.weight", "lora_embedding_A")) and shape:
+            yield shape[0]
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def publish(adapter: Path | str, root: Path | str, name: str) -> str:
+    """Put an adapter folder into a root as a new generation and make it the current one; its name, `NAME@HASH`.
+
+    Raises:
+        UserError: it is no adapter, the name cannot be used, or the root cannot be written.
+    """
+    if not NAME.fullmatch(name):
+        raise AdapterFileError(f"'{name}' cannot name an adapter; use letters, digits, '.', '_' and '-'")
+    adapter, root = Path(adapter), Path(root)
+    open_adapter(adapter)
+    generation = f"{name}@{content_hash(adapter)}"
+    if not (root / generation).exists():
+        with atomic.new_folder(root / generation) as folder:
+            for file in (CONFIG, TENSORS, OURS):
+                if (adapter / file).exists():
+                    shutil.copyfile(adapter / file, folder / file)
+    atomic.write_text(root / f"{name}{CURRENT}", generation + "\n")
+    return generation

@@ -1,0 +1,371 @@
+"""Adapters by name: found in a folder, loaded on demand, replaced without disturbing anyone, dropped when memory is short.
+
+A name stands for a `Source`, the state of a folder; loading one makes a `Generation`, which never changes and is called by its
+content, `NAME@HASH`. A request takes a lease on a generation and keeps it to its end, whatever becomes of the name meanwhile.
+Generations without leases go when their folder has changed or gone, or, least recently used first, when the budget is needed.
+
+Everything here runs on the event loop; files are read in threads, and the engine is spoken to through its worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+
+from twofold.base.chat import Renderer
+from twofold.base.load import Base
+from twofold.errors import AdapterFileError, UserError, nearest
+from twofold.server.errors import ApiError, without_paths
+from twofold.server.layout import NAME, Limits, Source, checked, scan, snapshot, source_at
+from twofold.server.templates import Renderers
+from twofold.server.worker import Worker
+
+REST = 20
+"""A look at the adapter folder takes at most one part in so many of the time."""
+log = logging.getLogger("twofold.server")
+
+
+@dataclass(eq=False)
+class Generation:
+    """An adapter as it is in memory. `leases` counts the requests that use it."""
+
+    key: str
+    name: str
+    bytes: int
+    renderer: Renderer
+    leases: int = 0
+    stale: bool = False
+
+
+@dataclass(eq=False)
+class _Loading:
+    """A load on its way, and how many wait for it."""
+
+    task: asyncio.Task[Generation]
+    waiters: int = 0
+    made: Generation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistryConfig:
+    """What the registry may take.
+
+    Attributes:
+        root: where adapters lie; None: there are none.
+        limits: of one adapter.
+        budget_bytes: of all that are in memory.
+        allow_foreign: serve adapters that were trained on another base.
+    """
+
+    root: Path | None
+    limits: Limits
+    budget_bytes: int
+    allow_foreign: bool = False
+
+
+class Registry:
+    """The adapters of one server.
+
+    Attributes:
+        loads: adapters read since the start.
+        evictions: those dropped because the budget was needed.
+    """
+
+    def __init__(self, config: RegistryConfig, base: Base, base_names: tuple[str, ...], worker: Worker) -> None:
+        self.config, self.base, self.worker = config, base, worker
+        self.base_names = base_names
+        self.loads = self.evictions = 0
+        self._renderers = Renderers(base)
+        self._found: dict[str, Source] = {}
+        self._called: dict[str, Source] = {}  # by the load endpoint, under names of their own
+        self._hidden: dict[str, Source | None] = {}  # unloaded, until the folder is another
+        self._keys: dict[Source, str] = {}
+        self._loaded: OrderedDict[str, Generation] = OrderedDict()
+        self._loading: dict[Source, _Loading] = {}
+        self._refused: dict[Source, str] = {}
+        self._room = asyncio.Condition()
+        self._reserved = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ------------------------------------------------------------------------------------------ names
+
+    def names(self) -> list[str]:
+        """The names of all adapters, loaded or not; pinned generations are not listed."""
+        known = {**self._found, **self._called}
+        return sorted(n for n in known if "@" not in n and self._source(n))
+
+    def adapter_of(self, model: str) -> str | None:
+        """The adapter's name in a request's `model`: `NAME`, `NAME@HASH` or `BASE:NAME`; None for the bare base.
+
+        Raises:
+            ApiError: 404 with the nearest names; a name that is not known never means the base.
+        """
+        if model in self.base_names:
+            return None
+        base, colon, name = model.rpartition(":")
+        if (not colon or base in self.base_names) and self._source(name):
+            return name
+        near = nearest(name, [*self.names(), *self.base_names])
+        hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "; GET /v1/models lists all"
+        raise ApiError(404, f"no model {model[:200]!r} here{hint}", code="model_not_found", param="model")
+
+    def generation_of(self, name: str) -> Generation | None:
+        """The generation that a name stands for now, if it is in memory."""
+        source = self._source(name)
+        return self._loaded.get(self._keys.get(source, "")) if source else None
+
+    def refusal_of(self, name: str) -> str | None:
+        """Why an adapter could not be loaded when that was last tried."""
+        source = self._source(name)
+        return self._refused.get(source) if source else None
+
+    @property
+    def loaded(self) -> list[Generation]:
+        """What is in memory, least recently used first."""
+        return list(self._loaded.values())
+
+    def awaited(self) -> list[str]:
+        """Names of the adapters that are being loaded."""
+        return sorted(source.name for source in self._loading)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of the adapters in memory and those on their way."""
+        return self._reserved + sum(g.bytes for g in self._loaded.values())
+
+    def _source(self, name: str) -> Source | None:
+        found = self._found.get(name)
+        return self._called.get(name) or (None if found == self._hidden.get(name) else found)
+
+    # ------------------------------------------------------------------------------------------ leases
+
+    async def acquire(self, name: str) -> Generation:
+        """A lease on the current generation of an adapter, which is loaded if need be; `release` gives it back.
+
+        Raises:
+            ApiError: the adapter cannot be served, or there is no room for it.
+        """
+        source = self._source(name)
+        if source is None:
+            raise ApiError(404, f"no adapter {name!r} here any more", code="model_not_found", param="model")
+        loaded = self._loaded.get(self._keys.get(source, ""))
+        if loaded is not None:
+            self._loaded.move_to_end(loaded.key)
+            loaded.leases += 1
+            return loaded
+        return await self._wait_for(self._loading.get(source) or self._begin(source, name))
+
+    def release(self, generation: Generation) -> None:
+        """Give a lease back."""
+        generation.leases -= 1
+        if not generation.leases:
+            self._later(self._when_idle(generation))
+
+    async def _wait_for(self, loading: _Loading) -> Generation:
+        loading.waiters += 1
+        try:
+            return await asyncio.shield(loading.task)
+        except asyncio.CancelledError:
+            if loading.made is None:
+                loading.waiters -= 1
+            else:
+                self.release(loading.made)
+            raise
+
+    def _begin(self, source: Source, name: str) -> _Loading:
+        if source in self._refused:
+            raise _refusal(self._refused[source])
+        task = asyncio.get_running_loop().create_task(self._load(source, name))
+        loading = self._loading[source] = _Loading(task)
+        task.add_done_callback(lambda t: t.cancelled() or t.exception())  # heard, even if all who waited have gone
+        return loading
+
+    # ------------------------------------------------------------------------------------------ loading
+
+    async def _load(self, source: Source, name: str) -> Generation:
+        loading = self._loading[source]
+        try:
+            made = await self._read(source, name)
+        except UserError as error:
+            self._refused[source] = str(error)
+            log.warning("adapter refused", extra={"fields": {"adapter": name, "reason": str(error)}})
+            raise _refusal(str(error)) from error
+        finally:
+            del self._loading[source]
+        made.leases += loading.waiters
+        made.stale = self._source(name) != source
+        loading.made = made
+        self.release(made)
+        return made
+
+    async def _read(self, source: Source, name: str) -> Generation:
+        if source.bytes > self.config.budget_bytes:
+            raise AdapterFileError(
+                f"adapter '{name}' is larger than all the memory for adapters; raise --adapter-memory-mb"
+            )
+        with tempfile.TemporaryDirectory(prefix="twofold-") as folder:
+            await self._reserve(source.bytes)
+            try:
+                return await self._put(source, name, Path(folder))
+            except UserError as error:
+                raise AdapterFileError(without_paths(str(error), Path(folder), f"adapter '{name}'")) from error
+            finally:
+                self._reserved -= source.bytes
+                async with self._room:
+                    self._room.notify_all()
+
+    async def _put(self, source: Source, name: str, folder: Path) -> Generation:
+        """The generation in memory, with a lease on it, so that nobody drops it before those who wait have theirs."""
+        config = self.config
+        assert config.root is not None
+        digest = await asyncio.to_thread(snapshot, source, config.root, folder, config.limits)
+        key = self._keys[source] = f"{source.name if source.digest else name}@{digest}"
+        if key in self._loaded:  # touched, but the same
+            self._loaded[key].leases += 1
+            return self._loaded[key]
+        files = await asyncio.to_thread(
+            checked, folder, name, config.limits, self.base.fingerprint, allow_foreign=config.allow_foreign
+        )
+        renderer = await asyncio.to_thread(self._renderers.of, files.provenance)
+        await self.worker.call(lambda scheduler: scheduler.put_adapter(key, folder))
+        made = self._loaded[key] = Generation(key, name, source.bytes, renderer, leases=1)
+        self.loads += 1
+        log.info("adapter loaded", extra={"fields": {"adapter": key, "bytes": source.bytes}})
+        return made
+
+    async def _reserve(self, size: int) -> None:
+        """Wait until the budget has room, dropping idle generations for it."""
+        async with self._room:
+            while self.used_bytes + size > self.config.budget_bytes:
+                idle = next((g for g in self._loaded.values() if not g.leases), None)
+                if idle is None:
+                    await self._room.wait()
+                else:
+                    self.evictions += 1
+                    await self._drop(idle)
+            self._reserved += size
+
+    async def _drop(self, generation: Generation) -> None:
+        """Free a generation that nobody uses."""
+        del self._loaded[generation.key]
+        await self.worker.call(lambda scheduler: scheduler.drop_adapter(generation.key))
+        log.info("adapter dropped", extra={"fields": {"adapter": generation.key}})
+
+    async def _when_idle(self, generation: Generation) -> None:
+        async with self._room:
+            if generation.stale and not generation.leases and generation.key in self._loaded:
+                await self._drop(generation)
+            self._room.notify_all()
+
+    # ------------------------------------------------------------------------------------------ changes
+
+    async def load(self, name: str, path: str, *, in_place: bool) -> Generation:
+        """Serve the adapter at `path`, below the root, as `name`, and load it now.
+
+        Raises:
+            ApiError: the name is taken or cannot be used, nothing lies there, or it cannot be served.
+        """
+        if not NAME.fullmatch(name) or name in self.base_names:
+            raise ApiError(400, f"{name[:200]!r} cannot name an adapter here", code="bad_name", param="lora_name")
+        try:
+            source = await asyncio.to_thread(source_at, self._root(), path)
+        except AdapterFileError as error:
+            raise ApiError(404, str(error), code="adapter_not_found", param="lora_path") from error
+        before = self._source(name)
+        if before is not None and before != source and not in_place:
+            said = f"the adapter {name!r} is there already; to replace it, set load_inplace to true"
+            raise ApiError(400, said, code="already_loaded", param="lora_name")
+        had = self._called.get(name)
+        self._called[name] = source
+        try:
+            generation = await self.acquire(name)
+        except BaseException:
+            self._called.pop(name, None) if had is None else self._called.update({name: had})
+            raise
+        self.release(generation)
+        await self._forget_stale()
+        return generation
+
+    def _root(self) -> Path:
+        if self.config.root is None:
+            raise ApiError(400, "this server has no adapter root; start it with --adapters DIR", code="no_adapters")
+        return self.config.root
+
+    async def unload(self, name: str) -> None:
+        """Serve a name no longer, until it is loaded again or its folder changes; its memory is freed with its last request.
+
+        Raises:
+            ApiError: 404 for an unknown name.
+        """
+        if name not in self.names():
+            near = nearest(name, self.names())
+            hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+            raise ApiError(404, f"no adapter {name[:200]!r} here{hint}", code="model_not_found", param="lora_name")
+        self._called.pop(name, None)
+        self._hidden |= {n: s for n, s in self._found.items() if n.partition("@")[0] == name}
+        await self._forget_stale()
+
+    async def refresh(self) -> None:
+        """Look at the folder once."""
+        if self.config.root is None:
+            return
+        found = await asyncio.to_thread(scan, self.config.root)
+        found = {n: s for n, s in found.items() if n not in self.base_names}
+        before = dict(self._called)
+        seen = await asyncio.to_thread(lambda: {n: self._seen_again(s) for n, s in before.items()})
+        moved = {n: s for n, s in seen.items() if s != before[n] and self._called.get(n) == before[n]}
+        if moved or found != self._found:
+            self._found = found
+            self._called |= moved
+            await self._forget_stale()
+
+    def _seen_again(self, source: Source) -> Source:
+        """The source as its folder is now; as it was, if the folder has gone."""
+        try:
+            return source_at(self._root(), str(source.folder))
+        except AdapterFileError:
+            return source
+
+    async def watch(self, seconds: float) -> None:
+        """Look at the folder again and again; less often where a look takes long."""
+        taken = 0.0
+        while True:
+            await asyncio.sleep(max(seconds, REST * taken))
+            begun = time.monotonic()
+            try:
+                await self.refresh()
+            except Exception:
+                log.exception("the adapter folder could not be watched")
+            taken = time.monotonic() - begun
+
+    async def _forget_stale(self) -> None:
+        """Drop what no name stands for any more: now, or with its last lease."""
+        served = {s for n in (*self._found, *self._called) if (s := self._source(n))}
+        self._keys = {s: k for s, k in self._keys.items() if s in served or s in self._loading}
+        self._refused = {s: r for s, r in self._refused.items() if s in served}
+        live = set(self._keys.values())
+        for generation in self.loaded:
+            generation.stale = generation.key not in live
+            if generation.stale:
+                await self._when_idle(generation)
+
+    def _later(self, work: Coroutine[None, None, None]) -> None:
+        """Do something soon, and hold on to it until it is done."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None and self.worker.healthy:
+            log.error("an adapter could not be dropped", exc_info=task.exception())
+
+
+def _refusal(reason: str) -> ApiError:
+    return ApiError(400, reason, code="adapter_refused", param="model")

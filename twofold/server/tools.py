@@ -1,0 +1,79 @@
+"""Calls of tools in an answer, as Hermes models write them (Qwen and many others too):
+
+    <tool_call>
+    {"name": "weather", "arguments": {"city": "Bern"}}
+    </tool_call>
+
+What is not such a call stays text. https://github.com/NousResearch/Hermes-Function-Calling
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import NamedTuple
+
+from twofold.server.openai import CalledFunction, ToolCall
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+
+
+class Parsed(NamedTuple):
+    """Text for the reader, and calls that are complete."""
+
+    text: str
+    calls: list[ToolCall]
+
+
+class ToolParser:
+    """Takes the pieces of an answer as they come, and parts text from calls; what may still become a call is held back."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._called = False  # just now: the space behind a call is layout
+
+    def put(self, piece: str) -> Parsed:
+        """The text and the calls that have become certain."""
+        self._held = (self._held + piece).lstrip() if self._called else self._held + piece
+        self._called = self._called and not self._held
+        text = ""
+        calls: list[ToolCall] = []
+        while True:
+            before, begun, after = self._held.partition(BEGIN)
+            if not begun:
+                kept = _possible_beginning(before)
+                self._held = before[len(before) - kept :]
+                return Parsed(text + before[: len(before) - kept], calls)
+            inside, ended, rest = after.partition(END)
+            text += before
+            if not ended:
+                self._held = begun + after
+                return Parsed(text, calls)
+            call = _call(inside)
+            calls += [call] if call else []
+            text += "" if call else begun + inside + ended
+            self._held = rest.lstrip() if call else rest
+            self._called = bool(call) and not self._held
+
+    def finish(self) -> Parsed:
+        """What is left when the answer ends: a call whose closing tag is missing counts if its JSON is whole."""
+        held, self._held = self._held, ""
+        call = _call(held.removeprefix(BEGIN)) if held.startswith(BEGIN) else None
+        return Parsed("", [call]) if call else Parsed(held, [])
+
+
+def _possible_beginning(text: str) -> int:
+    """How many characters at the end of a text may be the beginning of a call."""
+    return next((n for n in range(min(len(BEGIN) - 1, len(text)), 0, -1) if BEGIN.startswith(text[-n:])), 0)
+
+
+def _call(inside: str) -> ToolCall | None:
+    try:
+        said = json.loads(inside)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(said, dict) or not isinstance(said.get("name"), str):
+        return None
+    arguments = said.get("arguments", {})
+    plain = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return ToolCall(id=f"call_{secrets.token_hex(12)}", function=CalledFunction(name=said["name"], arguments=plain))

@@ -1,0 +1,197 @@
+"""The engine's one thread: commands go in by a queue, events come out on the event loop.
+
+The thread alone touches the scheduler. It takes commands between two steps; what a step made is handed to the event loop
+in one call, however many streams there are. An exception in a step ends the streams it may have touched, never the thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
+
+from twofold.engine.request import Request
+from twofold.engine.scheduler import Ended, Made, Scheduler
+from twofold.server.errors import ApiError
+
+T = TypeVar("T")
+Sink = Callable[[Made | Ended], None]
+FAILURES = 3
+"""So many failed steps in a row, and the engine no longer counts as healthy."""
+log = logging.getLogger("twofold.server")
+
+
+class Stream:
+    """One request inside the engine. `sink` gets its events on the event loop, an `Ended` last and once."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink = sink
+        self.id: int | None = None
+        self.cancelled = False
+        self.over = False
+
+    def deliver(self, event: Made | Ended) -> None:
+        if not self.over:
+            self.over = isinstance(event, Ended)
+            self.sink(event)
+
+
+class Worker:
+    """Runs a scheduler in a thread of its own; its methods belong to the event loop.
+
+    Attributes:
+        failures: steps that failed in a row.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.failures = 0
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[int, Stream] = {}
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ------------------------------------------------------------------------------------------ the event loop's side
+
+    def start(self) -> None:
+        """Begin, from inside the event loop that will get the events."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        return self._thread.is_alive() and self.failures < FAILURES
+
+    async def call(self, work: Callable[[Scheduler], T]) -> T:
+        """Do something with the scheduler between two steps, and wait for it."""
+        if self._stopping or self._loop is None:
+            raise ApiError(503, "the server is shutting down", code="draining")
+        loop, future = self._loop, self._loop.create_future()
+
+        def command() -> None:
+            try:
+                found = work(self.scheduler)
+            except BaseException as error:
+                self._tell(loop, _settle, future, None, error)
+            else:
+                self._tell(loop, _settle, future, found, None)
+
+        self._commands.put(command)
+        result: T = await future
+        return result
+
+    async def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[Stream]:
+        """Put requests into the engine, all between the same two steps. Whatever happens, each sink hears an end.
+
+        Raises:
+            UserError: one can never be answered, and so none is.
+        """
+        streams = [Stream(sink) for sink in sinks]
+        try:
+            await self.call(lambda scheduler: self._add(scheduler, streams, requests))
+        except BaseException:
+            for stream in streams:
+                self.cancel(stream)
+            raise
+        return streams
+
+    def cancel(self, stream: Stream) -> None:
+        """End a stream; its sink hears so when it has happened."""
+        if not stream.over and not stream.cancelled:
+            stream.cancelled = True
+            self._commands.put(lambda: self._cancel(stream))
+
+    async def stop(self) -> None:
+        """End the thread after the step it is in; streams that are not done end as cancelled."""
+        self._stopping = True
+        self._commands.put(lambda: None)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    # ------------------------------------------------------------------------------------------ the thread's side
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._take_commands()
+            if not self._stopping and not self.scheduler.idle:
+                self._step()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._commands.get_nowait()()
+        self._end_all("cancelled", "the server is shutting down")
+
+    def _take_commands(self) -> None:
+        """Run what waits; wait for something where there is nothing else to do."""
+        if self.scheduler.idle or self.failures >= FAILURES:
+            self._commands.get()()
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _step(self) -> None:
+        try:
+            events = self.scheduler.step()
+        except Exception:
+            self.failures += 1
+            log.exception("a step of the engine failed")
+            self._end_all("error", "the engine failed at this request's step; its log has the reason")
+            return
+        self.failures = 0
+        batch = [(self._streams[e.stream], e) for e in events if e.stream in self._streams]
+        for event in events:
+            if isinstance(event, Ended):
+                self._streams.pop(event.stream, None)
+        if batch:
+            self._tell(self._loop, _deliver, batch)
+
+    def _add(self, scheduler: Scheduler, streams: Sequence[Stream], requests: Sequence[Request]) -> None:
+        for stream, request in zip(streams, requests, strict=True):
+            if not stream.cancelled:
+                stream.id = scheduler.add(request)
+                self._streams[stream.id] = stream
+
+    def _cancel(self, stream: Stream) -> None:
+        if stream.id is None:
+            self._tell(self._loop, stream.deliver, Ended(-1, "cancelled"))
+        elif stream.id in self._streams:
+            self.scheduler.cancel(stream.id)
+
+    def _end_all(self, reason: Literal["error", "cancelled"], message: str) -> None:
+        """End every stream; the scheduler is told, but not trusted to say so."""
+        streams, self._streams = self._streams, {}
+        for number in streams:
+            with contextlib.suppress(Exception):
+                self.scheduler.cancel(number)
+        ended = Ended(-1, reason, message)
+        self._tell(self._loop, _deliver, [(stream, ended) for stream in streams.values()])
+
+    @staticmethod
+    def _tell(loop: asyncio.AbstractEventLoop | None, what: Callable[..., None], *arguments: object) -> None:
+        """Call on the event loop; one that is closed has nobody left to tell."""
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(what, *arguments)
+
+
+def _deliver(batch: list[tuple[Stream, Made | Ended]]) -> None:
+    for stream, event in batch:
+        stream.deliver(event)
+
+
+def _settle(future: asyncio.Future[T], found: T, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(found)
+    elif isinstance(error, Exception):
+        future.set_exception(error)
+    else:
+        future.set_exception(RuntimeError(f"the engine's thread was stopped: {type(error).__name__}"))
