@@ -1,7 +1,7 @@
 """Servers beside one another, through HTTP and with the prompts: tokens per second of 32 clients at once, and of one.
 
-As `benchmarks/serve.py`: SmolLM2-135M in bfloat16, r = 16 on all linear layers, prompts of 64 random tokens that differ from the first
-one on and from round to round, 64 new tokens. One server after the other, each in a process of its own with its own environment:
+As `benchmarks/serve.py`: SmolLM2-135M in bfloat16, r = 16 on all linear layers, prompts of 64 random tokens that differ from the
+first one on and from round to round, 64 new tokens. One server after the other, each in a process of its own:
 
     python benchmarks/serve_http.py [--vllm VLLM] [--llama-server PROGRAM --gguf BASE.gguf] [--rounds 2]
 
