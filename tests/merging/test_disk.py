@@ -179,7 +179,7 @@ from twofold.merging import disk
 base = t.adapted(Path(sys.argv[1]), "bfloat16")
 read = disk.Replay.tensor
 def slowly(self, key, formed):
-    time.sleep(0.02)
+    time.sleep(0.1)
     return read(self, key, formed)
 print("ready", flush=True)
 disk.Replay.tensor = slowly
@@ -187,7 +187,7 @@ t.written(base, Path(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("after", [0.05, 0.3])
+@pytest.mark.parametrize("after", [0.05, 0.5])
 def test_killed_it_goes_on_from_the_whole_shards(after: float, llama_base: Path, tmp_path: Path) -> None:
     folder = stored_as(llama_base, tmp_path / "base", "bfloat16", "20KB")
     paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
