@@ -15,7 +15,7 @@ from twofold.engine.request import Request
 from twofold.engine.scheduler import Ended, Made
 from twofold.errors import ConfigError
 from twofold.server.errors import ApiError
-from twofold.server.worker import Worker
+from twofold.server.worker import EngineThread, Worker
 
 pytest_plugins = ("tiny_fixtures",)
 ASKED = Request(token_ids=[5, 6, 7], max_new_tokens=200, ignore_stop=True)
@@ -23,7 +23,7 @@ ASKED = Request(token_ids=[5, 6, 7], max_new_tokens=200, ignore_stop=True)
 
 @contextlib.asynccontextmanager
 async def worker_over(base: Path) -> AsyncIterator[Worker]:
-    worker = Worker(served(base).scheduler)
+    worker = Worker(served(base).scheduler, EngineThread())
     worker.start()
     try:
         yield worker

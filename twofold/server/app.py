@@ -38,6 +38,7 @@ from twofold.server.openai import (
 from twofold.server.security import Gate, Policy, digest
 from twofold.server.service import Begun, Service, Wanted
 from twofold.server.wire import ChatWire, TextWire, events
+from twofold.server.worker import EngineThread
 
 T = TypeVar("T")
 _NOWHERE = Path("/\0")
@@ -53,9 +54,13 @@ class Gone(Exception):
     """The client has left."""
 
 
-def make_app(served: Served, config: ServeConfig) -> FastAPI:
-    """The application of one server; `app.state.service` is what it runs on."""
-    service = Service(served, config)
+def make_app(served: Served, config: ServeConfig, thread: EngineThread | None = None) -> FastAPI:
+    """The application of one server; `app.state.service` is what it runs on.
+
+    Args:
+        thread: the one that loaded the base, or a new one.
+    """
+    service = Service(served, config, thread or EngineThread())
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:

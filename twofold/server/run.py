@@ -13,6 +13,7 @@ from twofold.events import Emit, Message, Warned
 from twofold.recipes.serve import ServeConfig, load_served
 from twofold.server.access import log_as_json
 from twofold.server.app import make_app
+from twofold.server.worker import EngineThread
 
 IDLE_SECONDS = 75
 """For which a connection without requests stays open: longer than proxies keep theirs."""
@@ -47,13 +48,14 @@ def serve(config: ServeConfig, emit: Emit) -> None:
     Raises:
         UserError: the base or the adapter folder cannot be used.
     """
-    served = load_served(config, emit)
+    thread = EngineThread()
+    served = thread.submit(lambda: load_served(config, emit)).result()
     emit(Message(text=served.scheduler.path))
     emit(Message(text=f"http://{config.host}:{config.port}/v1 answers for {' and '.join(served.names)}"))
     if not (_is_loopback(config.host) or config.api_key):
         emit(Warned(text=f"whoever reaches {config.host}:{config.port} may use this server; --api-key asks for a key"))
     log_as_json()
-    Server(make_app(served, config), config).run()
+    Server(make_app(served, config, thread), config).run()
 
 
 def _is_loopback(host: str) -> bool:

@@ -21,7 +21,7 @@ from twofold.server.layout import Limits
 from twofold.server.metrics import Metrics
 from twofold.server.openai import Asking
 from twofold.server.registry import Generation, Registry, RegistryConfig
-from twofold.server.worker import Worker
+from twofold.server.worker import EngineThread, Worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +61,14 @@ class _Ready:
 class Service:
     """Everything behind the routes of one server; made before its event loop, started inside it."""
 
-    def __init__(self, served: Served, config: ServeConfig) -> None:
+    def __init__(self, served: Served, config: ServeConfig, thread: EngineThread) -> None:
         self.base: Base = served.base
         self.config = config
         self.context = served.context
         self.vocabulary: int = served.base.model.get_input_embeddings().num_embeddings
         self.started = int(time.time())
         scheduler: Scheduler = served.scheduler
-        self.worker = Worker(scheduler)
+        self.worker = Worker(scheduler, thread)
         self.admission = Admission(scheduler.slots, config.max_queued)
         self.metrics = Metrics(served.names[0])
         limits = Limits(int(config.max_adapter_mb * 1e6), config.max_rank)

@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Literal, TypeVar
 
 from twofold.engine.request import Request
@@ -40,32 +41,62 @@ class Stream:
             self.sink(event)
 
 
+class EngineThread:
+    """The one thread that computes, from loading the base on.
+
+    OpenMP keeps helpers for every thread that ever asked for some, and lets them sleep between two loops once there are more of
+    them than cores; a step has hundreds of loops. So no other thread may compute.
+    """
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Do something in this thread, after what was submitted before."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._work.put(run)
+        return future
+
+    def _run(self) -> None:
+        while True:
+            self._work.get()()
+
+
 class Worker:
-    """Runs a scheduler in a thread of its own; its methods belong to the event loop.
+    """Runs a scheduler in the engine's thread; its methods belong to the event loop.
 
     Attributes:
         failures: steps that failed in a row.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, thread: EngineThread) -> None:
         self.scheduler = scheduler
         self.failures = 0
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[int, Stream] = {}
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = thread
+        self._done: Future[None] | None = None
 
     # ------------------------------------------------------------------------------------------ the event loop's side
 
     def start(self) -> None:
         """Begin, from inside the event loop that will get the events."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        self._done = self._thread.submit(self._run)
 
     @property
     def healthy(self) -> bool:
-        return self._thread.is_alive() and self.failures < FAILURES
+        return self._done is not None and not self._done.done() and self.failures < FAILURES
 
     async def call(self, work: Callable[[Scheduler], T]) -> T:
         """Do something with the scheduler between two steps, and wait for it."""
@@ -110,8 +141,8 @@ class Worker:
         """End the thread after the step it is in; streams that are not done end as cancelled."""
         self._stopping = True
         self._commands.put(lambda: None)
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+        if self._done is not None:
+            await asyncio.wrap_future(self._done)
 
     # ------------------------------------------------------------------------------------------ the thread's side
 
