@@ -73,7 +73,7 @@ def servers(args: argparse.Namespace, folder: Path, port: int) -> dict[str, Serv
             [*command, *lora], openai, ("1, one adapter", "32, 8 adapters"), environment
         )
     if args.llama_server:
-        ggufs = ",".join(str(folder / f"a{i}.gguf") for i in range(8))
+        ggufs = ",".join(str(folder / f"a{i}.gguf", DEFAULT_BASE) for i in range(8))
         command = [str(args.llama_server), "-m", str(args.gguf), "-np", "32", "-c", "8192", "-t", "2", *at]
         loras = ["--lora", ggufs, "--lora-init-without-apply"]
         found["llama-server"] = Server([*command, *loras], llama, every)

@@ -116,6 +116,7 @@ class Scheduler:
         native: bool = True,
     ) -> None:
         self._forward = forward_of(model, streams, capacity, reuse=reuse, native=native)
+        self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._pool, self._chunk = _Pool(), chunk
         self._waiting: deque[_Stream] = deque()
         self._running: list[_Stream] = []
@@ -188,6 +189,7 @@ class Scheduler:
                 f"the prompt's {len(request.token_ids)} tokens and {request.max_new_tokens} new ones are more than the "
                 f"{self._forward.slots.capacity} that a stream may have; ask for fewer"
             )
+        request.check_vocabulary(self._vocabulary)
         self._next += 1
         worn = self._pool.worn(request)
         self._waiting.append(_Stream(self._next, request, worn, Sampler(request), list(request.token_ids)))

@@ -31,8 +31,7 @@ def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
 @lru_cache(maxsize=2**16)
 def _left_out(tokenizer: Any, token: int) -> bool:
     """Whether it is a special token, which `decoded` passes over as if it were not there."""
-    shown = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
-    return decoded(tokenizer, [token]) == "" != shown
+    return decoded(tokenizer, [token]) == "" and bool(tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
 @lru_cache(maxsize=2**16)
