@@ -166,7 +166,7 @@ def main() -> None:
         write_adapters(folder / "adapters")
         if args.llama_server:
             for i in range(8):
-                export_adapter(folder / "adapters" / f"a{i}", "gguf", folder / f"a{i}.gguf")
+                export_adapter(folder / "adapters" / f"a{i}", "gguf", folder / f"a{i}.gguf", DEFAULT_BASE)
         found, commands = {}, []
         for side, server in servers(args, folder, port).items():
             found[side] = measured(server, port, args.rounds)
