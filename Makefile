@@ -23,7 +23,7 @@ demo: $(VENV)/run.stamp
 # The base is fetched before, so that the two processes do not both do it.
 test: $(VENV)/dev.stamp check
 	$(BIN)/twofold base pull smollm2-135m-instruct
-	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal
 
 test-slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow

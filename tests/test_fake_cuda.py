@@ -20,7 +20,6 @@ from twofold.adapter.attach import attach, merge
 from twofold.adapter.config import LoraConfig
 from twofold.base.batch import Example, PackedBatch, pack
 from twofold.base.blocks import Decoder, describe
-from twofold.engine.model import BlockStreams
 from twofold.functional import attention
 from twofold.functional.attention import Scoring, attention_backward, attention_forward, cached_attention
 from twofold.functional.gated import ACTIVATIONS, gated_backward
@@ -271,27 +270,6 @@ def test_the_gradient_of_every_layer(dtype: torch.dtype, family: str, dropout: f
         assert dx is not None
         assert (y.dtype, dx.dtype, dx.shape) == (dtype, dtype, x.shape)
         assert [f.shape for f in found] == [p.shape for p in learned]
-
-
-@DTYPES
-@FAMILIES
-def test_prompts_and_a_decode_step(dtype: torch.dtype, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The numbers of lists cannot be put on a device that is not there; tensors of their shape and place stand for them."""
-    real = torch.tensor
-
-    def shaped(data: Any, device: torch.device | None = None) -> Tensor:
-        with unset_fake_temporarily():
-            found = real(data)
-        return like_it(found, device or torch.device("cpu"))
-
-    streams = BlockStreams(described(family, dtype))
-    monkeypatch.setattr(torch, "tensor", shaped)
-    shared = list(range(4, 24))
-    logits = [streams.start([[*shared, 30, 31], [*shared, 32]], 40), streams.step([5, 6])]
-    streams.keep([1])
-    logits.append(streams.step([7]))
-    on_gpu(*logits)
-    assert [tuple(found.shape) for found in logits] == [(2, 64), (2, 64), (1, 64)]
 
 
 @DTYPES

@@ -167,7 +167,7 @@ def test_top_k_of_one_is_greedy_at_any_temperature() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gemma3", "phi3", "smollm3"])
 def test_nothing_is_left_on_the_cpu(dtype: torch.dtype, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors on another device refuse to meet any of the CPU; values that Python reads stand in for them."""
     device = torch.device("cuda:0" if torch.backends.cuda.is_built() else "lazy:0")
@@ -179,7 +179,7 @@ def test_nothing_is_left_on_the_cpu(dtype: torch.dtype, family: str, monkeypatch
                 model = build_model(family)
         finally:
             torch.set_default_dtype(before)
-        attach(model, LoraConfig(r=4))
+        attach(model, LoraConfig(r=4, target_modules="all-linear"))
         described = describe(model)
         assert isinstance(described, Decoder)
         forward = BlockForward(model, described, 3, 30, reuse=False, native=True)

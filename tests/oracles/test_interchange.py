@@ -128,7 +128,7 @@ def attached_here(case: Case, model: Any) -> None:
         weights = {n: m.weight.detach() for n, m in model.named_modules() if n.endswith(tuple(config.target_modules))}
         factors = loftq_start(model, config, weights, lambda weight: (weight * 8).round() / 8)
     elif case.start in ("eva", "lora_ga"):
-        config, factors = started(model, config, examples, 0)
+        config, factors = started(model, config, examples, 0, source="")
     attach(model, config, factors=factors)
 
 
