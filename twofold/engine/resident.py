@@ -92,7 +92,7 @@ class Reader:
     """Reads adapters for one model, which stays as it is.
 
     Args:
-        matrix: the weight (out, in) of a module of the model, by place and member: the model's own may be gone.
+        weights: the model's projections by place and member; DoRA's lengths are of their rows.
     """
 
     def __init__(self, model: nn.Module, decoder: Decoder, weights: list[list[Projection]]) -> None:
