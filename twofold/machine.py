@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -20,8 +21,6 @@ from twofold.errors import ConfigError
 
 MADV_PAGEOUT = 21
 """Of linux/mman.h; Python has no name for it."""
-LARGE_PAGE = 2 << 20
-"""Bytes of a large page on Linux."""
 
 
 def pick_device() -> str:
@@ -134,12 +133,12 @@ def memory_capacity(device: torch.device) -> int:
     return total if allowed == "max" else min(total, int(allowed))
 
 
-def in_large_pages(empty: Tensor) -> Tensor:
-    """A tensor like this one, whose memory the system is asked to give in large pages; the same one where that cannot be had."""
-    size = empty.numel() * empty.element_size()
-    if size < LARGE_PAGE or empty.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return empty
-    room = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
-    first = -room.data_ptr() % LARGE_PAGE
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(room.data_ptr() + first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-    return room[first : first + size].view(empty.dtype).view(empty.shape)
+def zeros_in_large_pages(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Zeros of `like`'s type and device; on a CPU in large pages where there are some, and in memory once they are touched."""
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size == 0:
+        return like.new_zeros(tuple(shape))
+    room = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        room.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(room, dtype=like.dtype).view(tuple(shape))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from twofold.machine import in_large_pages
+from twofold.machine import zeros_in_large_pages
 
 Wearer = tuple[tuple[str, float], ...]
 """Which adapters made what a slot holds, and how much of each."""
@@ -97,7 +97,7 @@ class SlotCache(Slots):
     ) -> None:
         super().__init__(slots, capacity, reuse=reuse)
         shape = (layers, slots, kv_heads, capacity, d)
-        self.keys, self.values = (in_large_pages(like.new_empty(shape)).zero_() for _ in range(2))
+        self.keys, self.values = (zeros_in_large_pages(shape, like) for _ in range(2))
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         for kept in (self.keys, self.values):

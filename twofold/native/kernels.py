@@ -19,7 +19,7 @@ from torch import Tensor
 from twofold.functional.attention import Scoring
 from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
-from twofold.machine import in_large_pages
+from twofold.machine import zeros_in_large_pages
 from twofold.native.build import library
 
 MEMBERS = 3
@@ -72,7 +72,7 @@ def packed_size(matrix: Float[Tensor, "out in_"]) -> int:
 def packed_together(matrices: Sequence[Float[Tensor, "_ _"]]) -> list[Packed]:
     """Matrices packed one behind the other in the order in which they are read, in large pages where the system has them."""
     sizes = [packed_size(m) for m in matrices]
-    room = in_large_pages(torch.empty(sum(sizes), dtype=matrices[0].dtype))
+    room = zeros_in_large_pages([sum(sizes)], matrices[0])
     return [Packed(m, into) for m, into in zip(matrices, room.split(sizes), strict=True)]
 
 
