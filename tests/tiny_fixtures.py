@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_base import chats, gpt2, llama, tokenizer, write_base, write_jsonl
+from transformers import LlamaConfig, LlamaForCausalLM
 from warm_cli import WarmCli
 
 from twofold.data.examples import DataConfig
@@ -29,6 +31,16 @@ def other_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of the same shapes with other weights."""
     tokens = tokenizer()
     return write_base(tmp_path_factory.mktemp("bases") / "other-llama", llama(len(tokens), seed=2), tokens)
+
+
+@pytest.fixture(scope="session")
+def wide_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of widths that bitsandbytes' own modules can multiply on a CPU: whole blocks in every row."""
+    tokens = tokenizer()
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(1)
+    config = LlamaConfig(**sizes, vocab_size=len(tokens), num_key_value_heads=2, initializer_range=0.15)
+    return write_base(tmp_path_factory.mktemp("bases") / "wide-llama", LlamaForCausalLM(config), tokens)
 
 
 @pytest.fixture(scope="session")

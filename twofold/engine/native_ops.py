@@ -127,15 +127,13 @@ class NativePass:
 
     def layers(self, x: Float[Tensor, "rows d"], cache: SlotCache) -> bool:
         """All layers at once, in place, if nothing in this pass needs an operation beyond the kernels'."""
-        if self.rows_few < len(x) or any(w.resident.special for w in self.worn):
+        turned = {a.cos.shape[-1] for a in self.angles.values()}
+        if self.rows_few < len(x) or len(turned) > 1 or any(w.resident.special for w in self.worn):
             return False
         decoder, layers = self.ops.decoder, self.ops.layers
         for layer, block in zip(layers, decoder.blocks, strict=True):
             angles = self.angles[block.turning]
             layer["cos"], layer["sin"] = angles.cos.data_ptr(), angles.sin.data_ptr()
-        turned = {a.cos.shape[-1] for a in self.angles.values()}
-        if len(turned) > 1:
-            return False
         shared, updates = np.zeros((), PASS), self.updates
         counts = (decoder.heads.queries, decoder.heads.keys, decoder.head_dim, turned.pop())
         scale, softcap = decoder.scoring.scale, decoder.scoring.softcap or 0.0
