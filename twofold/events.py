@@ -7,9 +7,23 @@ Work that nobody watches emits into `silent`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
+
+T = TypeVar("T")
+Pieces: TypeAlias = Generator[None, None, T]
+"""Work that stops every few milliseconds, for whoever has other things to do in between."""
+
+
+def finished(work: Pieces[T]) -> T:
+    """What the work comes to, done in one go."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as ended:
+            found: T = ended.value
+            return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,13 @@ def page_out(tensor: torch.Tensor) -> None:
         advise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(MADV_PAGEOUT))
 
 
+def return_freed_memory() -> None:
+    """Give memory that was freed, but that the C library keeps for later, back to the system, where it is glibc that does so."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was given; a CPU always has."""
     if device.type == "cuda":

@@ -16,7 +16,9 @@ from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles, rotate
 from twofold.native import build, kernels
 from twofold.native.build import NotBuilt
-from twofold.native.kernels import SEGMENT, Kernels, Packed, Updates
+from twofold.native.kernels import SEGMENT, Kernels, Updates
+from twofold.native.packed import Packed
+from twofold.quant import Int8Weight, Scheme, quantise
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -48,6 +50,31 @@ def test_a_row_has_the_same_bits_whatever_batch_it_is_in() -> None:
         whole = run(x, w)
         for rows in (1, 3, 8, 12, 20):
             assert torch.equal(run(x[:rows].contiguous(), w), whole[:rows])
+
+
+@DTYPES
+@pytest.mark.parametrize(("out", "in_"), [(64, 32), (40, 64), (17, 16), (200, 48)])
+def test_a_product_in_eight_bits_is_that_of_the_codes(dtype: torch.dtype, out: int, in_: int) -> None:
+    whole = quantise(torch.randn(out, in_).to(dtype), Scheme("int8"))
+    assert isinstance(whole, Int8Weight)
+    w, bias = whole.packed.double() * whole.row_scale.double()[:, None], torch.randn(out).to(dtype)
+    run, packed = Kernels(dtype).linear, Packed(whole)
+    for rows in (1, 2, 5, 6, 7, 12, 13, 40):
+        x, onto = torch.randn(rows, in_).to(dtype), torch.randn(rows, out).to(dtype)
+        near(run(x, packed), x.double() @ w.T, dtype)
+        near(run(x, packed, bias, onto.clone()), x.double() @ w.T + bias.double() + onto.double(), dtype)
+        assert torch.equal(run(x[:1], packed), run(x, packed)[:1])
+
+
+@DTYPES
+def test_what_was_packed_comes_back_as_it_was(dtype: torch.dtype) -> None:
+    for out, in_ in ((64, 32), (17, 16), (33, 48)):
+        matrix, rows = torch.randn(out, in_).to(dtype), torch.randperm(out)
+        codes = quantise(matrix, Scheme("int8"))
+        assert torch.equal(Packed(matrix).rows(rows), matrix[rows])
+        assert isinstance(codes, Int8Weight)
+        assert torch.equal(Packed(codes).codes(rows), codes.packed[rows])
+        assert torch.equal(Packed(codes).rows(rows), codes.dequantised()[rows])
 
 
 def _segment(group: list[tuple[Tensor, Tensor, float] | None], ranks: int, kept: list[Packed]) -> Any:

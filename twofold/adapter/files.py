@@ -37,6 +37,7 @@ from twofold.adapter.target import (
 from twofold.adapter.variants import LINEAR, check_source
 from twofold.config import build
 from twofold.errors import AdapterFileError, RunError
+from twofold.events import Pieces, finished
 from twofold.lowrank.init import Factors, unfilled
 from twofold.lowrank.spectral_init import is_subtracted
 from twofold.tensorfile import TensorFile, nonfinite, write_tensors
@@ -165,22 +166,30 @@ def read_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -
     Raises:
         AdapterFileError: damaged files, or tensors that are missing, left over or of the wrong shape: all listed.
     """
+    return finished(reading_adapter(model, path, name))
+
+
+def reading_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME) -> Pieces[Fitted]:
+    """`read_adapter` in pieces."""
     if file := foreign_file(Path(path)):
         config, made = read_foreign(model, file, name)
         return Fitted(AdapterFiles(file, config, TensorFile(file), None, None), config, made)
     files = _open(Path(path))
     shapes = module_shapes(model)
+    yield
     claimed = adapted_modules(files.config, shapes)
     wrong = _wrong_modules(files, shapes, claimed)
     if not (claimed or adapted_parameters(files.config, shapes) or token_rows(files.config, shapes)):
         raise AdapterFileError(_mismatch(files.path, [*wrong.values()] or ["its config names no module of it"]))
     config = _exact_config(files, shapes, claimed)
+    yield
     targets = targets_of(config, shapes, claimed)
     check_source(model, config, targets, files.path)
     if beyond := wrong_tokens(config, shapes, targets.tokens):
         raise AdapterFileError(_mismatch(files.path, beyond))
+    yield
     made = made_shares(model, targets, config, name, _places(config, targets))
-    problems = [*wrong.values(), *_fill(model, files, made, set(wrong))]
+    problems = [*wrong.values(), *(yield from _fill(model, files, made, set(wrong)))]
     if problems:
         raise AdapterFileError(_mismatch(files.path, problems))
     return Fitted(files, config, made)
@@ -247,13 +256,15 @@ def _wrong_ranks(files: AdapterFiles, claimed: Iterable[str]) -> dict[str, str]:
     return problems
 
 
-def _fill(model: nn.Module, files: AdapterFiles, made: Mapping[str, Made], told: Set[str]) -> list[str]:
+def _fill(model: nn.Module, files: AdapterFiles, made: Mapping[str, Made], told: Set[str]) -> Pieces[list[str]]:
     """Give the tensors to the shares; what is wrong with single tensors, but for modules that were `told` of whole."""
     modules = files.modules()
     problems: list[str] = []
     read: set[str] = set()
+    yield
     finite = files.tensors.is_finite()
     for module, one in made.items():
+        yield
         values, found = {}, []
         for suffix, wanted in one.share.saved(one.base).items():
             key = _key_of(modules, module, suffix)

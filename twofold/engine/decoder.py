@@ -5,7 +5,7 @@ Both sets do the same: on the CPU our own kernels where they can be compiled, Py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 
@@ -15,16 +15,19 @@ from torch import Tensor, nn
 
 from twofold.base.blocks import Block, Decoder, norm_of
 from twofold.engine.cache import SlotCache
+from twofold.engine.given import Owners
 from twofold.engine.native_ops import NativeOps
-from twofold.engine.resident import Reader, Resident, of_projections, places
-from twofold.engine.step import Part, firsts, wearing
+from twofold.engine.resident import Reader, Resident, of_projections
+from twofold.engine.step import Part, Worn, firsts, wearing
 from twofold.engine.torch_ops import TorchOps
+from twofold.engine.weights import Weights, groups_of, quantised_in_place, why_not_native
+from twofold.events import Pieces, finished
 from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
-from twofold.layers.linear import projection_of
-from twofold.lowrank.linear import Projection
 from twofold.native.build import NotBuilt
-from twofold.native.kernels import DTYPES, WIDTH
+
+IN: Mapping[Weights, str] = {"shared": "", "taken": "", "int8": ", weights in eight bits"}
+"""What a path says of how the weights are held."""
 
 
 @runtime_checkable
@@ -50,28 +53,14 @@ class Pass(Protocol):
 class Operations(Protocol):
     """What makes a pass."""
 
-    def prepare(self, resident: Resident) -> None: ...
+    @property
+    def merged(self) -> Worn: ...
+
+    def preparing(self, resident: Resident) -> Pieces[None]: ...
+
+    def forget(self, resident: Resident) -> None: ...
 
     def begin(self, parts: Sequence[Part], angles: dict[str, Angles]) -> Pass: ...
-
-
-def weights_of(decoder: Decoder) -> list[list[Projection]]:
-    """Every projection as it stands now, by place and member."""
-    return [[projection_of(m) for m in group] for group in places(decoder)]
-
-
-def why_not_native(decoder: Decoder, weights: Sequence[Sequence[Projection]]) -> str | None:
-    """What keeps our own kernels from running this decoder, if anything does, compiling them aside."""
-    found = [p.weight for group in weights for p in group]
-    if any(not isinstance(w, Tensor) for w in found):
-        return "the base is quantised"
-    if any(w.device.type != "cpu" for w in cast(list[Tensor], found)):
-        return "the base is not on the CPU"
-    if decoder.dtype not in DTYPES or any(cast(Tensor, w).dtype != decoder.dtype for w in found):
-        return f"the base is in {decoder.dtype}"
-    if decoder.head_dim % WIDTH or any(cast(Tensor, w).shape[1] % WIDTH for w in found):
-        return f"its widths are not multiples of {WIDTH}"
-    return None
 
 
 class BlockForward:
@@ -79,41 +68,62 @@ class BlockForward:
 
     Args:
         native: False leaves our own kernels aside.
+        weights: how they are held.
+        merge_after: passes in a row with the same adapters after which our own kernels fold these into a second copy.
 
     Attributes:
         alive: what adapters were active on the model when this was made; every stream has it.
     """
 
     def __init__(
-        self, model: nn.Module, decoder: Decoder, streams: int, capacity: int, *, reuse: bool, native: bool
+        self,
+        model: nn.Module,
+        decoder: Decoder,
+        streams: int,
+        capacity: int,
+        *,
+        reuse: bool,
+        native: bool,
+        weights: Weights = "shared",
+        merge_after: int | None = None,
     ) -> None:
         heads, like = decoder.heads.keys, cast(Tensor, decoder.norm.weight)
         self.slots = SlotCache(len(decoder.blocks), streams, heads, capacity, decoder.head_dim, like, reuse=reuse)
-        self.decoder, self.weights = decoder, weights_of(decoder)
-        self.reader = Reader(model, decoder, self.weights)
+        self.decoder = decoder
         self.norms = [tuple(None if n is None else norm_of(n) for n in b.all_norms()) for b in decoder.blocks]
         self.final = norm_of(decoder.norm)
-        self.operations, self.path = self._operations(native)
-        self.alive: Resident | None = of_projections("as it stands", self.weights, decoder.dtype)
+        self.operations, self.path = self._operations(model, weights, native, merge_after)
+        groups = groups_of(decoder)
+        self.reader = Reader(model, decoder, groups)
+        self.alive: Resident | None = of_projections("as it stands", groups, decoder.dtype)
         if self.alive is not None:
-            self.operations.prepare(self.alive)
+            finished(self.operations.preparing(self.alive))
 
-    def _operations(self, native: bool) -> tuple[Operations, str]:
-        reason = why_not_native(self.decoder, self.weights) if native else "they were not asked for"
+    def _operations(
+        self, model: nn.Module, weights: Weights, native: bool, merge_after: int | None
+    ) -> tuple[Operations, str]:
+        reason = why_not_native(self.decoder) if native else "they were not asked for"
+        owners = Owners(nn.Module() if weights == "shared" else model)
         if reason is None:
             try:
-                return NativeOps(self.decoder, self.weights), "our own kernels"
+                return NativeOps(self.decoder, weights, owners, merge_after), f"our own kernels{IN[weights]}"
             except NotBuilt as why:
                 reason = str(why)
-        return TorchOps(self.decoder, self.weights), f"PyTorch's operations, not our own kernels: {reason}"
+        groups = quantised_in_place(self.decoder, owners) if weights == "int8" else groups_of(self.decoder)
+        return TorchOps(self.decoder, groups), f"PyTorch's operations{IN[weights]}, not our own kernels: {reason}"
 
-    def read(self, key: str, folder: Path) -> Resident:
-        resident = self.reader.read(key, folder)
-        self.operations.prepare(resident)
+    @property
+    def merged(self) -> tuple[str, ...]:
+        return tuple(resident.key for resident, _ in self.operations.merged)
+
+    def reading(self, key: str, folder: Path) -> Pieces[Resident]:
+        resident = yield from self.reader.reading(key, folder)
+        yield from self.operations.preparing(resident)
         return resident
 
     def drop(self, resident: Resident) -> None:
-        """Nothing refers to it but the streams that wear it."""
+        """Nothing refers to it but the streams that wear it, and what it was folded into."""
+        self.operations.forget(resident)
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Float[Tensor, "asked vocabulary"]:

@@ -5,7 +5,7 @@ vocabulary, passes u of the whole. A token's weight is its probability over that
 limit on weights. On a CPU, `argmax`, `cumsum` and above all `sort` of a whole vocabulary are slow where `amax`, `sum` and
 `bincount` are fast. So rows are searched by blocks, then within the block found; and a limit is looked for by bins, then
 among the tokens of the bin found: the bits of a float that is not negative rise with its value, and the first few of them
-are its bin.
+are its bin. Our own kernels do the latter for all rows in one call, where they can be compiled.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twofold.engine.request import Sampling
+from twofold.native.build import NotBuilt
+from twofold.native.draw import cut_in_place
 
 BLOCK = 256
 BIN = 17
@@ -62,9 +64,17 @@ def cut(weights: Float[Tensor, "rows vocabulary"], samplings: Sequence[Sampling]
         return weights
     if not weights.is_cpu:
         return cut_by_sorting(weights, samplings)
+    try:
+        cut_in_place(weights, [s.top_k for s in samplings], [s.top_p for s in samplings])
+    except NotBuilt:
+        cut_by_bins(weights, samplings)
+    return weights
+
+
+def cut_by_bins(weights: Float[Tensor, "rows vocabulary"], samplings: Sequence[Sampling]) -> None:
+    """top_k and top_p row by row, in place: for CPUs."""
     for row, sampling in zip(weights, samplings, strict=True):
         _cut_by_bins(row, sampling)
-    return weights
 
 
 def cut_by_sorting(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -13,27 +13,31 @@ from torch import Tensor
 
 from twofold.base.blocks import Block, Decoder, norm_of
 from twofold.engine.cache import SlotCache
-from twofold.engine.resident import Change, Resident, stretch_and_shift
-from twofold.engine.step import Part, Wearing, wearing
+from twofold.engine.given import Owners
+from twofold.engine.laid import Laid, Place
+from twofold.engine.merged import Hot
+from twofold.engine.resident import Change, Resident, places, stretch_and_shift
+from twofold.engine.step import Part, Wearing, Worn, wearing
+from twofold.engine.weights import Matrix, Weights, form_of, give, packed_size
+from twofold.events import Pieces
 from twofold.functional.attention import cached_attention
 from twofold.functional.gated import ACTIVATIONS
 from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
+from twofold.layers.linear import projection_of
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.linear import Projection
+from twofold.machine import return_freed_memory
 from twofold.native import kernels
-from twofold.native.kernels import LAYER, MEMBERS, PASS, SEGMENT, WIDTH, Kernels, Packed, Updates, packed_together
+from twofold.native.kernels import LAYER, PASS, SEGMENT, Kernels, Updates
+from twofold.native.packed import WIDTH, Packed, Room, packed_bytes
+from twofold.quant import Int8Weight
 
 BY_PRODUCTS_FROM = 32
 """Tokens of a part from which attention by batched products is faster than row by row."""
 
-
-class _Place(NamedTuple):
-    """The projections of one place side by side."""
-
-    weight: Packed
-    bias: Tensor | None
-    widths: NDArray[np.int64]
+BETWEEN_RETURNS = 8
+"""Places that are packed before the memory of those that were given up for them goes back to the system."""
 
 
 class _Compiled(NamedTuple):
@@ -44,35 +48,38 @@ class _Compiled(NamedTuple):
 
 
 class NativeOps:
-    """Weights packed once, and every operation over them."""
+    """Weights packed once, and every operation over them.
 
-    def __init__(self, decoder: Decoder, weights: Sequence[Sequence[Projection]]) -> None:
+    Args:
+        owners: of the parameters that are given up for what is packed.
+        merge_after: passes in a row with the same adapters after which these are folded into a second copy of the weights.
+    """
+
+    def __init__(self, decoder: Decoder, weights: Weights, owners: Owners, merge_after: int | None) -> None:
         self.decoder, self.kernels = decoder, Kernels(decoder.dtype)
-        matrices = [_side_by_side(group) for group in weights]
-        packed = packed_together(matrices)
-        self.places = [_Place(p, _biases(g), _widths(g)) for p, g in zip(packed, weights, strict=True)]
         self.activation = next(i for name, i in kernels.ACTIVATIONS.items() if ACTIVATIONS[name] == decoder.activation)
         self.norms: dict[int, Norm] = {}
-        self.layers = np.zeros(len(decoder.blocks), LAYER)
-        for layer, block, i in zip(self.layers, decoder.blocks, range(len(decoder.blocks)), strict=True):
-            self._lay_out(layer, block, self.places[4 * i : 4 * i + 4])
+        self.laid = self._laid(_packed(decoder, weights, owners))
+        self.hot = Hot(self.laid, merge_after)
 
     def begin(self, parts: Sequence[Part], angles: dict[str, Angles]) -> NativePass:
         """What all layers of one pass share."""
-        return NativePass(self, parts, {kind: Angles(a.cos.float(), a.sin.float()) for kind, a in angles.items()})
+        wide = {kind: Angles(a.cos.float(), a.sin.float()) for kind, a in angles.items()}
+        merged = self.hot.laid_for(parts)
+        if merged is None:
+            return NativePass(self, self.laid, parts, wearing(parts), wide)
+        return NativePass(self, merged, parts, [], wide)
 
-    def _lay_out(self, layer: Any, block: Block, places: Sequence[_Place]) -> None:
-        """One layer's addresses."""
+    def _laid(self, found: list[Place]) -> Laid:
+        layers = np.zeros(len(self.decoder.blocks), LAYER)
         names = ("attention", "q", "k", "attention_post", "mlp", "mlp_post")
-        for name, module in zip(names, block.all_norms(), strict=True):
-            if module is not None:
-                norm = self.wide(norm_of(module))
-                layer[name] = (norm.weight.data_ptr(), norm.eps)
-        for name, (weight, bias, widths) in zip(("qkv", "o", "gate_up", "down"), places, strict=True):
-            address = 0 if bias is None else bias.data_ptr()
-            padded = np.pad(widths, (0, MEMBERS - len(widths)))
-            layer[name] = (weight.address, address, weight.in_, weight.out, len(widths), padded)
-        layer["window"] = block.window or 0
+        for layer, block in zip(layers, self.decoder.blocks, strict=True):
+            for name, module in zip(names, block.all_norms(), strict=True):
+                if module is not None:
+                    norm = self.wide(norm_of(module))
+                    layer[name] = (norm.weight.data_ptr(), norm.eps)
+            layer["window"] = block.window or 0
+        return Laid.of(found, layers)
 
     def wide(self, norm: Norm) -> Norm:
         """A norm with its weight in float32."""
@@ -81,9 +88,18 @@ class NativeOps:
             found = self.norms[norm.weight.data_ptr()] = Norm(norm.weight.detach().float(), norm.eps)
         return found
 
-    def prepare(self, resident: Resident) -> None:
+    @property
+    def merged(self) -> Worn:
+        """What is folded into a second copy of the weights."""
+        return self.hot.ready
+
+    def preparing(self, resident: Resident) -> Pieces[None]:
         """Pack its factors."""
-        resident.compiled["native"] = _compile(resident, len(self.places))
+        resident.compiled["native"] = yield from _compiled(resident, len(self.laid.places))
+
+    def forget(self, resident: Resident) -> None:
+        """It is no longer there."""
+        self.hot.forget(resident)
 
     def compiled(self, resident: Resident) -> _Compiled:
         """Its factors as they were packed."""
@@ -92,11 +108,16 @@ class NativeOps:
 
 
 class NativePass:
-    """One pass over some rows."""
+    """One pass over some rows.
 
-    def __init__(self, ops: NativeOps, parts: Sequence[Part], angles: dict[str, Angles]) -> None:
-        self.ops, self.parts, self.angles = ops, parts, angles
-        self.worn = wearing(parts)
+    Args:
+        worn: the adapters that are not in the weights.
+    """
+
+    def __init__(
+        self, ops: NativeOps, laid: Laid, parts: Sequence[Part], worn: list[Wearing], angles: dict[str, Angles]
+    ) -> None:
+        self.ops, self.laid, self.parts, self.worn, self.angles = ops, laid, parts, worn, angles
         counts = [len(p.tokens) for p in parts]
         self.rows_few = sum(c for c in counts if c < BY_PRODUCTS_FROM)
         slots = np.repeat([p.slot for p in parts], counts)
@@ -112,7 +133,7 @@ class NativePass:
         self, place: int, x: Float[Tensor, "rows in_"], onto: Float[Tensor, "rows out"] | None = None
     ) -> Float[Tensor, "rows out"]:
         """All projections of a place side by side, each row with what its adapters change."""
-        weight, bias, widths = self.ops.places[place]
+        weight, bias, widths = self.laid.places[place]
         updates = None
         if place in self.changed and self.segments is not None:
             updates = (self.updates, self.segments[place], widths)
@@ -130,7 +151,7 @@ class NativePass:
         turned = {a.cos.shape[-1] for a in self.angles.values()}
         if self.rows_few < len(x) or len(turned) > 1 or any(w.resident.special for w in self.worn):
             return False
-        decoder, layers = self.ops.decoder, self.ops.layers
+        decoder, layers = self.ops.decoder, self.laid.layers
         for layer, block in zip(layers, decoder.blocks, strict=True):
             angles = self.angles[block.turning]
             layer["cos"], layer["sin"] = angles.cos.data_ptr(), angles.sin.data_ptr()
@@ -195,9 +216,33 @@ def _updates(worn: Sequence[Wearing]) -> Updates:
     return Updates(starts, rows, np.array([v for w in worn for v in w.weights], np.float32))
 
 
-def _side_by_side(group: Sequence[Projection]) -> Float[Tensor, "out in_"]:
-    matrices = [p.weight.detach() for p in group if isinstance(p.weight, Tensor)]
-    return torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+def _packed(decoder: Decoder, weights: Weights, owners: Owners) -> list[Place]:
+    room, form = Room(packed_size(decoder)), form_of(weights)
+    found = []
+    for i, group in enumerate(places(decoder)):
+        found.append(_place([projection_of(m) for m in group], room, form, owners))
+        if weights != "shared" and i % BETWEEN_RETURNS == 0:
+            return_freed_memory()
+    return found
+
+
+def _place(group: Sequence[Projection], room: Room, form: Callable[[Matrix], Matrix], owners: Owners) -> Place:
+    """Pack the projections of a place, and let their parameters stand for what was packed."""
+    widths = _widths(group)
+    packed = room.pack(form(_side_by_side([cast(Matrix, p.weight) for p in group])))
+    for projection, width, end in zip(group, widths.tolist(), np.cumsum(widths).tolist(), strict=True):
+        give(owners, projection, packed, end - width)
+    return Place(packed, _biases(group), widths)
+
+
+def _side_by_side(found: Sequence[Matrix]) -> Matrix:
+    if len(found) == 1:
+        return found[0]
+    codes = [w for w in found if isinstance(w, Int8Weight)]
+    if codes:
+        packed, scale = torch.cat([w.packed for w in codes]), torch.cat([w.row_scale for w in codes])
+        return Int8Weight(packed, packed.shape, codes[0].dtype, scale)
+    return torch.cat([w.detach() for w in cast(Sequence[Tensor], found)])
 
 
 def _widths(group: Sequence[Projection]) -> NDArray[np.int64]:
@@ -211,30 +256,39 @@ def _biases(group: Sequence[Projection]) -> Float[Tensor, " out"] | None:
     return torch.cat([like.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias.detach() for p in group])
 
 
-def _compile(resident: Resident, places: int) -> _Compiled:
+def _compiled(resident: Resident, places: int) -> Pieces[_Compiled]:
     segments = np.zeros(places, SEGMENT)
-    matrices: list[Tensor] = []
-    where: list[tuple[int, str, int]] = []
+    room, kept = Room(sum(_filled_size(group) for group in resident.changes.values())), []
     for place, group in sorted(resident.changes.items()):
         updates = [None if c is None else c.update for c in group]
-        ranks = max((-(-u.rank // WIDTH) * WIDTH for u in updates if u is not None), default=0)
+        ranks = _ranks(group)
         if not ranks:
             continue
+        yield
         segments[place]["ranks"] = ranks
-        matrices.append(torch.cat([_filled(u, ranks, group) for u in updates]))
-        where.append((place, "a", 0))
+        kept.append(room.pack(torch.cat([_filled(u, ranks, group) for u in updates])))
+        segments[place]["a"] = kept[-1].address
         for i, update in enumerate(updates):
             if update is not None:
-                matrices.append(torch.nn.functional.pad(update.B, (0, ranks - update.rank)))
-                where.append((place, "b", i))
-                segments[place]["scale"][i] = update.scale
-    kept = packed_together(matrices) if matrices else []
-    for packed, (place, name, member) in zip(kept, where, strict=True):
-        if name == "a":
-            segments[place]["a"] = packed.address
-        else:
-            segments[place]["b"][member] = packed.address
+                kept.append(room.pack(torch.nn.functional.pad(update.B, (0, ranks - update.rank))))
+                segments[place]["b"][i], segments[place]["scale"][i] = kept[-1].address, update.scale
     return _Compiled(segments, kept)
+
+
+def _ranks(group: Sequence[Change | None]) -> int:
+    """Of each member, filled up to what the kernels take."""
+    updates = [c.update for c in group if c is not None and c.update is not None]
+    return max((-(-u.rank // WIDTH) * WIDTH for u in updates), default=0)
+
+
+def _filled_size(group: Sequence[Change | None]) -> int:
+    """Bytes of a place's factors when they are packed."""
+    updates = [c.update for c in group if c is not None and c.update is not None]
+    if not updates:
+        return 0
+    (_, in_), ranks = updates[0].A.shape, _ranks(group)
+    shapes = [(len(group) * ranks, in_), *((len(u.B), ranks) for u in updates)]
+    return sum(packed_bytes(updates[0].A.new_empty(shape, device="meta")) for shape in shapes)
 
 
 def _filled(update: LowRank | None, ranks: int, group: Sequence[Change | None]) -> Tensor:

@@ -25,6 +25,7 @@ from twofold.adapter.rows import rows
 from twofold.engine.cache import Slots
 from twofold.engine.resident import Resident
 from twofold.engine.step import Part
+from twofold.events import Pieces
 
 
 @dataclass
@@ -47,7 +48,12 @@ class PlainForward:
         self._joined: list[_Joined] = []
         self._alive = active(model)
 
-    def read(self, key: str, folder: Path) -> Resident:
+    @property
+    def merged(self) -> tuple[str, ...]:
+        return ()
+
+    def reading(self, key: str, folder: Path) -> Pieces[Resident]:
+        yield
         load_adapter(self.model, folder, key)
         activate(self.model, self._alive or None)
         return Resident(key, {})

@@ -16,15 +16,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from twofold.adapter.files import read_adapter
+from twofold.adapter.files import reading_adapter
 from twofold.base.blocks import Decoder
 from twofold.errors import AdapterFileError
+from twofold.events import Pieces
 from twofold.layers.embedding import EmbeddingShare
 from twofold.layers.linear import LinearShare
 from twofold.layers.protocol import Share, bare_modules
 from twofold.lowrank.dora import row_norms, row_squares
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.linear import Projection
+from twofold.quant import QuantisedWeight
 
 
 class Change(NamedTuple):
@@ -99,18 +101,19 @@ class Reader:
         self.model, self.decoder, self.weights = model, decoder, weights
         self.places = places(decoder)
         self.names = {module: name for name, module in bare_modules(model)}
+        self.device = cast(Tensor, decoder.norm.weight).device
 
-    @torch.no_grad()
-    def read(self, key: str, folder: Path) -> Resident:
+    def reading(self, key: str, folder: Path) -> Pieces[Resident]:
         """The adapter of a folder, its factors in the type of the products.
 
         Raises:
             AdapterFileError: the files do not fit the model, or the adapter changes what the engine keeps fixed.
         """
         dtype = self.decoder.dtype
-        made = dict(read_adapter(self.model, folder, key).made)
-        changes = {}
+        fitted = yield from reading_adapter(self.model, folder, key)
+        made, changes = dict(fitted.made), {}
         for place, modules in enumerate(self.places):
+            yield
             found = tuple(self._change(place, i, made.pop(self.names[m], None), dtype) for i, m in enumerate(modules))
             if any(c is not None for c in found):
                 changes[place] = found
@@ -124,10 +127,11 @@ class Reader:
         factor = float(getattr(self.decoder.embedding, "embed_scale", 1.0))
         return Resident(key, changes, None if tokens is None else _tokens(tokens.share, folder, dtype, factor))
 
+    @torch.no_grad()
     def _change(self, place: int, member: int, made: Any, dtype: torch.dtype) -> Change | None:
         if made is None:
             return None
-        share, weight = made.share, self.weights[place][member].weight
+        share = made.share
         if not isinstance(share, LinearShare):
             raise AdapterFileError(
                 f"'{self.names[made.base]}' has a whole copy or a bias alone in this adapter; merge it instead"
@@ -139,9 +143,14 @@ class Reader:
             bias = share.b_bias.detach().float() * share.scale + (0.0 if bias is None else bias)
         stretch = None
         if share.magnitude is not None:
-            matrix = cast(Tensor, weight)
+            matrix = _values(self.weights[place][member])
             stretch = share.magnitude.detach().float() / row_norms(matrix, row_squares(matrix), update)
-        return Change(_narrowed(update, dtype, cast(Tensor, weight).device), bias, stretch)
+        return Change(_narrowed(update, dtype, self.device), bias, stretch)
+
+
+def _values(projection: Projection) -> Float[Tensor, "out in_"]:
+    weight = projection.weight
+    return weight.dequantised() if isinstance(weight, QuantisedWeight) else cast(Tensor, weight).detach()
 
 
 def _narrowed(update: LowRank, dtype: torch.dtype, device: torch.device) -> LowRank:

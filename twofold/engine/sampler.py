@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twofold.engine.draw import at_share, column, cut, likeliest
+from twofold.engine.penalties import Counted, penalise
 from twofold.engine.request import Request, TokenLogprobs
 
 CACHED = 2**18
@@ -31,8 +32,7 @@ class Sampler:
         self.matcher = request.grammar.matcher() if request.grammar else None
         self.failed: str | None = None
         self._generator = torch.Generator().manual_seed(self.sampling.seed)
-        self._made = torch.empty(0)  # how often the answer has each token; sized when the first logits come
-        self._seen = torch.empty(0)  # which tokens prompt and answer have
+        self._counted = Counted(request) if self.counts else None
 
     @property
     def finished(self) -> bool:
@@ -56,18 +56,13 @@ class Sampler:
         return self.sampling.greedy and not (self.counts or self.sampling.logit_bias or self.matcher)
 
     def change(self, logits: Float[Tensor, " vocabulary"]) -> None:
-        """Apply grammar, bias and penalties, in place."""
+        """Apply grammar and bias, in place."""
         s = self.sampling
         if self.matcher:
             logits.masked_fill_(~self.matcher.allowed(len(logits)).to(logits.device), -torch.inf)
         if s.logit_bias:
             tokens = torch.tensor(list(s.logit_bias), device=logits.device)
             logits[tokens] += torch.tensor(list(s.logit_bias.values()), device=logits.device)
-        if self.counts:
-            self._count_prompt(logits)
-            divided = torch.where(logits > 0, logits / s.repetition_penalty, logits * s.repetition_penalty)
-            logits.copy_(torch.where(self._seen, divided, logits))
-            logits.sub_(self._made, alpha=s.frequency_penalty).sub_(self._made.sign(), alpha=s.presence_penalty)
 
     def uniform(self) -> float:
         """The next number of its random stream, at least 0 and below 1."""
@@ -75,18 +70,15 @@ class Sampler:
 
     def take(self, token: int) -> None:
         """Take in the token that was chosen."""
-        if self.counts:
-            self._made[token] += 1
-            self._seen[token] = True
+        if self._counted is not None:
+            self._counted.take(token)
         if self.matcher:
             self.matcher.take(token)
 
-    def _count_prompt(self, logits: Float[Tensor, " vocabulary"]) -> None:
-        if len(self._made) == len(logits):
-            return
-        self._made = torch.zeros_like(logits)
-        self._seen = torch.zeros_like(logits, dtype=torch.bool)
-        self._seen[torch.tensor(self.request.token_ids, device=logits.device)] = True
+    @property
+    def counted(self) -> Counted | None:
+        """What its penalties count, if it has any."""
+        return self._counted
 
 
 @torch.inference_mode()
@@ -116,6 +108,7 @@ def _changed(logits: Tensor, rows: Sequence[int], samplers: Mapping[int, Sampler
     copied = logits.index_select(0, torch.tensor(rows, device=logits.device)).float()
     for row, i in zip(copied, rows, strict=True):
         samplers[i].change(row)
+    penalise(copied, [samplers[i].counted for i in rows])
     return copied
 
 

@@ -6,19 +6,24 @@ that a long prompt delays nobody by more than a chunk. Everything happens in `st
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from twofold.base.blocks import Decoder, describe
 from twofold.engine.decoder import BlockForward
+from twofold.engine.loading import Loads
 from twofold.engine.plain import PlainForward
 from twofold.engine.request import Request, TokenLogprobs
 from twofold.engine.resident import Resident
 from twofold.engine.sampler import Choice, Sampler, choose
 from twofold.engine.step import Forward, Part, Worn
+from twofold.engine.weights import Weights
 from twofold.errors import ConfigError, did_you_mean
+from twofold.events import Pieces, finished
 
 CHUNK = 512
 """Prompt tokens that one pass takes in, at most."""
@@ -85,11 +90,24 @@ def _check_sums(resident: Resident) -> None:
         )
 
 
-def forward_of(model: Any, streams: int, capacity: int, *, reuse: bool, native: bool) -> Forward:
-    """The fastest forward pass that is right for this model."""
+def forward_of(
+    model: Any, streams: int, capacity: int, *, reuse: bool, native: bool, weights: Weights, merge_after: int | None
+) -> Forward:
+    """The fastest forward pass that is right for this model.
+
+    Raises:
+        ConfigError: the weights are wanted in eight bits, of a model that only its own forward can run, or with adapters merged.
+    """
     described = describe(model)
     if isinstance(described, Decoder):
-        return BlockForward(model, described, streams, capacity, reuse=reuse, native=native)
+        return BlockForward(
+            model, described, streams, capacity, reuse=reuse, native=native, weights=weights, merge_after=merge_after
+        )
+    if weights == "int8":
+        raise ConfigError(
+            f"this model runs by its own forward ({described.reason}), which has no weights in eight bits; serve it as it is, or "
+            "pack its linear layers when it is loaded (quantization: int8)"
+        )
     return PlainForward(model, streams, capacity, described.reason)
 
 
@@ -103,6 +121,10 @@ class Scheduler:
         chunk: prompt tokens that one pass takes in.
         reuse: whether prompts go on from what slots hold already.
         native: False leaves our own kernels aside.
+        weights: how a described decoder's weights are held; any but `shared` takes the model's own parameters, whose values are
+            then unpacked wherever they are asked for.
+        merge_after: passes in a row with the same adapters after which our own kernels fold these into a second copy of the weights
+            (engine/merged.py), which their traffic then runs over; what is said changes by the rounding of that copy. None: never.
     """
 
     def __init__(
@@ -114,18 +136,28 @@ class Scheduler:
         chunk: int = CHUNK,
         reuse: bool = True,
         native: bool = True,
+        weights: Weights = "shared",
+        merge_after: int | None = None,
     ) -> None:
-        self._forward = forward_of(model, streams, capacity, reuse=reuse, native=native)
+        self._forward = forward_of(
+            model, streams, capacity, reuse=reuse, native=native, weights=weights, merge_after=merge_after
+        )
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._pool, self._chunk = _Pool(), chunk
         self._waiting: deque[_Stream] = deque()
         self._running: list[_Stream] = []
+        self._loads = Loads()
         self._next = 0
 
     @property
     def path(self) -> str:
         """Which operations run, and why."""
         return self._forward.path
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The adapters that are folded into a second copy of the weights."""
+        return self._forward.merged
 
     @property
     def waiting(self) -> int:
@@ -141,7 +173,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self._waiting and not self._running
+        return not self._waiting and not self._running and not self._loads
 
     @property
     def cache_used(self) -> float:
@@ -155,9 +187,30 @@ class Scheduler:
             AdapterFileError: it does not fit.
             ConfigError: the key is taken.
         """
+        self._check_new(key)
+        self._pool.residents[key] = finished(self._forward.reading(key, folder))
+
+    def load_adapter(self, key: str, folder: Path, done: Callable[[Exception | None], None]) -> None:
+        """As `put_adapter`, a few milliseconds before each of the next passes; `done` is told of the end, and why it failed."""
+
+        def settle(resident: Resident | None, error: Exception | None) -> None:
+            if resident is not None:
+                self._pool.residents[key] = resident
+            done(error)
+
+        self._loads.add(self._reading(key, folder), settle)
+
+    def finish_loads(self) -> None:
+        """Read what is on its way to the end."""
+        self._loads.go_on(math.inf)
+
+    def _reading(self, key: str, folder: Path) -> Pieces[Resident]:
+        self._check_new(key)
+        return (yield from self._forward.reading(key, folder))
+
+    def _check_new(self, key: str) -> None:
         if key in self._pool.residents:
             raise ConfigError(f"an adapter '{key}' is loaded already")
-        self._pool.residents[key] = self._forward.read(key, folder)
 
     def drop_adapter(self, key: str) -> None:
         """Forget an adapter and free its memory.
@@ -202,7 +255,8 @@ class Scheduler:
                 one.cancelled = True
 
     def step(self) -> list[Made | Ended]:
-        """One forward pass, and what it made."""
+        """One forward pass, and what it made; before it, a few milliseconds of reading adapters."""
+        self._loads.go_on()
         events: list[Made | Ended] = self._drop_cancelled()
         self._admit()
         batch = self._batch()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from twofold.engine.cache import Slots
 from twofold.engine.resident import Resident
+from twofold.events import Pieces
 
 Worn = tuple[tuple[Resident, float], ...]
 """The adapters of a stream, with how much of each."""
@@ -81,11 +82,16 @@ class Forward(Protocol):
         """Where the streams' keys and values are."""
         ...
 
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The adapters that are folded into a second copy of the weights."""
+        ...
+
     def run(self, parts: Sequence[Part]) -> Float[Tensor, "asked vocabulary"]:
         """Logits behind the last token of each part that is asked."""
         ...
 
-    def read(self, key: str, folder: Path) -> Resident:
+    def reading(self, key: str, folder: Path) -> Pieces[Resident]:
         """Make an adapter ready to be worn; AdapterFileError if it does not fit."""
         ...
 

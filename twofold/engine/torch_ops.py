@@ -12,7 +12,8 @@ from torch import Tensor
 from twofold.base.blocks import Block, Decoder
 from twofold.engine.cache import SlotCache
 from twofold.engine.resident import Resident, stretch_and_shift
-from twofold.engine.step import Part, Wearing, wearing
+from twofold.engine.step import Part, Wearing, Worn, wearing
+from twofold.events import Pieces
 from twofold.functional.attention import cached_attention
 from twofold.functional.gated import gated
 from twofold.functional.norm import Norm, rms_norm_forward
@@ -43,8 +44,16 @@ class TorchOps:
     def __init__(self, decoder: Decoder, weights: Sequence[Sequence[Projection]]) -> None:
         self.decoder, self.places = decoder, weights
 
-    def prepare(self, resident: Resident) -> None:
+    @property
+    def merged(self) -> Worn:
+        return ()
+
+    def preparing(self, resident: Resident) -> Pieces[None]:
         """Its factors are used as they are."""
+        yield
+
+    def forget(self, resident: Resident) -> None:
+        """Nothing was made of it."""
 
     def begin(self, parts: Sequence[Part], angles: dict[str, Angles]) -> TorchPass:
         """What all layers of one pass share."""

@@ -5,6 +5,8 @@
 // outputs (one float, or two bfloat16, which one instruction multiplies and adds where the machine has it). A block is read once
 // for up to 12 rows, which wait in registers. The factors of adapters lie in the same order: A is a linear map into the ranks, B
 // one out of them, and the rows of each adapter are gathered by their numbers, so that every factor is read once a step too.
+// A weight may also lie in eight bits: whole numbers, four inputs at a time, and a scale for each output, by which its sum is
+// multiplied at the end. The numbers are exact in either type, so nothing is rounded but what any product rounds.
 //
 // The vectors are the compiler's own (16 floats), so this runs on any processor it compiles for; only the product of bfloat16 has a
 // second form for AVX-512. Sums are in float32, results rounded once. Threads are OpenMP's, the library that PyTorch loaded.
@@ -13,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 #include <omp.h>
 #if defined(__AVX512F__)
@@ -26,6 +29,7 @@ typedef float v16 __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t u16v __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16v __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
+typedef int8_t b16 __attribute__((vector_size(16), aligned(1)));
 
 struct bf16 {
   uint16_t bits;
@@ -92,36 +96,114 @@ static inline v16 exp16(v16 x) {
 template <class T> struct Step;
 template <> struct Step<float> {
   static const int inputs = 1;
-  static inline v16 add(v16 acc, const char* w, const float* x) { return acc + *(const v16*)w * *x; }
+  static inline v16 add(v16 acc, v16 w, const float* x) { return acc + w * *x; }
 };
 template <> struct Step<bf16> {
   static const int inputs = 2;
-  static inline v16 add(v16 acc, const char* w, const bf16* x) {
+  static inline v16 add(v16 acc, v16 w, const bf16* x) {
 #if defined(__AVX512BF16__)
     uint32_t pair;
     std::memcpy(&pair, x, 4);
-    return (v16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair));
+    return (v16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
 #else
-    u16v both = *(const u16v*)w;
+    u16v both = (u16v)w;
     return acc + (v16)(both << 16) * widen(x[0]) + (v16)(both & 0xffff0000u) * widen(x[1]);
 #endif
   }
 };
 
-template <class T> static int64_t steps_of(int64_t in) { return (in + Step<T>::inputs - 1) / Step<T>::inputs; }
+// The form of a weight: how many inputs lie side by side, where in the 64 bytes each value is, and as how many vectors it multiplies.
+template <class T> struct Dense {
+  typedef T Value;
+  static const int inputs = Step<T>::inputs, vectors = 1;
+  static inline int64_t place(int64_t output, int64_t input) { return output * inputs + input; }
+  static inline T kept(T value) { return value; }
+  static inline T given(T value) { return value; }
+  static inline void vectors_of(const char* w, v16 (&to)[1]) { to[0] = *(const v16*)w; }
+};
+
+// Whole numbers from -127 to 127, one behind the other input by input.
+template <class T> struct Codes {
+  typedef int8_t Value;
+  static const int inputs = 4, vectors = inputs / Step<T>::inputs;
+  static inline int64_t place(int64_t output, int64_t input) { return input * 16 + output; }
+  static inline int8_t kept(int8_t value) { return value; }
+  static inline int8_t given(int8_t value) { return value; }
+  static inline void vectors_of(const char* w, v16 (&to)[vectors]) {
+    v16 wide[4];
+    EACH(i, 4) wide[i] = __builtin_convertvector(__builtin_convertvector(*(const b16*)(w + i * 16), i16v), v16);
+    if constexpr (vectors == 4) {
+      EACH(i, 4) to[i] = wide[i];
+    } else {
+      EACH(i, 2) to[i] = (v16)((u16v)wide[2 * i] >> 16 | ((u16v)wide[2 * i + 1] & 0xffff0000u));
+    }
+  }
+};
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+// The two bytes of a bfloat16 from 0 to 127, to be looked up 64 numbers at a time.
+struct Bytes {
+  alignas(64) uint8_t high[128], low[128];
+};
+static constexpr Bytes bytes_of_numbers() {
+  Bytes found{};
+  for (int number = 1; number < 128; number++) {
+    int power = 0;
+    while (number >> (power + 1)) power++;
+    int bits = (127 + power) << 7 | (number - (1 << power)) << (7 - power);
+    found.high[number] = uint8_t(bits >> 8), found.low[number] = uint8_t(bits);
+  }
+  return found;
+}
+static constexpr Bytes BYTES = bytes_of_numbers();
+
+// As sign and magnitude, pairs of inputs of four outputs in turn, so that unpacking the bytes looked up gives bfloat16 in order.
+template <> struct Codes<bf16> {
+  typedef int8_t Value;
+  static const int inputs = 4, vectors = 2;
+  static inline int64_t place(int64_t output, int64_t input) { return output / 4 * 16 + input / 2 * 8 + output % 4 * 2 + input % 2; }
+  static inline int8_t kept(int8_t value) { return value < 0 ? int8_t(-value | 0x80) : value; }
+  static inline int8_t given(int8_t kept) { return kept < 0 ? int8_t(-(kept & 0x7f)) : kept; }
+  static inline void vectors_of(const char* w, v16 (&to)[2]) {
+    const __m512i *high = (const __m512i*)BYTES.high, *low = (const __m512i*)BYTES.low, code = _mm512_loadu_si512(w);
+    __m512i l = _mm512_permutex2var_epi8(low[0], code, low[1]), h = _mm512_permutex2var_epi8(high[0], code, high[1]);
+    h = _mm512_ternarylogic_epi64(h, code, _mm512_set1_epi8(char(0x80)), 0xf8);  // the sign
+    to[0] = (v16)_mm512_unpacklo_epi8(l, h), to[1] = (v16)_mm512_unpackhi_epi8(l, h);
+  }
+};
+#endif
+
+template <class F> static int64_t steps_of(int64_t in) { return (in + F::inputs - 1) / F::inputs; }
+
+// Codes take longer to be widened than to be read, and are then asked for too late; so far ahead they are asked for early.
+static const int64_t AHEAD = 1024;
 
 // R rows times N blocks of 16 outputs.
-template <class T, int R, int N>
+template <class F, class T, int R, int N>
 static inline void tile(const T* const* x, const char* w, int64_t steps, v16 (&acc)[R][N]) {
   EACH(r, R) EACH(n, N) acc[r][n] = (v16){};
   for (int64_t s = 0; s < steps; s++)
-    EACH(n, N) EACH(r, R) acc[r][n] = Step<T>::add(acc[r][n], w + (n * steps + s) * 64, x[r] + s * Step<T>::inputs);
+    EACH(n, N) {
+      v16 wide[F::vectors];
+      if (F::vectors > 1) __builtin_prefetch(w + (n * steps + s) * 64 + AHEAD);
+      F::vectors_of(w + (n * steps + s) * 64, wide);
+      EACH(i, F::vectors) EACH(r, R) acc[r][n] = Step<T>::add(acc[r][n], wide[i], x[r] + s * F::inputs + i * Step<T>::inputs);
+    }
+}
+
+// Some steps of codes as a dense weight, which many rows then multiply.
+template <class T> static void widen_steps(const char* w, int64_t steps, char* to) {
+  for (int64_t s = 0; s < steps; s++) {
+    v16 wide[Codes<T>::vectors];
+    Codes<T>::vectors_of(w + s * 64, wide);
+    EACH(i, Codes<T>::vectors) *(v16*)(to + (s * Codes<T>::vectors + i) * 64) = wide[i];
+  }
 }
 
 // What becomes of a tile's sums.
 template <class T> struct Out {
   T* const* y;           // of each row, at the first output of the block
-  const T* bias;         // at the first output of the block; null for none
+  const float* scale;    // by which sums are multiplied, at the first output of the block; null for none
+  const T* bias;         // likewise
   int64_t width;         // outputs from there on
   bool onto;             // added to what is there
 };
@@ -130,19 +212,20 @@ template <class T> static inline void finish(v16 sum, int r, int64_t at, const O
   int64_t count = std::min<int64_t>(16, out.width - at);
   T* y = out.y[r] + at;
   if (count == 16) {
+    if (out.scale) sum *= load16(out.scale + at);
     if (out.bias) sum += load16(out.bias + at);
     if (out.onto) sum += load16(y);
     store16(sum, y);
     return;
   }
   for (int64_t i = 0; i < count; i++)
-    narrow(sum[i] + (out.bias ? widen(out.bias[at + i]) : 0) + (out.onto ? widen(y[i]) : 0), y + i);
+    narrow(sum[i] * (out.scale ? out.scale[at + i] : 1) + (out.bias ? widen(out.bias[at + i]) : 0) + (out.onto ? widen(y[i]) : 0), y + i);
 }
 
-template <class T, int R, int N>
+template <class F, class T, int R, int N>
 static void run_tile(const T* const* x, const char* w, int64_t steps, int first, const Out<T>& out) {
   v16 acc[R][N];
-  tile<T, R, N>(x, w, steps, acc);
+  tile<F, T, R, N>(x, w, steps, acc);
   for (int r = 0; r < R; r++)
     for (int n = 0; n < N; n++) finish(acc[r][n], first + r, n * 16, out);
 }
@@ -150,9 +233,9 @@ static void run_tile(const T* const* x, const char* w, int64_t steps, int first,
 static const int MOST_ROWS = 12;
 static constexpr int most_rows(int blocks) { return blocks == 4 ? MOST_ROWS / 2 : MOST_ROWS; }
 
-template <class T, int N>
+template <class F, class T, int N>
 static void run_rows(int rows, const T* const* x, const char* w, int64_t steps, int first, const Out<T>& out) {
-#define ROWS(R) case R: if constexpr (R <= most_rows(N)) run_tile<T, R, N>(x, w, steps, first, out); break;
+#define ROWS(R) case R: if constexpr (R <= most_rows(N)) run_tile<F, T, R, N>(x, w, steps, first, out); break;
   switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) }
 #undef ROWS
 }
@@ -163,12 +246,12 @@ static inline void fetch(const char* p) {
 }
 
 // All rows against N blocks: in as few passes as the registers allow, as even as can be.
-template <class T, int N>
+template <class F, class T, int N>
 static void run_blocks(int64_t rows, const T* const* x, const char* w, int64_t steps, const Out<T>& out) {
   int64_t most = most_rows(N), passes = (rows + most - 1) / most;
   for (int64_t p = 0, first = 0; p < passes; p++) {
     int64_t count = (rows - first + passes - p - 1) / (passes - p);
-    run_rows<T, N>(int(count), x + first, w, steps, int(first), out);
+    run_rows<F, T, N>(int(count), x + first, w, steps, int(first), out);
     first += count;
   }
 }
@@ -176,7 +259,51 @@ static void run_blocks(int64_t rows, const T* const* x, const char* w, int64_t s
 template <class T> static Out<T> from_output(const Out<T>& out, int64_t at, std::vector<T*>& y, int64_t rows) {
   y.resize(rows);
   for (int64_t r = 0; r < rows; r++) y[r] = out.y[r] + at;
-  return {y.data(), out.bias ? out.bias + at : nullptr, out.width - at, out.onto};
+  return {y.data(), out.scale ? out.scale + at : nullptr, out.bias ? out.bias + at : nullptr, out.width - at, out.onto};
+}
+
+// What a thread needs for a product, kept from one piece of it to the next.
+template <class T> struct Rooms {
+  std::vector<T*> shifted;
+  std::vector<char> wide;
+};
+
+// All rows against some blocks: 4 or 2 together where these are whole, else one by one.
+template <class F, class T>
+static void run_some(int64_t rows, const T* const* x, const char* w, int64_t steps, int64_t count, const Out<T>& whole, int64_t first,
+                     Rooms<T>& rooms) {
+  if (count == 4 || (count == 2 && rows > MOST_ROWS / 2)) {
+    Out<T> part = from_output(whole, first * 16, rooms.shifted, rows);
+    if (count == 4) return run_blocks<F, T, 4>(rows, x, w, steps, part);
+    return run_blocks<F, T, 2>(rows, x, w, steps, part);
+  }
+  for (int64_t b = 0; b < count; b++) {
+    Out<T> part = from_output(whole, (first + b) * 16, rooms.shifted, rows);
+    run_blocks<F, T, 1>(rows, x, w + b * steps * 64, steps, part);
+  }
+}
+
+// All rows against all blocks of a weight, shared out to the threads that are here. Codes are widened once for many rows.
+template <class F, class T>
+static void run_weight(int64_t rows, const T* const* x, const char* w, int64_t in, const Out<T>& whole, Rooms<T>& rooms) {
+  const int64_t steps = steps_of<F>(in), blocks = (whole.width + 15) / 16;
+  const bool many = rows > MOST_ROWS / 2;
+  const int64_t together = many ? 2 : 4, tasks = (blocks + together - 1) / together;
+#pragma omp for schedule(static) nowait
+  for (int64_t t = 0; t < tasks; t++) {
+    int64_t first = t * together, count = std::min(together, blocks - first);
+    const char* at = w + first * steps * 64;
+    if (F::vectors > 1 && many) {
+      rooms.wide.resize(count * steps * F::vectors * 64 + 63);
+      char* wide = (char*)((uintptr_t(rooms.wide.data()) + 63) / 64 * 64);
+      widen_steps<T>(at, count * steps, wide);
+      if (t + 1 < tasks)  // the products take a while, in which the next codes can come
+        for (int64_t i = 0; i < count * steps; i++) __builtin_prefetch(at + (count * steps + i) * 64, 0, 2);
+      run_some<Dense<T>, T>(rows, x, wide, steps * F::vectors, count, whole, first, rooms);
+    } else {
+      run_some<F, T>(rows, x, at, steps, count, whole, first, rooms);
+    }
+  }
 }
 
 // One adapter's part of a product: its rows, and its factors over each of the outputs that lie side by side.
@@ -189,15 +316,14 @@ struct Segment {
 };
 
 template <class T>
-static void linear(const T* x, int64_t x_stride, const char* w, const T* bias, T* y, int64_t y_stride, int64_t rows, int64_t in,
+static void linear(const T* x, int64_t x_stride, const char* w, const float* scale, const T* bias, T* y, int64_t y_stride, int64_t rows, int64_t in,
                    int64_t out, int64_t onto, int64_t members, const int64_t* widths, int64_t segments, const Segment* found,
                    const int32_t* starts, const int32_t* of_rows, const float* weights) {
-  const int64_t steps = steps_of<T>(in), blocks = (out + 15) / 16;
-  const int64_t together = rows <= MOST_ROWS / 2 ? 4 : 2, tasks = (blocks + together - 1) / together;
+  const int64_t steps = steps_of<Dense<T>>(in);
   std::vector<const T*> xs(rows);
   std::vector<T*> ys(rows);
   for (int64_t r = 0; r < rows; r++) xs[r] = x + r * x_stride, ys[r] = y + r * y_stride;
-  const Out<T> whole{ys.data(), bias, out, onto != 0};
+  const Out<T> whole{ys.data(), scale, bias, out, onto != 0};
   // Low rank: where each segment's rank columns begin, and how many tasks come before it.
   std::vector<int64_t> column(segments + 1, 0), before(segments + 1, 0);
   for (int64_t j = 0; j < segments; j++) {
@@ -211,22 +337,11 @@ static void linear(const T* x, int64_t x_stride, const char* w, const T* bias, T
   {
     std::vector<const T*> from;
     std::vector<T*> to;
-    std::vector<T*> shifted;
-#pragma omp for schedule(static) nowait
-    for (int64_t t = 0; t < tasks; t++) {
-      int64_t first = t * together, count = std::min(together, blocks - first);
-      const char* at = w + first * steps * 64;
-      Out<T> part = from_output(whole, first * 16, shifted, rows);
-      if (count == 4) {
-        run_blocks<T, 4>(rows, xs.data(), at, steps, part);
-      } else if (count == 2 && together == 2) {
-        run_blocks<T, 2>(rows, xs.data(), at, steps, part);
-      } else {
-        for (int64_t b = 0; b < count; b++) {
-          Out<T> one = from_output(whole, (first + b) * 16, shifted, rows);
-          run_blocks<T, 1>(rows, xs.data(), at + b * steps * 64, steps, one);
-        }
-      }
+    Rooms<T> rooms;
+    if (scale) {
+      run_weight<Codes<T>>(rows, xs.data(), w, in, whole, rooms);
+    } else {
+      run_weight<Dense<T>>(rows, xs.data(), w, in, whole, rooms);
     }
 #pragma omp barrier
     if (segments) {
@@ -239,11 +354,11 @@ static void linear(const T* x, int64_t x_stride, const char* w, const T* bias, T
         if (j + 2 < segments && found[j + 2].a) fetch(found[j + 2].a);
         from.resize(some), to.resize(some);
         for (int32_t i = 0; i < some; i++) from[i] = xs[row[i]], to[i] = h.data() + column[j] + i * wide + first * 16;
-        Out<T> part{to.data(), nullptr, left * 16, false};
+        Out<T> part{to.data(), nullptr, nullptr, left * 16, false};
         if (left > 1) {
-          run_blocks<T, 2>(some, from.data(), a, steps, part);
+          run_blocks<Dense<T>, T, 2>(some, from.data(), a, steps, part);
         } else {
-          run_blocks<T, 1>(some, from.data(), a, steps, part);
+          run_blocks<Dense<T>, T, 1>(some, from.data(), a, steps, part);
         }
         for (int32_t i = 0; i < some; i++)
           for (int64_t b = 0; b < std::min<int64_t>(2, left); b++) {
@@ -257,9 +372,9 @@ static void linear(const T* x, int64_t x_stride, const char* w, const T* bias, T
         int64_t pieces = (widths[m] + 31) / 32, begin = pieces * me / threads, end = pieces * (me + 1) / threads;
         for (int64_t j = 0; j < segments; j++) {
           if (!found[j].a || !found[j].b[m]) continue;
-          if (j + 1 < segments && found[j + 1].b[m]) fetch(found[j + 1].b[m] + begin * 2 * steps_of<T>(found[j + 1].ranks) * 64);
+          if (j + 1 < segments && found[j + 1].b[m]) fetch(found[j + 1].b[m] + begin * 2 * steps_of<Dense<T>>(found[j + 1].ranks) * 64);
           const int32_t *row = of_rows + starts[j], some = starts[j + 1] - starts[j];
-          int64_t wide = members * found[j].ranks, deep = steps_of<T>(found[j].ranks);
+          int64_t wide = members * found[j].ranks, deep = steps_of<Dense<T>>(found[j].ranks);
           from.resize(some), to.resize(some);
           for (int32_t i = 0; i < some; i++) {
             from[i] = h.data() + column[j] + i * wide + m * found[j].ranks;
@@ -267,11 +382,11 @@ static void linear(const T* x, int64_t x_stride, const char* w, const T* bias, T
           }
           for (int64_t t = begin; t < end; t++) {
             const char* b = found[j].b[m] + t * 2 * deep * 64;
-            Out<T> part{to.data(), nullptr, widths[m] - t * 32, true};
+            Out<T> part{to.data(), nullptr, nullptr, widths[m] - t * 32, true};
             if (part.width > 16) {
-              run_blocks<T, 2>(some, from.data(), b, deep, part);
+              run_blocks<Dense<T>, T, 2>(some, from.data(), b, deep, part);
             } else {
-              run_blocks<T, 1>(some, from.data(), b, deep, part);
+              run_blocks<Dense<T>, T, 1>(some, from.data(), b, deep, part);
             }
             for (int32_t i = 0; i < some; i++) to[i] += 32;
           }
@@ -282,16 +397,25 @@ static void linear(const T* x, int64_t x_stride, const char* w, const T* bias, T
 }
 
 // (out, in) row by row into blocks; what is beyond the edges is zero.
-template <class T> static void pack(const T* w, int64_t out, int64_t in, T* to) {
-  const int64_t steps = steps_of<T>(in), blocks = (out + 15) / 16, inputs = Step<T>::inputs;
+template <class F> static void pack(const typename F::Value* w, int64_t out, int64_t in, typename F::Value* to) {
+  const int64_t steps = steps_of<F>(in), blocks = (out + 15) / 16, values = 16 * F::inputs;
 #pragma omp parallel for
   for (int64_t b = 0; b < blocks; b++)
     for (int64_t s = 0; s < steps; s++)
       for (int64_t o = 0; o < 16; o++)
-        for (int64_t i = 0; i < inputs; i++) {
-          int64_t row = b * 16 + o, col = s * inputs + i;
-          to[((b * steps + s) * 16 + o) * inputs + i] = row < out && col < in ? w[row * in + col] : T{};
+        for (int64_t i = 0; i < F::inputs; i++) {
+          int64_t row = b * 16 + o, col = s * F::inputs + i;
+          to[(b * steps + s) * values + F::place(o, i)] = row < out && col < in ? F::kept(w[row * in + col]) : typename F::Value{};
         }
+}
+
+// Some rows of what was packed, as they were.
+template <class F> static void unpack(const typename F::Value* w, int64_t in, const int64_t* rows, int64_t count, typename F::Value* to) {
+  const int64_t steps = steps_of<F>(in), values = 16 * F::inputs;
+#pragma omp parallel for if (count > 16)
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t i = 0; i < in; i++)
+      to[r * in + i] = F::given(w[(rows[r] / 16 * steps + i / F::inputs) * values + F::place(rows[r] % 16, i % F::inputs)]);
 }
 
 // ---- between the products -------------------------------------------------------------------------------------------
@@ -482,6 +606,7 @@ struct NormWeight {
 };
 struct Weight {
   const char* w;
+  const float* scale;  // of each output where w is in eight bits, else null
   const void* bias;
   int64_t in, out, members, widths[MEMBERS];
 };
@@ -506,7 +631,7 @@ template <class T> struct Run {
   const Pass& p;
 
   void product(const Weight& w, int64_t place, const T* x, T* y, bool onto) const {
-    linear<T>(x, w.in, w.w, (const T*)w.bias, y, w.out, p.rows, w.in, w.out, onto, w.members, w.widths, p.segments,
+    linear<T>(x, w.in, w.w, w.scale, (const T*)w.bias, y, w.out, p.rows, w.in, w.out, onto, w.members, w.widths, p.segments,
               p.found + place * p.segments, p.starts, p.of_rows, p.weights);
   }
   // A projection's output on top of the residual, normed before where the family does that.
@@ -539,14 +664,85 @@ template <class T> struct Run {
   }
 };
 
+// ---- the cuts of a distribution -------------------------------------------------------------------------------------
+
+// The bits of a float that is not negative rise with its value: the first of them are its bin, 64 for each factor of two.
+static const int BIN = 17, BINS = (0x3f800000 >> BIN) + 1;
+static inline int bin_of(float weight) {
+  uint32_t bits;
+  std::memcpy(&bits, &weight, 4);
+  return std::min<int>(bits >> BIN, BINS - 1);
+}
+
+// The least of the fewest greatest weights whose amounts, 1 each or their values, reach what is wanted; and how many equal to it those have.
+struct Least {
+  float weight;
+  int64_t equal;
+};
+static Least least_kept(const float* row, int64_t size, const std::vector<double>& amounts, double wanted, bool by_value,
+                        std::vector<float>& inside) {
+  int bin = BINS - 1;
+  double before = 0;
+  while (bin > 0 && before + amounts[bin] < wanted) before += amounts[bin--];
+  inside.clear();
+  for (int64_t i = 0; i < size; i++)
+    if (bin_of(row[i]) == bin) inside.push_back(row[i]);
+  std::sort(inside.begin(), inside.end(), std::greater<float>());
+  Least found{inside.empty() ? 0 : inside[0], 0};
+  for (float weight : inside) {
+    if (before >= wanted) break;
+    found = {weight, weight == found.weight ? found.equal + 1 : 1};
+    before += by_value ? weight : 1;
+  }
+  return found;
+}
+
+static void cut_row(float* row, int64_t size, int64_t top_k, double top_p, std::vector<double>& amounts, std::vector<float>& inside) {
+  if (top_k > 0 && top_k < size) {
+    amounts.assign(BINS, 0);
+    for (int64_t i = 0; i < size; i++) amounts[bin_of(row[i])] += 1;
+    float least = least_kept(row, size, amounts, double(top_k) - 0.5, false, inside).weight;
+    for (int64_t i = 0; i < size; i++) row[i] = row[i] < least ? 0 : row[i];
+  }
+  if (top_p < 1) {
+    amounts.assign(BINS, 0);
+    double total = 0;
+    for (int64_t i = 0; i < size; i++) amounts[bin_of(row[i])] += row[i];
+    for (int i = BINS - 1; i >= 0; i--) total += amounts[i];
+    Least least = least_kept(row, size, amounts, total * top_p, true, inside);
+    for (int64_t i = 0; i < size; i++) {
+      if (row[i] == least.weight && least.equal-- <= 0) row[i] = 0;
+      row[i] = row[i] < least.weight ? 0 : row[i];
+    }
+  }
+}
+
+extern "C" void cut(float* weights, int64_t rows, int64_t size, const int64_t* top_k, const double* top_p) {
+#pragma omp parallel
+  {
+    std::vector<double> amounts;
+    std::vector<float> inside;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t r = 0; r < rows; r++) cut_row(weights + r * size, size, top_k[r], top_p[r], amounts, inside);
+  }
+}
+
 // ---- the doors ------------------------------------------------------------------------------------------------------
 
 #define DOORS(T, name)                                                                                                             \
-  extern "C" void pack_##name(const T* w, int64_t out, int64_t in, T* to) { pack(w, out, in, to); }                                \
-  extern "C" void linear_##name(const T* x, int64_t x_stride, const char* w, const T* bias, T* y, int64_t y_stride, int64_t rows,  \
-                                int64_t in, int64_t out, int64_t onto, int64_t members, const int64_t* widths, int64_t segments,   \
-                                const Segment* found, const int32_t* starts, const int32_t* of_rows, const float* weights) {       \
-    linear(x, x_stride, w, bias, y, y_stride, rows, in, out, onto, members, widths, segments, found, starts, of_rows, weights);    \
+  extern "C" void pack_##name(const T* w, int64_t out, int64_t in, T* to) { pack<Dense<T>>(w, out, in, to); }                      \
+  extern "C" void unpack_##name(const T* w, int64_t in, const int64_t* rows, int64_t count, T* to) {                               \
+    unpack<Dense<T>>(w, in, rows, count, to);                                                                                      \
+  }                                                                                                                                \
+  extern "C" void pack_codes_##name(const int8_t* w, int64_t out, int64_t in, int8_t* to) { pack<Codes<T>>(w, out, in, to); }      \
+  extern "C" void unpack_codes_##name(const int8_t* w, int64_t in, const int64_t* rows, int64_t count, int8_t* to) {               \
+    unpack<Codes<T>>(w, in, rows, count, to);                                                                                      \
+  }                                                                                                                                \
+  extern "C" void linear_##name(const T* x, int64_t x_stride, const char* w, const float* scale, const T* bias, T* y,              \
+                                int64_t y_stride, int64_t rows, int64_t in, int64_t out, int64_t onto, int64_t members,            \
+                                const int64_t* widths, int64_t segments, const Segment* found, const int32_t* starts,              \
+                                const int32_t* of_rows, const float* weights) {                                                    \
+    linear(x, x_stride, w, scale, bias, y, y_stride, rows, in, out, onto, members, widths, segments, found, starts, of_rows, weights);\
   }                                                                                                                                \
   extern "C" void rms_norm_##name(const T* x, const float* weight, double eps, int64_t rows, int64_t d, T* y) {                    \
     rms_norm(x, weight, eps, rows, d, y);                                                                                          \

@@ -19,8 +19,8 @@ from torch import Tensor
 from twofold.functional.attention import Scoring
 from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
-from twofold.machine import zeros_in_large_pages
 from twofold.native.build import library
+from twofold.native.packed import DTYPES, Packed
 
 MEMBERS = 3
 """Projections that may lie side by side in one product."""
@@ -28,7 +28,15 @@ SEGMENT = np.dtype([("ranks", "<i8"), ("a", "<u8"), ("b", "<u8", MEMBERS), ("sca
 """One adapter's part of a product, as the kernels read it: ranks of one member, addresses of packed factors, 0 for none."""
 _P = "<u8"
 _NORM = [("weight", _P), ("eps", "<f8")]
-_WEIGHT = [("w", _P), ("bias", _P), ("in_", "<i8"), ("out", "<i8"), ("members", "<i8"), ("widths", "<i8", MEMBERS)]
+_WEIGHT = [
+    ("w", _P),
+    ("scale", _P),
+    ("bias", _P),
+    ("in_", "<i8"),
+    ("out", "<i8"),
+    ("members", "<i8"),
+    ("widths", "<i8", MEMBERS),
+]
 LAYER = np.dtype(
     [(n, _NORM) for n in ("attention", "q", "k", "attention_post", "mlp", "mlp_post")]
     + [(n, _WEIGHT) for n in ("qkv", "o", "gate_up", "down")]
@@ -41,39 +49,8 @@ PASS = np.dtype(
     + [(n, _P) for n in ("of_slots", "positions", "found", "starts", "of_rows", "weights", "keys", "values")]
 )
 """What all layers of one pass share, as the kernels read it."""
-WIDTH = 16
-"""Outputs in a block; ranks are filled up to a multiple of it, and inputs of every kernel must be one."""
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 _A, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-
-
-class Packed:
-    """A matrix (out, in) in the order in which the kernels read it."""
-
-    def __init__(self, matrix: Float[Tensor, "out in_"], into: Tensor | None = None) -> None:
-        self.out, self.in_ = matrix.shape
-        self.values = torch.empty(packed_size(matrix), dtype=matrix.dtype) if into is None else into
-        matrix = matrix.detach().contiguous()
-        call = getattr(library(), f"pack_{DTYPES[matrix.dtype]}")
-        call(_A(matrix.data_ptr()), _I(self.out), _I(self.in_), _A(self.values.data_ptr()))
-
-    @property
-    def address(self) -> int:
-        return self.values.data_ptr()
-
-
-def packed_size(matrix: Float[Tensor, "out in_"]) -> int:
-    """How many values a matrix has when it is packed; what is beyond its edges is filled up."""
-    per_step = 64 // (WIDTH * matrix.element_size())
-    return -(-matrix.shape[0] // WIDTH) * -(-matrix.shape[1] // per_step) * WIDTH * per_step
-
-
-def packed_together(matrices: Sequence[Float[Tensor, "_ _"]]) -> list[Packed]:
-    """Matrices packed one behind the other in the order in which they are read, in large pages where the system has them."""
-    sizes = [packed_size(m) for m in matrices]
-    room = zeros_in_large_pages([sum(sizes)], matrices[0])
-    return [Packed(m, into) for m, into in zip(matrices, room.split(sizes), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -96,7 +73,7 @@ class Kernels:
     def __init__(self, dtype: torch.dtype) -> None:
         name, found = DTYPES[dtype], library()
         self._linear = getattr(found, f"linear_{name}")
-        self._linear.argtypes = [_A, _I, _A, _A, _A, _I, _I, _I, _I, _I, _I, _A, _I, _A, _A, _A, _A]
+        self._linear.argtypes = [_A, _I, _A, _A, _A, _A, _I, _I, _I, _I, _I, _I, _A, _I, _A, _A, _A, _A]
         self._rms_norm = getattr(found, f"rms_norm_{name}")
         self._rms_norm.argtypes = [_A, _A, _F, _I, _I, _A]
         self._rotary = getattr(found, f"rotary_{name}")
@@ -123,8 +100,18 @@ class Kernels:
             updates: the rows' adapters, what each brings here (SEGMENT), and the widths of the members that lie side by side.
         """
         y = x.new_empty(len(x), weight.out) if onto is None else onto
-        address = None if bias is None else bias.data_ptr()
-        fixed = (x.data_ptr(), x.stride(0), weight.address, address, y.data_ptr(), y.stride(0), *x.shape, weight.out)
+        scale, added = (None if t is None else t.data_ptr() for t in (weight.scale, bias))
+        fixed = (
+            x.data_ptr(),
+            x.stride(0),
+            weight.address,
+            scale,
+            added,
+            y.data_ptr(),
+            y.stride(0),
+            *x.shape,
+            weight.out,
+        )
         if updates is None:
             self._linear(*fixed, onto is not None, 0, None, 0, None, None, None, None)
             return y

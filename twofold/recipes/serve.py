@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from twofold.base.load import BUILT_IN, DEFAULT_BASE, Base, Precision, load_base
 from twofold.engine.scheduler import Scheduler
@@ -31,6 +32,9 @@ class ServeConfig:
         allowed_origins: origins of web pages that may use the server.
         dtype: type of the base's weights; `auto` takes what this machine multiplies fastest.
         device: `auto` takes a GPU where there is one.
+        weights: `taken` keeps each weight once, in the form that decodes fastest; `int8` in eight bits, adapters as they are.
+        merge_after: steps in a row with one adapter's traffic alone after which it is folded into a second copy of the
+            weights; none: never.
         quantization: pack the base's linear layers while they are read, `nf4` or `int8`.
         allow_foreign_base: serve adapters that were trained on another base.
         streams: answers that are made side by side.
@@ -57,6 +61,8 @@ class ServeConfig:
     allowed_origins: tuple[str, ...] = ()
     dtype: Precision = "auto"
     device: str = "auto"
+    weights: Literal["taken", "int8"] = "taken"
+    merge_after: int | None = None
     quantization: Kind | None = None
     allow_foreign_base: bool = False
     streams: int = 32
@@ -82,7 +88,7 @@ class ServeConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)} but must be above 0")
-        for name in ("max_rank", "poll_seconds", "context", "default_tokens"):
+        for name in ("max_rank", "poll_seconds", "context", "default_tokens", "merge_after"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} is {value} but must be above 0")
@@ -116,7 +122,10 @@ def load_served(config: ServeConfig, emit: Emit = silent) -> Served:
     scheme = None if config.quantization is None else Scheme(config.quantization)
     base = load_base(config.base, config.dtype, config.device, emit, scheme)
     context = _context(base, config.context)
-    return Served(base, Scheduler(base.model, streams=config.streams, capacity=context), _names(base, config), context)
+    scheduler = Scheduler(
+        base.model, streams=config.streams, capacity=context, weights=config.weights, merge_after=config.merge_after
+    )
+    return Served(base, scheduler, _names(base, config), context)
 
 
 def _context(base: Base, asked: int | None) -> int:

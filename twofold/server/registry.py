@@ -233,7 +233,7 @@ class Registry:
             checked, folder, name, config.limits, self.base.fingerprint, allow_foreign=config.allow_foreign
         )
         renderer = await asyncio.to_thread(self._renderers.of, files.provenance)
-        await self.worker.call(lambda scheduler: scheduler.put_adapter(key, folder))
+        await self.worker.load(key, folder)
         made = self._loaded[key] = Generation(key, name, source.bytes, renderer, leases=1)
         self.loads += 1
         log.info("adapter loaded", extra={"fields": {"adapter": key, "bytes": source.bytes}})

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from twofold.engine.request import Request
@@ -91,6 +93,8 @@ class Worker:
 
     def start(self) -> None:
         """Begin, from inside the event loop that will get the events."""
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays: looking through all of it again takes a quarter of a second
         self._loop = asyncio.get_running_loop()
         self._done = self._thread.submit(self._run)
 
@@ -115,6 +119,16 @@ class Worker:
         self._commands.put(command)
         result: T = await future
         return result
+
+    async def load(self, key: str, folder: Path) -> None:
+        """Have the scheduler read an adapter, piece by piece between its steps, and wait for it."""
+        loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+        def done(error: Exception | None) -> None:
+            self._tell(loop, _settle, future, None, error)
+
+        await self.call(lambda scheduler: scheduler.load_adapter(key, folder, done))
+        await future
 
     async def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[Stream]:
         """Put requests into the engine, all between the same two steps. Whatever happens, each sink hears an end.
@@ -154,6 +168,7 @@ class Worker:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._commands.get_nowait()()
+        self.scheduler.finish_loads()
         self._end_all("cancelled", "the server is shutting down")
 
     def _take_commands(self) -> None:
