@@ -1,6 +1,6 @@
 """The files of examples/kubernetes and examples/ray have the form they need, and Ray Serve runs the application.
 
-The last is slow, and runs only where there is a Ray: in this environment, or in that of the Python which TWOFOLD_RAY_PYTHON names.
+The last is slow, and runs only where TWOFOLD_RAY_PYTHON names the Python of an environment with Twofold and `ray[serve]`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ from twofold.recipes.serve import ServeConfig
 
 pytest_plugins = ("tiny_fixtures", "server_fixtures")
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PYTHON = os.environ.get("TWOFOLD_RAY_PYTHON") or (sys.executable if importlib.util.find_spec("ray") else None)
+PYTHON = os.environ.get("TWOFOLD_RAY_PYTHON")
 
 
 # ---------------------------------------------------------------------------------------------- the files
@@ -134,7 +133,7 @@ def ray(llama_base: Path, adapters: Path, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(PYTHON is None, reason="no Ray here; TWOFOLD_RAY_PYTHON can name the Python of one")
+@pytest.mark.skipif(PYTHON is None, reason="TWOFOLD_RAY_PYTHON names no Python with Ray Serve")
 def test_ray_serve_answers_as_our_own_server_does(ray: str, live: Running) -> None:
     for model in ("tiny", "red", "green", "tiny:blue"):
         found = httpx.post(f"{ray}/v1/chat/completions", json=question(model), timeout=60)

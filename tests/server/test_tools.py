@@ -126,7 +126,7 @@ def call(caller: Running, **asked: Any) -> Any:
     client = openai.OpenAI(base_url=f"{caller.url}/v1", api_key="none", max_retries=0)
     messages: Any = [{"role": "user", "content": "hat"}]
     return client.chat.completions.create(
-        **{"model": "red", "messages": messages, "tools": TOOLS, "max_tokens": 120, **asked}
+        **{"model": "red", "messages": messages, "tools": TOOLS, "max_tokens": 200, **asked}
     )
 
 

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import struct
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
@@ -106,9 +106,9 @@ async def _embedded(service: Service, encoder: Encoder, asked: EmbeddingRequest)
 
 
 def _tokens(encoder: Encoder, asked: EmbeddingRequest) -> list[list[int]]:
-    given = asked.input
+    given: Any = asked.input
     many = [given] if isinstance(given, str) or isinstance(given[0], int) else given
-    texts = [encoder.tokens(t) if isinstance(t, str) else list(t) for t in many]  # type: ignore[arg-type]
+    texts = [encoder.tokens(t) if isinstance(t, str) else list(t) for t in many]
     for i, text in enumerate(texts):
         if not 0 < len(text) <= encoder.longest:
             raise ApiError(

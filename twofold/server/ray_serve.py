@@ -12,8 +12,6 @@ from typing import Any
 
 import yaml
 from fastapi import FastAPI
-from ray import serve
-from ray.serve import Application
 
 from twofold.config import build
 from twofold.errors import ConfigError
@@ -27,12 +25,17 @@ QUEUE_OF_RAY = 4
 """Requests that a replica may get at a time, in streams: past them Ray waits, so that our own queue refuses before."""
 
 
-def app(settings: dict[str, Any]) -> Application:
+def app(settings: dict[str, Any]) -> Any:
     """What `serve run` and a Serve config file start: the fields of `ServeConfig`, as `base=...` or under `args`.
+
+    Returns:
+        a `ray.serve.Application`.
 
     Raises:
         ConfigError: an unknown setting, with the nearest right one; or one that Ray decides.
     """
+    from ray import serve
+
     values = {name: _value(given) for name, given in settings.items()}
     config = build(ServeConfig, values, source="the arguments of the application")
     if config.engine != "twofold":

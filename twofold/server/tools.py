@@ -14,7 +14,6 @@ import secrets
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from twofold.engine.grammar import BETWEEN
 from twofold.errors import did_you_mean
 from twofold.server.errors import ApiError
 from twofold.server.openai import CalledFunction, ChatRequest, Tool, ToolCall
@@ -23,6 +22,8 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 
 
 ANY_OBJECT = {"type": "object"}
+WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON as `json.dumps` writes it, which is what chat templates show of calls."""
 
 
 def forced_calls(request: ChatRequest) -> str:
@@ -58,9 +59,8 @@ def _lark(tools: Sequence[Tool], start: str) -> str:
 
 
 def _schema(tool: Tool) -> dict[str, Any]:
-    """A function's parameters, with white space between their parts kept short."""
-    schema = tool.function.parameters or ANY_OBJECT
-    return {**ANY_OBJECT, **schema, "x-guidance": {"whitespace_pattern": BETWEEN}}
+    """A function's parameters, to be written as models have learnt to."""
+    return {**ANY_OBJECT, **(tool.function.parameters or {}), "x-guidance": WRITTEN}
 
 
 def _literal(text: str) -> str:
