@@ -33,7 +33,7 @@ def values(rows: int, dtype: torch.dtype) -> list[Tensor | None]:
     loss.backward()
     return [
         *(rho, normed(x, rho, norm), rms_norm_backward(dy, x, rho, norm), rotate(x.view(rows, 4, 16), angles)),
-        *(gated(gate, up, silu), *gated_backward(dy, gate, up, silu.forward(gate), silu)),
+        *(gated(gate, up, silu), *gated_backward(dy, gate, up, silu)),
         *(loss.detach(), hidden.grad),
     ]
 

@@ -13,7 +13,8 @@ import pytest
 from tiny_server import Running, eventually, in_process, lines, question, running, served, write_adapter
 
 from twofold.recipes.serve import ServeConfig
-from twofold.server.layout import CURRENT, content_hash, publish
+from twofold.server.layout import CURRENT, content_hash
+from twofold.server.publishing import publish
 
 pytest_plugins = ("tiny_fixtures", "server_fixtures")
 FAST = 0.05

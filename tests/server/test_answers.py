@@ -127,6 +127,32 @@ def test_a_completion_that_does_not_say_has_sixteen_tokens(client: openai.OpenAI
     assert found.usage.completion_tokens == 16
 
 
+def test_echo_gives_the_prompt_back_in_front(client: openai.OpenAI, live: Running) -> None:
+    tokens = live.service.base.renderer.completion_prompt("hat")
+    settings: Any = {"model": "red", "max_tokens": 6, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    plain = client.completions.create(prompt=["hat", "boat"], n=2, **settings)
+    echoed = client.completions.create(prompt=["hat", "boat"], n=2, echo=True, **settings)
+    prompts = ["hat", "hat", "boat", "boat"]
+    assert [c.text for c in echoed.choices] == [p + c.text for p, c in zip(prompts, plain.choices, strict=True)]
+    streamed = client.completions.create(prompt=tokens, echo=True, stream=True, **settings)
+    assert "".join(c.choices[0].text for c in streamed) == echoed.choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"suffix": "end"}, "`suffix` is not done"),
+        ({"echo": True, "logprobs": 1}, "`echo` with `logprobs`"),
+        ({"best_of": 3}, "`best_of` above `n`"),
+    ],
+)
+def test_what_is_not_done_is_said(client: openai.OpenAI, asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=words):
+        client.completions.create(model="red", prompt="hat", **asked)
+    settings: Any = {"suffix": None, "best_of": 2, "n": 2, "max_tokens": 2}
+    assert len(client.completions.create(model="red", prompt="hat", **settings).choices) == 2
+
+
 # ---------------------------------------------------------------------------------------------- forms
 
 

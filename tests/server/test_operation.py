@@ -34,6 +34,12 @@ def quiet(service: Any) -> bool:
     return bool(scheduler.idle and service.admission.inside == 0 and leases == 0)
 
 
+def by_adapter(page: str, sample: str) -> dict[str, float]:
+    """The values of one series of the metrics page."""
+    found = [s for family in text_string_to_metric_families(page) for s in family.samples if s.name == sample]
+    return {s.labels["lora_name"]: s.value for s in found}
+
+
 # ---------------------------------------------------------------------------------------------- the queue
 
 
@@ -51,6 +57,24 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(llama_base: Pat
             assert [r.status_code for r in await asyncio.gather(*going)] == [200, 200, 200]
             await eventually(lambda: quiet(service))
             assert (await client.post("/v1/chat/completions", json=question("green"))).status_code == 200
+
+    asyncio.run(scene())
+
+
+def test_the_time_in_the_queue_is_that_before_the_first_step(llama_base: Path, adapters: Path) -> None:
+    """With one slot the second answer waits for nearly as long as the first one takes, and its own first token comes after that."""
+
+    async def scene() -> None:
+        async with in_process(served(llama_base, streams=1), ServeConfig(adapters=adapters)) as (client, _):
+            for name in ("red", "green"):
+                await client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": name})
+            first = asyncio.create_task(client.post("/v1/chat/completions", json=question("red", max_tokens=100)))
+            second = asyncio.create_task(client.post("/v1/chat/completions", json=question("green")))
+            await asyncio.gather(first, second)
+            page = (await client.get("/metrics")).text
+            queue = by_adapter(page, "vllm:request_queue_time_seconds_sum")
+            whole = by_adapter(page, "vllm:e2e_request_latency_seconds_sum")
+            assert queue["red"] < 0.5 * whole["red"] < queue["green"] < whole["green"]
 
     asyncio.run(scene())
 
@@ -179,6 +203,7 @@ def test_metrics_have_vllms_names_and_count_by_adapter(llama_base: Path, adapter
             ("vllm:time_to_first_token_seconds", 1),
             ("vllm:inter_token_latency_seconds", 7),
             ("vllm:e2e_request_latency_seconds", 1),
+            ("vllm:request_queue_time_seconds", 1),
         ):
             assert value(name, f"{name}_count", **red) == count
         assert value("vllm:num_requests_running", "vllm:num_requests_running") == 0

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterator
 from typing import Any
 
+import jsonschema_rs
+import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_base import CHATML, tokenizer
+from tiny_base import CHATML, llama, tokenizer, write_base
+from tiny_server import Running, running, served, write_adapter
 
 from twofold.base.chat import Renderer
+from twofold.recipes.serve import ServeConfig
 from twofold.server.asking import chat_prompt
 from twofold.server.errors import ApiError
 from twofold.server.openai import ChatRequest
@@ -84,3 +89,83 @@ def test_calls_and_their_results_come_back_to_the_template() -> None:
     ]
     prompt = chat_prompt(asked(messages=turns, tools=None), renderer)
     assert renderer.tokenizer.decode(prompt) == "system:be kind;user:hat;assistant:Bern;tool:rain;"
+
+
+# ---------------------------------------------------------------------------------------------- calls that must come
+
+CITY = {"$ref": "#/$defs/city"}
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": CITY, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+                "required": ["city", "days"],
+                "additionalProperties": False,
+                "$defs": {"city": {"enum": ["Bern", 'Zürich "West"']}},
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "maxProperties": 0}}},
+]
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server over a base whose template takes tools; nothing that it says of itself is a call."""
+    folder, tokens = tmp_path_factory.mktemp("tools"), tokenizer(WITH_TOOLS)
+    of = served(write_base(folder / "base", llama(len(tokens)), tokens))
+    write_adapter(of.base, folder / "adapters" / "red", 1)
+    with running(of, ServeConfig(adapters=folder / "adapters")) as found:
+        yield found
+
+
+def call(caller: Running, **asked: Any) -> Any:
+    client = openai.OpenAI(base_url=f"{caller.url}/v1", api_key="none", max_retries=0)
+    messages: Any = [{"role": "user", "content": "hat"}]
+    return client.chat.completions.create(
+        **{"model": "red", "messages": messages, "tools": TOOLS, "max_tokens": 200, **asked}
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_named_function_is_called_once_with_arguments_that_fit(caller: Running, seed: int) -> None:
+    chosen = {"type": "function", "function": {"name": "weather"}}
+    (choice,) = call(caller, tool_choice=chosen, seed=seed).choices
+    assert choice.message.content is None
+    (made,) = choice.message.tool_calls
+    assert made.function.name == "weather"
+    jsonschema_rs.validate(TOOLS[0]["function"]["parameters"], json.loads(made.function.arguments))
+    assert choice.finish_reason == "tool_calls"
+
+
+def test_required_gives_calls_of_any_function(caller: Running) -> None:
+    answers = call(caller, tool_choice="required", parallel_tool_calls=False, n=12, seed=1).choices
+    assert all(len(a.message.tool_calls) == 1 and a.message.content is None for a in answers)
+    assert {a.message.tool_calls[0].function.name for a in answers} == {"weather", "now"}
+    several = call(caller, tool_choice="required", n=12, seed=1).choices
+    assert all(a.message.tool_calls for a in several)
+    assert max(len(a.message.tool_calls) for a in several) > 1
+
+
+def test_a_forced_call_is_streamed(caller: Running) -> None:
+    chosen = {"type": "function", "function": {"name": "now"}}
+    chunks = list(call(caller, tool_choice=chosen, stream=True))
+    found = [c for chunk in chunks for c in chunk.choices[0].delta.tool_calls or []]
+    assert [(c.index, c.function.name, json.loads(c.function.arguments)) for c in found] == [(0, "now", {})]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"tool_choice": {"type": "function", "function": {"name": "wether"}}}, "did you mean 'weather'"),
+        ({"tool_choice": "required", "tools": None}, "there are no tools"),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "can have one form"),
+        ({"tool_choice": "must"}, "tool_choice"),
+    ],
+)
+def test_a_call_that_cannot_be_forced_is_refused(caller: Running, asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=words):
+        call(caller, **asked)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from twofold import atomic
+from twofold.adapter import folder
 from twofold.adapter.attach import DEFAULT_NAME, Made, adapter_layers, config_of, made_shares, put_on, shares
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.foreign import foreign_file, read_foreign
@@ -42,7 +43,7 @@ from twofold.lowrank.init import Factors, unfilled
 from twofold.lowrank.spectral_init import is_subtracted
 from twofold.tensorfile import TensorFile, nonfinite, write_tensors
 
-CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "twofold.json"
+CONFIG, TENSORS, OURS = folder.CONFIG, folder.TENSORS, folder.OURS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from twofold.cli.flags import parse
 from twofold.cli.remote import KEY
 from twofold.cli.terminal import Terminal
 from twofold.recipes.serve import ServeConfig
-from twofold.server.run import serve
 
 
 def run(arguments: list[str]) -> int:
@@ -17,5 +16,11 @@ def run(arguments: list[str]) -> int:
     if os.environ.get(KEY):
         config = replace(config, api_key=(*config.api_key, os.environ[KEY]))
     with Terminal() as terminal:
+        if config.engine == "vllm":
+            from twofold.server.vllm.launch import serve as serve_with_vllm
+
+            return serve_with_vllm(config, terminal)
+        from twofold.server.run import serve
+
         serve(config, terminal)
     return 0

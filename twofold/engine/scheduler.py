@@ -114,6 +114,9 @@ def forward_of(
 class Scheduler:
     """Serves requests over one base, each with adapters of its own or none.
 
+    Attributes:
+        admitted: the streams that the last step gave a slot.
+
     Args:
         model: a transformers causal language model; adapters that are active on it now are part of the base.
         streams: requests that run side by side.
@@ -148,6 +151,7 @@ class Scheduler:
         self._running: list[_Stream] = []
         self._loads = Loads()
         self._next = 0
+        self.admitted: list[int] = []
 
     @property
     def path(self) -> str:
@@ -283,12 +287,14 @@ class Scheduler:
         return [Ended(s.number, "cancelled") for s in dropped]
 
     def _admit(self) -> None:
+        self.admitted = []
         while self._waiting and self._forward.slots.free:
             stream = self._waiting.popleft()
             wearer = tuple((r.key, weight) for r, weight in stream.worn)
             stream.slot, stream.held = self._forward.slots.take(stream.left, wearer)
             del stream.left[: stream.held]
             self._running.append(stream)
+            self.admitted.append(stream.number)
 
     def _batch(self) -> list[tuple[_Stream, Part]]:
         """The running streams' newest tokens by their slots, then the prompts' next chunks, the shortest first."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from twofold.base.load import BUILT_IN, DEFAULT_BASE, Base, Precision, load_base
+from twofold.base.load import BUILT_IN, DEFAULT_BASE, Base, Precision, load_base, public_name
+from twofold.engine.encoder import Encoder, load_encoder
 from twofold.engine.scheduler import Scheduler
 from twofold.errors import ConfigError
 from twofold.events import Emit, silent
@@ -24,6 +25,7 @@ class ServeConfig:
         base: a Hugging Face directory, a hub id, a `.gguf` file or a built-in name.
         adapters: folder with the adapters, which is watched; nothing outside of it is read.
         name: what requests call the base; its own name, if not given.
+        embeddings: an encoder beside the base, for /v1/embeddings: a Hugging Face directory or a hub id.
         host: address to listen on.
         port: port to listen on.
         api_key: keys that requests may carry; none: no key is needed. TWOFOLD_API_KEY adds one.
@@ -48,11 +50,15 @@ class ServeConfig:
         max_adapter_mb: most megabytes of one adapter.
         max_rank: highest rank of an adapter.
         poll_seconds: between two looks at the adapter folder.
+        engine: `vllm` starts vLLM over the same folder, with limits that follow from what lies in it.
+        vllm_python: the Python of the environment that has vLLM; this one, if not given.
+        vllm_flags: more flags for vLLM in one text, as --vllm-flags="--seed 3".
     """
 
     base: str = DEFAULT_BASE
     adapters: Path | None = None
     name: str | None = None
+    embeddings: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: tuple[str, ...] = field(default=(), repr=False)
@@ -76,6 +82,9 @@ class ServeConfig:
     max_adapter_mb: float = 512.0
     max_rank: int = 256
     poll_seconds: float = 2.0
+    engine: Literal["twofold", "vllm"] = "twofold"
+    vllm_python: Path | None = None
+    vllm_flags: str = ""
 
     def __post_init__(self) -> None:
         for name in (
@@ -94,6 +103,8 @@ class ServeConfig:
                 raise ConfigError(f"{name} is {value} but must be above 0")
         if self.max_queued < 0 or not 0 <= self.port < 65536:
             raise ConfigError("max_queued must be at least 0, and port a number up to 65535")
+        if self.engine != "vllm" and (self.vllm_python or self.vllm_flags):
+            raise ConfigError("vllm_python and vllm_flags are for engine vllm; set --engine vllm")
 
 
 @dataclass(frozen=True)
@@ -103,12 +114,14 @@ class Served:
     Attributes:
         names: what requests may call it by, the first of them shown to others.
         context: tokens of a prompt and its answer together.
+        encoder: for embeddings, if there is to be one.
     """
 
     base: Base
     scheduler: Scheduler
     names: tuple[str, ...]
     context: int
+    encoder: Encoder | None = None
 
 
 def load_served(config: ServeConfig, emit: Emit = silent) -> Served:
@@ -125,7 +138,11 @@ def load_served(config: ServeConfig, emit: Emit = silent) -> Served:
     scheduler = Scheduler(
         base.model, streams=config.streams, capacity=context, weights=config.weights, merge_after=config.merge_after
     )
-    return Served(base, scheduler, _names(base, config), context)
+    encoder = None if config.embeddings is None else load_encoder(config.embeddings, emit)
+    names = names_of(config.base, config.name)
+    if encoder is not None and encoder.name in names:
+        raise ConfigError(f"the base and the encoder are both called '{encoder.name}'; give the base another --name")
+    return Served(base, scheduler, names, context, encoder)
 
 
 def _context(base: Base, asked: int | None) -> int:
@@ -135,8 +152,9 @@ def _context(base: Base, asked: int | None) -> int:
     return asked or min(made_for or CONTEXT, CONTEXT)
 
 
-def _names(base: Base, config: ServeConfig) -> tuple[str, ...]:
-    """The name that was given, or the base's own and the built-in's short one."""
-    if config.name is not None:
-        return (config.name,)
-    return (base.public_name, base.reference) if base.reference in BUILT_IN else (base.public_name,)
+def names_of(reference: str, given: str | None) -> tuple[str, ...]:
+    """What requests may call a base: the name that was given, or its own and a built-in's short one."""
+    if given is not None:
+        return (given,)
+    own = public_name(reference)
+    return (own, reference) if reference in BUILT_IN else (own,)

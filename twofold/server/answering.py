@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 from twofold.engine.request import Request, TokenLogprobs
-from twofold.engine.scheduler import Ended, Made
+from twofold.engine.scheduler import Ended
 from twofold.engine.text import TextStream
 from twofold.server.errors import ApiError
 from twofold.server.metrics import Clock
-from twofold.server.worker import Sink, Stream, Worker
+from twofold.server.worker import Admitted, Event, Sink, Stream, Worker
 
 REMEMBERED = 0.2
 """Weight of the newest answer in the mean duration."""
@@ -77,8 +77,11 @@ class Choice:
         self.finish: str | None = None
         self._logprobs: list[TokenLogprobs] = []
 
-    def take(self, event: Made | Ended) -> Piece | None:
+    def take(self, event: Event) -> Piece | None:
         """What there is to say after an event of the engine, if anything."""
+        if isinstance(event, Admitted):
+            self.clock.begin(event.at)
+            return None
         if self.finish is not None:
             return None
         if isinstance(event, Ended):
@@ -118,7 +121,7 @@ class Run:
     def __init__(self, worker: Worker, choices: list[Choice], left: float, freed: Callable[[], None]) -> None:
         self.worker, self.choices = worker, choices
         self._freed: Callable[[], None] | None = freed
-        self._events: asyncio.Queue[tuple[int, Made | Ended] | None] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._streams: list[Stream] = []
         self._inside = 0
         self._closed = False
@@ -139,7 +142,7 @@ class Run:
         self._streams = await self.worker.submit(requests, [self._sink(i) for i in range(len(requests))])
 
     def _sink(self, index: int) -> Sink:
-        def sink(event: Made | Ended) -> None:
+        def sink(event: Event) -> None:
             self._events.put_nowait((index, event))
             if isinstance(event, Ended):
                 self._inside -= 1

@@ -20,6 +20,7 @@ from twofold.errors import UserError
 from twofold.recipes.serve import ServeConfig, Served
 from twofold.server.access import AccessLog
 from twofold.server.asking import chat_prompt, completion_prompts
+from twofold.server.embedding import add_embeddings
 from twofold.server.errors import ApiError, ErrorBody, without_paths
 from twofold.server.openai import (
     AdapterList,
@@ -73,6 +74,7 @@ def make_app(served: Served, config: ServeConfig, thread: EngineThread | None = 
     _add_errors(app)
     _add_probes(app, service)
     _add_answers(app, service)
+    add_embeddings(app, service)
     _add_models(app, service)
     _add_adapters(app, service)
     if config.allowed_origins:
@@ -238,11 +240,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
             most=SHORT,
             logprobs=asked.logprobs,
         )
-        with_logprobs = asked.logprobs is not None
-        tokenizer = service.base.tokenizer
-        return await _answer(
-            service, http, asked, wanted, lambda b: TextWire(asked, b, tokenizer, with_logprobs=with_logprobs)
-        )
+        return await _answer(service, http, asked, wanted, lambda b: TextWire(asked, b, service.base.tokenizer))
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -252,7 +250,11 @@ def _add_models(app: FastAPI, service: Service) -> None:
     registry = service.registry
     base = registry.base_names[0]
 
+    encoders = () if service.encoder is None else (service.encoder.name,)
+
     def card(name: str) -> ModelCard:
+        if name in encoders:
+            return ModelCard(id=name, created=service.started, root=name)
         adapter = registry.adapter_of(name)
         if adapter is None:
             return ModelCard(id=name, created=service.started, root=base)
@@ -263,7 +265,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> ModelList:
         """The base and all adapters, in memory or not."""
-        return ModelList(data=[card(name) for name in (*registry.base_names, *registry.names())])
+        return ModelList(data=[card(name) for name in (*registry.base_names, *encoders, *registry.names())])
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> ModelCard:

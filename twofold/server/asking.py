@@ -12,6 +12,7 @@ from twofold.engine.grammar import Grammar, Grammars
 from twofold.engine.request import Request, Sampling
 from twofold.server.errors import ApiError
 from twofold.server.openai import Asking, ChatMessage, ChatRequest, CompletionRequest
+from twofold.server.tools import forced_calls
 
 # ---------------------------------------------------------------------------------------------- prompts
 
@@ -159,6 +160,8 @@ def grammar_of(request: Asking, grammars_of: Callable[[], Grammars]) -> Grammar 
 def _forms(request: Asking) -> list[tuple[str, tuple[str, Any]]]:
     """Each form that is asked for: the field's name, the kind, and what describes it."""
     found: list[tuple[str, tuple[str, Any]]] = []
+    if isinstance(request, ChatRequest) and request.forced:
+        found.append(("tool_choice", ("grammar", forced_calls(request))))
     response, structured = request.response_format, request.structured_outputs
     if response and response.type == "json_object":
         found.append(("response_format", ("object", None)))

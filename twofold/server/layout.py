@@ -6,6 +6,8 @@
 
 vLLM, Ray Serve and others are pointed at the folder of a generation. Nothing outside ROOT is read, links resolved. An adapter is
 copied before it is read: what is hashed, checked and loaded is then the same bytes, whatever happens to the folder.
+
+Other engines read the folder by this file too, inside their own processes: it imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -20,11 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from twofold import atomic
-from twofold.adapter.config import LoraConfig
-from twofold.adapter.files import CONFIG, OURS, TENSORS, AdapterFiles, open_adapter
-from twofold.base.fingerprint import Fingerprint, check_same_base
-from twofold.errors import AdapterFileError, ForeignBaseError
+from twofold.adapter.folder import CONFIG, OURS, TENSORS
+from twofold.errors import AdapterFileError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """What an adapter may be called: no `/`, no `:` and no `@`, which separate it from its base and its generation."""
@@ -194,58 +193,3 @@ def content_hash(folder: Path) -> str:
                 while piece := file.read(1 << 20):
                     digest.update(piece)
     return digest.hexdigest()[:DIGITS]
-
-
-def checked(folder: Path, name: str, limits: Limits, fingerprint: Fingerprint, *, allow_foreign: bool) -> AdapterFiles:
-    """An adapter that may be served, judged by its configuration and the header of its tensors; no tensor is read.
-
-    Raises:
-        UserError: something in it is not supported, too large, for another task or for another base.
-    """
-    files = open_adapter(folder)
-    highest = max(_ranks(files))
-    if highest > limits.rank:
-        raise AdapterFileError(f"adapter '{name}' has rank {highest}, above the {limits.rank} of this server")
-    if files.provenance is None:
-        return files
-    task = files.provenance.training.get("task", "causal-lm")
-    if task != "causal-lm":
-        raise AdapterFileError(f"adapter '{name}' was trained for {task} and cannot answer")
-    if files.provenance.base is not None and not allow_foreign:
-        try:
-            check_same_base(files.provenance.base, fingerprint, f"adapter '{name}'")
-        except ForeignBaseError as error:
-            raise ForeignBaseError(str(error).partition(";")[0]) from error
-    return files
-
-
-def _ranks(files: AdapterFiles) -> Iterator[int]:
-    """Ranks by the config and by the shapes of the tensors."""
-    config: LoraConfig = files.config
-    yield from (config.r, *config.rank_pattern.values())
-    for key, shape in files.tensors.shapes.items():
-        if key.endswith(("lora_A.weight", "lora_embedding_A")) and shape:
-            yield shape[0]
-
-
-# ---------------------------------------------------------------------------------------------- writing
-
-
-def publish(adapter: Path | str, root: Path | str, name: str) -> str:
-    """Put an adapter folder into a root as a new generation and make it the current one; its name, `NAME@HASH`.
-
-    Raises:
-        UserError: it is no adapter, the name cannot be used, or the root cannot be written.
-    """
-    if not NAME.fullmatch(name):
-        raise AdapterFileError(f"'{name}' cannot name an adapter; use letters, digits, '.', '_' and '-'")
-    adapter, root = Path(adapter), Path(root)
-    open_adapter(adapter)
-    generation = f"{name}@{content_hash(adapter)}"
-    if not (root / generation).exists():
-        with atomic.new_folder(root / generation) as folder:
-            for file in (CONFIG, TENSORS, OURS):
-                if (adapter / file).exists():
-                    shutil.copyfile(adapter / file, folder / file)
-    atomic.write_text(root / f"{name}{CURRENT}", generation + "\n")
-    return generation

@@ -34,6 +34,7 @@ class Metrics:
         )
         self._first = self._histogram("vllm:time_to_first_token_seconds", "From arrival to the first token.", FIRST)
         self._between = self._histogram("vllm:inter_token_latency_seconds", "Between two tokens.", BETWEEN)
+        self._queue = self._histogram("vllm:request_queue_time_seconds", "From arrival to the first step.", FIRST)
         self._whole = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the end.", WHOLE)
         self._http = Counter(
             "twofold:http_requests", "Requests, by route and status.", ("route", "status"), registry=self.collected
@@ -50,9 +51,9 @@ class Metrics:
         """A request over HTTP is done."""
         self._http.labels(route, str(status)).inc()
 
-    def clock(self, adapter: str | None) -> Clock:
-        """The times of one answer, from now on."""
-        return Clock(self, adapter)
+    def clock(self, adapter: str | None, arrived: float) -> Clock:
+        """The times of one answer, whose request arrived at this time of `time.monotonic`."""
+        return Clock(self, adapter, arrived)
 
     def prompt(self, adapter: str | None, tokens: int) -> None:
         """A prompt went into the engine."""
@@ -64,22 +65,27 @@ class Metrics:
 
     def forget(self, adapter: str) -> None:
         """Drop the series of an adapter that is not served any more."""
-        for metric in (self._prompt, self._made, self._finished, self._first, self._between, self._whole):
+        for metric in (self._prompt, self._made, self._finished, self._first, self._between, self._queue, self._whole):
             metric.remove_by_labels({"lora_name": adapter})
 
 
 class Clock:
     """When the tokens of one answer came."""
 
-    def __init__(self, metrics: Metrics, adapter: str | None) -> None:
+    def __init__(self, metrics: Metrics, adapter: str | None, arrived: float) -> None:
         labels = (metrics.base_name, adapter or "")
         self._finished, self._labels = metrics._finished, labels
         self._made = metrics._made.labels(*labels)
         self._first = metrics._first.labels(*labels)
         self._between = metrics._between.labels(*labels)
+        self._queue = metrics._queue.labels(*labels)
         self._whole = metrics._whole.labels(*labels)
-        self._start = time.monotonic()
+        self._start = arrived
         self._last: float | None = None
+
+    def begin(self, at: float) -> None:
+        """The engine took the request up, at this time."""
+        self._queue.observe(at - self._start)
 
     def token(self) -> None:
         now = time.monotonic()

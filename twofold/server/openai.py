@@ -92,6 +92,19 @@ class Tool(Strict):
     function: FunctionTool
 
 
+class FunctionName(Strict):
+    """One of the request's functions."""
+
+    name: Name
+
+
+class ToolChoice(Strict):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class JsonSchema(Strict):
     """A JSON schema with its name."""
 
@@ -174,8 +187,13 @@ class ChatRequest(Asking):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
     tools: Annotated[list[Tool], Field(max_length=256)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+
+    @property
+    def forced(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.tool_choice not in (None, "none", "auto")
 
 
 class CompletionRequest(Asking):
@@ -188,6 +206,24 @@ class CompletionRequest(Asking):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
     )
     logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELIEST)] | None = None
+    echo: bool = False
+    suffix: str | None = None
+    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+
+    @model_validator(mode="after")
+    def _done_here(self) -> CompletionRequest:
+        if self.suffix:
+            raise ValueError(
+                "`suffix` is not done: models here go on from a prompt; write the tokens for filling in, if the model has some, "
+                "into the prompt"
+            )
+        if self.echo and self.logprobs is not None:
+            raise ValueError(
+                "`echo` with `logprobs` is not done: the tokens of a prompt are not scored; leave out one of them"
+            )
+        if self.best_of not in (None, self.n):
+            raise ValueError("`best_of` above `n` is not done; ask for all with `n`, and `logprobs`, and choose")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:

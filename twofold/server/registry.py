@@ -21,8 +21,9 @@ from pathlib import Path
 from twofold.base.chat import Renderer
 from twofold.base.load import Base
 from twofold.errors import AdapterFileError, UserError, nearest
+from twofold.server.checks import checked
 from twofold.server.errors import ApiError, without_paths
-from twofold.server.layout import NAME, Limits, Source, checked, scan, snapshot, source_at
+from twofold.server.layout import NAME, Limits, Source, scan, snapshot, source_at
 from twofold.server.templates import Renderers
 from twofold.server.worker import Worker
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from twofold.base.chat import Renderer
 from twofold.base.load import Base
@@ -22,6 +23,8 @@ from twofold.server.metrics import Metrics
 from twofold.server.openai import Asking
 from twofold.server.registry import Generation, Registry, RegistryConfig
 from twofold.server.worker import EngineThread, Worker
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,7 @@ class Service:
         self.base: Base = served.base
         self.config = config
         self.context = served.context
+        self.encoder = served.encoder
         self.vocabulary: int = served.base.model.get_input_embeddings().num_embeddings
         self.started = int(time.time())
         scheduler: Scheduler = served.scheduler
@@ -131,9 +135,9 @@ class Service:
         try:
             async with asyncio.timeout(self.config.deadline_seconds):
                 generation = None if adapter is None else await self.registry.acquire(adapter)
-                ready = await self._in_text_thread(lambda: self._ready(request, wanted, generation))
+                ready = await self.in_text_thread(lambda: self._ready(request, wanted, generation))
                 left = self.config.deadline_seconds - (time.monotonic() - start)
-                run = Run(self.worker, self._choices(request, len(ready.requests), adapter), left, freed)
+                run = Run(self.worker, self._choices(request, len(ready.requests), adapter, start), left, freed)
                 await run.submit(ready.requests)
         except BaseException as error:
             run.close() if run is not None else freed()
@@ -163,9 +167,10 @@ class Service:
             self._grammars[ends] = Grammars(self.base.tokenizer, ends)
         return self._grammars[ends]
 
-    def _choices(self, request: Asking, count: int, adapter: str | None) -> list[Choice]:
-        clocks = [self.metrics.clock(adapter) for _ in range(count)]
+    def _choices(self, request: Asking, count: int, adapter: str | None, start: float) -> list[Choice]:
+        clocks = [self.metrics.clock(adapter, start) for _ in range(count)]
         return [Choice(i, self.base.tokenizer, request.stops, clock) for i, clock in enumerate(clocks)]
 
-    async def _in_text_thread(self, work: Callable[[], _Ready]) -> _Ready:
+    async def in_text_thread(self, work: Callable[[], T]) -> T:
+        """Do something with a tokenizer, off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._texts, work)

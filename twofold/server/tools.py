@@ -11,11 +11,60 @@ from __future__ import annotations
 
 import json
 import secrets
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from twofold.server.openai import CalledFunction, ToolCall
+from twofold.errors import did_you_mean
+from twofold.server.errors import ApiError
+from twofold.server.openai import CalledFunction, ChatRequest, Tool, ToolCall
 
 BEGIN, END = "<tool_call>", "</tool_call>"
+
+
+ANY_OBJECT = {"type": "object"}
+WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON as `json.dumps` writes it, which is what chat templates show of calls."""
+
+
+def forced_calls(request: ChatRequest) -> str:
+    """The grammar, in llguidance's Lark, of an answer that must be calls: of the named function once, or of any of them.
+
+    Each function's `parameters` are a JSON schema of its own, so that `$ref` finds its `$defs`.
+
+    Raises:
+        ApiError: there are no tools, or none of that name.
+    """
+    named = request.tool_choice
+    tools = request.tools or []
+    if not tools:
+        raise ApiError(400, "tool_choice asks for a call, but there are no tools", param="tool_choice")
+    if named is None or isinstance(named, str):
+        once = request.parallel_tool_calls is False
+        return _lark(tools, "call" if once else r'call ("\n" call)*')
+    chosen = [t for t in tools if t.function.name == named.function.name]
+    if not chosen:
+        hint = did_you_mean(named.function.name, [t.function.name for t in tools])
+        said = f"tool_choice asks for {named.function.name[:100]!r}, which is none of the tools{hint}"
+        raise ApiError(400, said, param="tool_choice")
+    return _lark(chosen[:1], "call")
+
+
+def _lark(tools: Sequence[Tool], start: str) -> str:
+    lines = [f"start: {start}", "call: " + " | ".join(f"call_{i}" for i in range(len(tools)))]
+    for i, tool in enumerate(tools):
+        before = f'{BEGIN}\n{{"name": {json.dumps(tool.function.name)}, "arguments": '
+        lines.append(f"call_{i}: {_literal(before)} arguments_{i} {_literal('}' + chr(10) + END)}")
+        lines.append(f"arguments_{i}: %json {json.dumps(_schema(tool))}")
+    return "\n".join(lines)
+
+
+def _schema(tool: Tool) -> dict[str, Any]:
+    """A function's parameters, to be written as models have learnt to."""
+    return {**ANY_OBJECT, **(tool.function.parameters or {}), "x-guidance": WRITTEN}
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text)
 
 
 class Parsed(NamedTuple):

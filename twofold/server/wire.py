@@ -18,6 +18,7 @@ from twofold.server.openai import (
     ChatCompletion,
     ChatRequest,
     Completion,
+    CompletionRequest,
     TextChoice,
     ToolCall,
     Usage,
@@ -132,14 +133,24 @@ class TextWire(Wired):
 
     prefix, object = "cmpl", "text_completion"
 
-    def __init__(self, request: Asking, begun: Begun, tokenizer: Any, *, with_logprobs: bool) -> None:
+    def __init__(self, request: CompletionRequest, begun: Begun, tokenizer: Any) -> None:
         super().__init__(request, begun, tokenizer)
-        self.with_logprobs = with_logprobs
+        self.with_logprobs = request.logprobs is not None
+        self.prompts = request.prompts if request.echo else []
         self.indices = range(len(begun.run.choices))
         self.offsets = dict.fromkeys(self.indices, 0)
 
     def opening(self) -> Iterable[dict[str, Any]]:
-        return ()
+        for i in self.indices if self.prompts else ():
+            yield {"index": i, "text": self._echo(i), "logprobs": None, "finish_reason": None}
+
+    def _echo(self, index: int) -> str:
+        """The prompt of an answer, if the request wants it back."""
+        if not self.prompts:
+            return ""
+        prompt = self.prompts[index // self.request.n]
+        text: str = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+        return text
 
     def choice(self, piece: Piece) -> dict[str, Any] | None:
         logprobs = self._logprobs(piece.choice, piece.logprobs)
@@ -151,7 +162,7 @@ class TextWire(Wired):
     def _whole(self, index: int, pieces: list[Piece]) -> TextChoice:
         own = [p for p in pieces if p.choice == index]
         logprobs = self._logprobs(index, [one for p in own for one in p.logprobs])
-        text = "".join(p.text for p in own)
+        text = self._echo(index) + "".join(p.text for p in own)
         return TextChoice(index=index, text=text, logprobs=logprobs, finish_reason=own[-1].finish or "stop")
 
     def _logprobs(self, index: int, found: list[TokenLogprobs]) -> dict[str, Any] | None:

@@ -12,17 +12,27 @@ import gc
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from twofold.engine.request import Request
 from twofold.engine.scheduler import Ended, Made, Scheduler
 from twofold.server.errors import ApiError
 
 T = TypeVar("T")
-Sink = Callable[[Made | Ended], None]
+
+
+class Admitted(NamedTuple):
+    """A request no longer waits: the engine began with it at this time of `time.monotonic`."""
+
+    at: float
+
+
+Event = Admitted | Made | Ended
+Sink = Callable[[Event], None]
 FAILURES = 3
 """So many failed steps in a row, and the engine no longer counts as healthy."""
 log = logging.getLogger("twofold.server")
@@ -37,7 +47,7 @@ class Stream:
         self.cancelled = False
         self.over = False
 
-    def deliver(self, event: Made | Ended) -> None:
+    def deliver(self, event: Event) -> None:
         if not self.over:
             self.over = isinstance(event, Ended)
             self.sink(event)
@@ -183,6 +193,7 @@ class Worker:
             command()
 
     def _step(self) -> None:
+        now = time.monotonic()
         try:
             events = self.scheduler.step()
         except Exception:
@@ -191,7 +202,9 @@ class Worker:
             self._end_all("error", "the engine failed at this request's step; its log has the reason")
             return
         self.failures = 0
-        batch = [(self._streams[e.stream], e) for e in events if e.stream in self._streams]
+        begun = [self._streams[n] for n in self.scheduler.admitted if n in self._streams]
+        batch: list[tuple[Stream, Event]] = [(stream, Admitted(now)) for stream in begun]
+        batch += [(self._streams[e.stream], e) for e in events if e.stream in self._streams]
         for event in events:
             if isinstance(event, Ended):
                 self._streams.pop(event.stream, None)
@@ -227,7 +240,7 @@ class Worker:
                 loop.call_soon_threadsafe(what, *arguments)
 
 
-def _deliver(batch: list[tuple[Stream, Made | Ended]]) -> None:
+def _deliver(batch: list[tuple[Stream, Event]]) -> None:
     for stream, event in batch:
         stream.deliver(event)
 
