@@ -104,8 +104,7 @@ export const api = {
   start: (config: TrainConfig, name: string | null) =>
     post<{ name: string }>('/api/runs', name ? { config, name } : { config }),
   run: (name: string) => get<Run>(run(name)),
-  events: (name: string, since: number | string, signal?: AbortSignal) =>
-    get<{ events: RunEvent[]; cursor: number | string }>(run(name, `/events?since=${since}`), signal),
+  events: (name: string) => get<{ events: RunEvent[]; cursor: string }>(run(name, '/events')),
   stop: (name: string) => post<{ state: string }>(run(name, '/stop'), {}),
   resume: (name: string) => post<{ state: string }>(run(name, '/resume'), {}),
 

@@ -99,7 +99,7 @@ export interface Preflight extends Preview {
   warnings: string[];
 }
 
-export type RunState = 'starting' | 'running' | 'stopped' | 'finished' | 'failed';
+export type RunState = 'starting' | 'running' | 'stopping' | 'stopped' | 'finished' | 'failed';
 
 export interface RunSummary {
   name: string;
@@ -110,7 +110,6 @@ export interface RunSummary {
   loss: number | null;
   started: number | null;
   message: string | null;
-  adapter: string | null;
 }
 
 export interface Run {
@@ -119,6 +118,8 @@ export interface Run {
   config: TrainConfig;
   preflight: Preflight | null;
   report: Report | null;
+  /** As the other screens call it, once there is one. */
+  adapter: string | null;
   message: string | null;
 }
 
@@ -301,5 +302,5 @@ export interface LaneEvent {
   logprob?: number;
   top?: Likely[];
   finish_reason?: string;
-  message?: string;
+  error?: { message: string };
 }

@@ -11,7 +11,7 @@ export interface Draft {
   settings: Record<string, string>;
 }
 
-export const EMPTY: Draft = { name: '', base: '', train: '', evaluation: '', settings: {} };
+export const EMPTY: Draft = { name: '', base: '', train: '', evaluation: '', settings: { 'training.spectrum_every': '5' } };
 
 export interface Setting {
   key: string;
@@ -28,13 +28,13 @@ export const MAIN: Setting[] = [
   { key: 'training.learning_rate', label: 'Learning rate', hint: 'at its highest' },
   { key: 'training.batch_size', label: 'Batch size', hint: 'examples in a step' },
   { key: 'training.epochs', label: 'Epochs', hint: 'passes over the data' },
+  { key: 'training.evaluate_every', label: 'Evaluate every … steps', hint: 'on the held-out data' },
+  { key: 'training.spectrum_every', label: 'Spectra every … steps', hint: 'how each update grows' },
 ];
 
 export const MORE: Setting[] = [
   { key: 'training.max_steps', label: 'At most so many steps' },
-  { key: 'training.evaluate_every', label: 'Evaluate every … steps' },
   { key: 'training.checkpoint_every', label: 'Checkpoint every … steps', hint: 'a stopped run goes on from there' },
-  { key: 'training.spectrum_every', label: 'Spectra every … steps' },
   { key: 'training.schedule', label: 'Schedule', choices: 'schedules' },
   { key: 'training.warmup', label: 'Warm-up', hint: 'share of the steps' },
   { key: 'training.weight_decay', label: 'Weight decay' },

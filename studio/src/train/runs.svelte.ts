@@ -8,7 +8,7 @@ import { RunSeries } from './series';
 const EVERY = 2000;
 
 export function isLive(state: RunState): boolean {
-  return state === 'running' || state === 'starting';
+  return state === 'running' || state === 'starting' || state === 'stopping';
 }
 
 /** One shown run. `version` counts up, at most once a frame, as `series` grows. */
@@ -33,7 +33,7 @@ export class ShownRun {
     this.leave();
     const load = ++this.loads;
     try {
-      const [details, { events, cursor }] = await Promise.all([api.run(this.name), api.events(this.name, 0)]);
+      const [details, { events, cursor }] = await Promise.all([api.run(this.name), api.events(this.name)]);
       if (load !== this.loads) return;
       this.series = new RunSeries();
       for (const event of events) this.series.add(event);
@@ -47,10 +47,14 @@ export class ShownRun {
     }
   }
 
-  private follow(cursor: number | string): void {
+  private follow(cursor: string): void {
     this.unfollow = follow(this.name, cursor, {
       event: (event) => {
         this.series.add(event);
+        this.touched();
+      },
+      anew: () => {
+        this.series = new RunSeries();
         this.touched();
       },
       connected: (yes) => (this.connected = yes),
