@@ -1,7 +1,7 @@
 import { mount } from 'svelte';
 import '../tokens.css';
 import '../base.css';
-import Lesson from './Lesson.svelte';
+import Single from './Single.svelte';
 
 const target = document.getElementById('app');
-if (target) mount(Lesson, { target });
+if (target) mount(Single, { target });
