@@ -96,7 +96,8 @@ export const api = {
     return (await response.json()) as Upload;
   },
 
-  plan: (asked: PlanAsked, signal?: AbortSignal) => post<Plan>('/api/plan', asked, signal),
+  plans: (asked: PlanAsked, signal?: AbortSignal) =>
+    post<Record<string, Plan>>('/api/plan', { ...asked, compare: true }, signal),
 
   preview: (config: TrainConfig, signal?: AbortSignal) => post<Preview>('/api/preview', { config }, signal),
   preflight: (config: TrainConfig, signal?: AbortSignal) => post<Preflight>('/api/preflight', { config }, signal),

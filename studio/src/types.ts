@@ -47,10 +47,14 @@ export interface PlanAsked {
   [key: string]: unknown;
 }
 
+/** A share of the memory that is planned. */
 export interface Term {
   name: string;
   bytes: number;
-  formula: string;
+  formula: string | null;
+  low: number;
+  expected: number;
+  high: number;
 }
 
 export interface Plan {
