@@ -5,25 +5,34 @@ export function inlined(): Plugin {
   return {
     name: 'inlined',
     enforce: 'post',
-    generateBundle(_options, bundle) {
-      const page = Object.values(bundle).find((file) => file.fileName.endsWith('.html'));
-      if (page?.type !== 'asset') throw new Error('no page in the bundle');
-      let html = String(page.source);
-      for (const file of Object.values(bundle)) {
-        const text = file.type === 'chunk' ? file.code : String(file.source);
-        if (file.fileName.endsWith('.js')) {
-          html = html.replace(/<script [^>]*src="[^"]*"[^>]*><\/script>/, '');
-          // A function, because "$&" in the code would be read as a pattern; "</script" in it would end the element.
-          html = html.replace(
-            '</body>',
-            () => `<script type="module">${text.replaceAll('</script', '<\\/script')}</script>\n</body>`,
-          );
-        } else if (file.fileName.endsWith('.css')) {
-          html = html.replace(/<link [^>]*rel="stylesheet"[^>]*>/, () => `<style>${text}</style>`);
-        } else continue;
-        delete bundle[file.fileName];
-      }
-      page.source = html;
+    generateBundle: {
+      // After Vite's own last touches to the script.
+      order: 'post',
+      handler(_options, bundle) {
+        const page = Object.values(bundle).find((file) => file.fileName.endsWith('.html'));
+        if (page?.type !== 'asset') throw new Error('no page in the bundle');
+        let html = String(page.source);
+        for (const file of Object.values(bundle)) {
+          const text = file.type === 'chunk' ? file.code : String(file.source);
+          if (file.fileName.endsWith('.js')) html = withScript(html, text);
+          else if (file.fileName.endsWith('.css')) html = withStyle(html, text);
+          else continue;
+          delete bundle[file.fileName];
+        }
+        page.source = html;
+      },
     },
   };
+}
+
+// The replacements are functions, because "$&" in a text would be read as a pattern; "</script" would end the element.
+
+function withScript(html: string, code: string): string {
+  const without = html.replace(/<script [^>]*src="[^"]*"[^>]*><\/script>/, '');
+  const safe = code.replaceAll('</script', '<\\/script');
+  return without.replace('</body>', () => `<script type="module">${safe}</script>\n</body>`);
+}
+
+function withStyle(html: string, rules: string): string {
+  return html.replace(/<link [^>]*rel="stylesheet"[^>]*>/, () => `<style>${rules}</style>`);
 }
