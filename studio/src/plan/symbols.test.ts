@@ -10,5 +10,6 @@ it('finds each symbol once, and formulas within formulas', () => {
     { name: 'P_train', value: 8, meaning: 'that train', formula: null },
     { name: 'L', value: 30, meaning: 'layers', formula: null },
     { name: 'layer', value: null, meaning: '', formula: 'T · e' },
+    { name: 'e', value: 2, meaning: 'bytes', formula: null },
   ]);
 });
