@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,12 @@ def test_figures_are_those_of_the_command_line(live: Live) -> None:
     inspected = live.made("/api/inspect", {"adapter": "work/red", "base": "work/tiny-llama"})
     assert inspected == inspect_adapter(red, str(live.root / "tiny-llama")).as_json()
     assert live.made("/api/lint", {"adapter": "work/red"})["findings"] == inspect_adapter(red).as_json()["findings"]
-    assert live.made("/api/compare", {"a": "work/red", "b": "work/green"}) == compare(red, green).as_json()
+    expected = json.loads(json.dumps(compare(red, green).as_json()))
+    assert live.made("/api/compare", {"a": "work/red", "b": "work/green"}) == expected
     settings = {"base": "llama-3.1-8b", "r": 8, "target_modules": "attention", "memory": "24GB"}
-    planned, expected = live.made("/api/plan", settings), plan(PlanSettings(**settings))  # type: ignore[arg-type]
+    planned, direct = live.made("/api/plan", settings), plan(PlanSettings(**settings))  # type: ignore[arg-type]
     assert {k: planned[k] for k in ("parameters", "memory", "budget")} == {
-        k: expected[k] for k in ("parameters", "memory", "budget")
+        k: direct[k] for k in ("parameters", "memory", "budget")
     }
     assert sum(t["expected"] for t in planned["terms"]) == planned["memory"]["total"]["expected"]
     assert sum(t["low"] for t in planned["terms"]) == pytest.approx(planned["memory"]["total"]["low"], abs=20)
@@ -85,7 +86,7 @@ def test_data_is_shown_token_by_token(live: Live) -> None:
     assert found["train"]["examples"] == 23
     assert len(found["samples"]) == 2
     said = "".join(text for text, supervised in found["samples"][0] if supervised)
-    assert said.startswith("red cup") or said.split()[0] in ("red", "green", "blue", "black")
+    assert said.startswith("black cup")
 
 
 def test_adapters_are_made_as_the_command_line_makes_them(live: Live) -> None:
@@ -156,7 +157,7 @@ def test_nothing_outside_of_the_roots_is_found(live: Live, reference: str) -> No
     assert not names & {"way-out", ".hidden"}
 
 
-def test_links_inside_an_adapter_lead_nowhere(live: Live, tmp_path: Path) -> None:
+def test_links_inside_an_adapter_lead_nowhere(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = live.root / "linked"
     folder.mkdir(exist_ok=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -167,7 +168,7 @@ def test_links_inside_an_adapter_lead_nowhere(live: Live, tmp_path: Path) -> Non
     assert "leads out" in live.refusal("/api/inspect", {"adapter": "work/linked"}, status=404)
     config: dict[str, Any] = {"base": "work/tiny-llama", "data": {"train": str(tmp_path / "x.jsonl")}}
     assert "nothing is called" in live.refusal("/api/preview", {"config": config}, status=404)
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "a" / "b").mkdir(parents=True)
     config["data"] = {"train": "a/b"}  # looks like a hub id, but is a folder where the Studio runs
     assert "nothing is called" in live.refusal("/api/preview", {"config": config}, status=404)

@@ -61,7 +61,8 @@ def test_a_run_from_the_first_click_to_its_adapter(live: Live) -> None:
     assert details["adapter"] == f"work/runs/{name}/adapter"
     assert details["adapter"] in {a["id"] for a in live.get("/api/adapters").json()["adapters"]}
     last = [e for _, _, e in heard if e.get("event") == "spectrum"][-1]
-    _same_spectra(last["modules"], live.root / "runs" / name / "adapter")
+    kept = live.root / "runs" / name / "adapter-last"  # there if an earlier step was the best
+    _same_spectra(last["modules"], kept if kept.exists() else kept.with_name("adapter"))
     _joins_in_the_middle(live, name, heard)
     assert "is finished" in live.refusal(f"/api/runs/{name}/resume")
     assert "nothing to stop" in live.refusal(f"/api/runs/{name}/stop")
@@ -69,10 +70,10 @@ def test_a_run_from_the_first_click_to_its_adapter(live: Live) -> None:
 
 
 def _same_spectra(told: dict[str, list[float]], adapter: Path) -> None:
-    """What the last event says is what numpy finds in the file (the last step was also the best)."""
+    """What the last event says is what a decomposition of the whole update finds in the file."""
     for name, update in updates_of(open_adapter(adapter)).items():
         values = torch.linalg.svdvals(update.delta().double())[: update.rank]
-        assert told[name] == pytest.approx(values.tolist(), rel=1e-2, abs=1e-6)
+        assert told[name] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-5)
 
 
 def _joins_in_the_middle(live: Live, name: str, heard: list[tuple[str, str, Any]]) -> None:

@@ -47,11 +47,12 @@ async def body_of(request: Request) -> dict[str, Any]:
     Raises:
         ApiError: it is too long, or no JSON object.
     """
-    found = bytearray()
-    async for piece in request.stream():
-        found += piece
-        if len(found) > MOST_BODY_BYTES:
-            raise ApiError(413, f"a request may have at most {MOST_BODY_BYTES} bytes")
+    found, seen = bytearray(), 0
+    async for piece in request.stream():  # to its end, for who is still sending hears no answer
+        seen += len(piece)
+        found += piece if seen <= MOST_BODY_BYTES else b""
+    if seen > MOST_BODY_BYTES:
+        raise ApiError(413, f"a request may have at most {MOST_BODY_BYTES} bytes")
     try:
         value = json.loads(found)
     except (ValueError, RecursionError) as error:

@@ -31,6 +31,7 @@ def main() -> int:
     config = ServeConfig(
         base=told["base"],
         adapters=Path(told["adapters"]),
+        dtype=told["dtype"],
         name=told["name"],
         port=told["port"],
         api_key=(told["key"],),

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeAlias
 
 import httpx
 
+from twofold.base.load import Precision
 from twofold.errors import UserError
 from twofold.server.errors import ApiError
 from twofold.server.layout import content_hash, publish
@@ -95,6 +96,7 @@ class Play:
         self.roots = roots
         self.state: State = "closed"
         self.base: str | None = None
+        self.dtype: Precision = "auto"
         self.message: str | None = None
         self._child: Child | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -106,7 +108,7 @@ class Play:
         loaded = list(self._child.loaded) if self._child else []
         return {"state": self.state, "base": self.base, "adapters": loaded, "message": self.message}
 
-    async def open(self, base: str) -> None:
+    async def open(self, base: str, dtype: Precision = "auto") -> None:
         """Begin to load a base, in place of the one before; nothing happens if it is that one.
 
         Raises:
@@ -114,10 +116,10 @@ class Play:
         """
         reference = self.roots.base(base)
         async with self._changing:
-            if self.base == base and self.state in ("loading", "ready"):
+            if (self.base, self.dtype) == (base, dtype) and self.state in ("loading", "ready"):
                 return
             await self._end()
-            self.base = base
+            self.base, self.dtype = base, dtype
             await self._start(reference)
 
     async def close(self) -> None:
@@ -137,15 +139,16 @@ class Play:
 
     # ------------------------------------------------------------------------------------------ the child
 
-    async def _start(self, reference: str, said: str | None = None) -> None:
-        self.state, self.message = "loading", said
+    async def _start(self, reference: str, lost: str | None = None) -> None:
+        """Begin a child; `lost` says what became of the one before, if it was lost."""
+        self.state, self.message = "loading", lost
         port, key = _free_port(), secrets.token_hex(16)
         folder = Path(tempfile.mkdtemp(prefix="twofold-play-"))
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "twofold.studio.engine", stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL
         )
-        told = {"base": reference, "adapters": str(folder), "name": BASE, "port": port, "key": key}
+        told = {"base": reference, "dtype": self.dtype, "adapters": str(folder), "name": BASE, "port": port, "key": key}
         assert process.stdin is not None
         process.stdin.write(json.dumps(told).encode() + b"\n")
         client = httpx.AsyncClient(
@@ -155,25 +158,24 @@ class Play:
             trust_env=False,  # no proxy stands between two processes of one machine
         )
         self._child = Child(process, folder, client)
-        again = said is None
-        self._watching = asyncio.create_task(self._watch(self._child, reference, restart=again))
+        self._watching = asyncio.create_task(self._watch(self._child, reference, lost))
 
-    async def _watch(self, child: Child, reference: str, *, restart: bool) -> None:
+    async def _watch(self, child: Child, reference: str, lost: str | None) -> None:
         """Follow a child from its first word to its end."""
         ready = asyncio.create_task(self._until_ready(child))
-        refused = await self._heard(child)
+        refused = await self._heard(child, lost)
         code = await child.process.wait()
         ready.cancel()
         was_ready = self.state == "ready"
         why = f"it was ended by signal {signal.Signals(-code).name}" if code < 0 else f"it ended with code {code}"
         self.state, self.message = "failed", refused or f"the engine's process is gone: {why}; open the base again"
-        if was_ready and restart:
+        if was_ready and lost is None:
             await child.client.aclose()
             await asyncio.to_thread(shutil.rmtree, child.folder, ignore_errors=True)
             async with self._changing:
                 await self._start(reference, f"the engine's process was gone ({why}) and is being started again")
 
-    async def _heard(self, child: Child) -> str | None:
+    async def _heard(self, child: Child, lost: str | None) -> str | None:
         """Its words while it loads, until it says no more; why it refused, if it did."""
         refused: str | None = None
         assert child.process.stdout is not None
@@ -184,7 +186,8 @@ class Play:
                 continue
             refused = said.get("error", refused)
             if self.state == "loading" and said.get("event") in ("message", "progress"):
-                self.message = self.roots.worded(said.get("text") or said.get("task"))
+                text = self.roots.worded(said.get("text") or said.get("task"))
+                self.message = f"{lost}: {text}" if lost else text
         return refused and self.roots.worded(refused)
 
     async def _until_ready(self, child: Child) -> None:

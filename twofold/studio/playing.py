@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from twofold.base.load import Precision
 from twofold.server.errors import ApiError
 from twofold.studio.asking import asked, parts_of
 from twofold.studio.parts import Studio
@@ -37,6 +38,7 @@ class Opening:
     """A base to chat with."""
 
     base: str
+    dtype: Precision = "auto"
 
 
 async def told(request: Request) -> Response:
@@ -48,7 +50,8 @@ async def told(request: Request) -> Response:
 async def open_base(request: Request) -> Response:
     """Begin to load a base; `GET /api/play` says when it is ready."""
     studio: Studio = parts_of(request.app)
-    await studio.play.open((await asked(Opening, request)).base)
+    wanted = await asked(Opening, request)
+    await studio.play.open(wanted.base, wanted.dtype)
     return JSONResponse(studio.play.told())
 
 

@@ -181,7 +181,7 @@ class RunBook:
     def _report(self, run: Run) -> Any:
         """report.json, paths as a page calls them."""
         report = _read(run.folder.report)
-        paths = {key: self.roots.shown(report[key]) for key in ("run", "adapter")} if report else {}
+        paths = {k: self.roots.shown(report[k]) for k in ("run", "adapter") if report.get(k)} if report else {}
         return report and {**report, **paths}
 
     def _config(self, run: Run) -> dict[str, Any] | None:
