@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Locator, Page
+from playwright.sync_api import Locator, Page, expect
 from studio_app import Live, eventually
 
 from twofold.config import build
@@ -20,6 +20,7 @@ from twofold.recipes.settings import TrainConfig
 from twofold.recipes.train import train
 
 AXE = Path(__file__).parents[2] / "studio" / "node_modules" / "axe-core" / "axe.min.js"
+expect.set_options(timeout=60_000)  # others may be at work on the machine
 PHONE, WIDE = {"width": 390, "height": 844}, {"width": 1440, "height": 900}
 
 

@@ -57,7 +57,7 @@ def test_arrows_walk_the_map_down_to_a_spectrum(page: Page, live: Live) -> None:
 
 def test_two_adapters_are_compared(page: Page, live: Live) -> None:
     opened(page, live, "compare")
-    page.get_by_label("With").select_option("work/green")
+    page.get_by_label("With", exact=True).select_option("work/green")
     found = compare(live.root / "red", live.root / "green")
     one = next(m for m in found.modules if m.name == MODULE)
     page.get_by_role("button", name=re.compile("^layer 1 · o_proj:")).click()

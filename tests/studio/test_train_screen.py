@@ -171,6 +171,16 @@ def test_bad_uploads_get_a_sentence(page: Page, live: Live, name: str, content: 
     assert "Traceback" not in refused.inner_text()
 
 
+def test_a_file_over_the_limit_is_refused_before_it_is_sent(page: Page, live: Live, tmp_path: Path) -> None:
+    large = tmp_path / "large.jsonl"
+    with large.open("wb") as file:
+        file.truncate(2 * 2**30)
+    page.goto(f"{live.url}/#/train/new")
+    expect(field(page, "Base model")).to_have_attribute("placeholder", "smollm2-135m-instruct")
+    page.get_by_label("File for Training data").set_input_files(large)
+    expect(page.get_by_role("alert")).to_contain_text("large.jsonl has 2.15 GB; at most 1.07 GB can be uploaded")
+
+
 def test_a_mistake_in_the_settings_is_told_in_the_servers_words(page: Page, live: Live) -> None:
     fill(page, live, "mistaken", batch_size="0")
     page.get_by_role("button", name="Start training").click()

@@ -16,7 +16,7 @@ export const EMPTY: Draft = {
   base: '',
   train: '',
   evaluation: '',
-  settings: { 'training.spectrum_every': '5' },
+  settings: { 'training.spectrum_every': '10' },
 };
 
 export interface Setting {
