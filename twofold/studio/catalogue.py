@@ -56,7 +56,7 @@ def entries(roots: Roots, reference: str) -> list[dict[str, Any]]:
 
 def adapters(roots: Roots) -> list[dict[str, Any]]:
     """Every adapter below the roots; one that cannot be read says why."""
-    return [_adapter(roots.shown(path), path) for path in _folders(roots) if kind_of(path) == "adapter"]
+    return [described(roots.shown(path), path) for path in _folders(roots) if kind_of(path) == "adapter"]
 
 
 def bases(roots: Roots) -> list[str]:
@@ -64,7 +64,8 @@ def bases(roots: Roots) -> list[str]:
     return [roots.shown(path) for path in _folders(roots) if kind_of(path) == "base"]
 
 
-def _adapter(reference: str, path: Path) -> dict[str, Any]:
+def described(reference: str, path: Path) -> dict[str, Any]:
+    """An adapter in a line: what it is called, its rank, modules and base."""
     states = [(path / name).stat() for name in (CONFIG, TENSORS)]
     told = _header(path, tuple((s.st_mtime_ns, s.st_size) for s in states))
     size = sum((path / n).stat().st_size for n in (CONFIG, TENSORS, OURS) if (path / n).exists())

@@ -174,9 +174,15 @@ class RunBook:
         return {
             **self._row(run),
             "preflight": _read(run.folder.preflight),
-            "report": _read(run.folder.report),
+            "report": self._report(run),
             "adapter": self.roots.shown(adapter) if adapter.is_dir() else None,
         }
+
+    def _report(self, run: Run) -> Any:
+        """report.json, paths as a page calls them."""
+        report = _read(run.folder.report)
+        paths = {key: self.roots.shown(report[key]) for key in ("run", "adapter")} if report else {}
+        return report and {**report, **paths}
 
     def _config(self, run: Run) -> dict[str, Any] | None:
         try:
