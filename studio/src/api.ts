@@ -38,7 +38,8 @@ export class ApiError extends Error {
   }
 }
 
-const UNREACHABLE = 'Twofold Studio does not answer. Is `twofold studio` still running? What was training goes on without it.';
+const UNREACHABLE =
+  'Twofold Studio does not answer. Is `twofold studio` still running? What was training goes on without it.';
 
 export function said(error: unknown): string {
   return error instanceof Error ? error.message : String(error);

@@ -18,7 +18,10 @@ export interface About {
   sample: string | null;
   upload_limit: number;
   defaults: { train: TrainConfig; plan: PlanAsked; combine: { method: string; r: number | null; density: number } };
-  choices: Record<'combine_methods' | 'methods' | 'plan_bases' | 'plan_dtypes' | 'quantization' | 'schedules' | 'dtypes', string[]>;
+  choices: Record<
+    'combine_methods' | 'methods' | 'plan_bases' | 'plan_dtypes' | 'quantization' | 'schedules' | 'dtypes',
+    string[]
+  >;
 }
 
 export interface FileEntry {

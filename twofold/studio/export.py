@@ -13,7 +13,7 @@ from twofold.errors import ConfigError
 from twofold.studio.app import NOT_BUILT, PAGE
 from twofold.studio.catalogue import described
 from twofold.studio.pictures import module_picture
-from twofold.studio.roots import SAMPLE_FOLDER
+from twofold.studio.roots import SAMPLE, SAMPLE_FOLDER
 
 PLACE = '<script type="application/json" id="your-adapter">null</script>'
 """In the built file, where the adapter goes."""
@@ -35,7 +35,8 @@ def export_lesson(to: Path, adapter: Path | None) -> None:
     folder = adapter or next(p for p in sorted(SAMPLE_FOLDER.iterdir()) if p.is_dir())
     files = open_adapter(folder)
     modules = [rounded(module_picture(files, name)) for name in updates_of(files)]
-    told = json.dumps({"adapter": described(folder.name, folder), "modules": modules}, separators=(",", ":"))
+    name = folder.name if adapter else f"{SAMPLE}/{folder.name}"
+    told = json.dumps({"adapter": described(name, folder), "modules": modules}, separators=(",", ":"))
     safe = told.replace("</", "<\\/")
     atomic.write_text(to, page.replace(PLACE, PLACE.replace("null", safe)))
 

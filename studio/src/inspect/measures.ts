@@ -11,7 +11,12 @@ export interface Measure {
 }
 
 export const MEASURES: Measure[] = [
-  { id: 'relative', label: 'relative size ‖ΔW‖ / ‖W‖', value: (m) => m.beside_base?.relative_norm ?? null, shown: (v) => percent(v, 2) },
+  {
+    id: 'relative',
+    label: 'relative size ‖ΔW‖ / ‖W‖',
+    value: (m) => m.beside_base?.relative_norm ?? null,
+    shown: (v) => percent(v, 2),
+  },
   {
     id: 'amplification',
     label: 'amplification of its directions',

@@ -5,7 +5,7 @@ import measured from './measured-sample.json';
 export const sample = measured;
 
 export function isSample(id: string): boolean {
-  return id.endsWith('sample/home-intents');
+  return id === 'sample/home-intents';
 }
 
 /** Held-out loss with every module cut to the nearest rank that was measured, not above r. */

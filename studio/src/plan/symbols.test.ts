@@ -3,7 +3,11 @@ import { symbolsIn } from './symbols';
 
 it('finds each symbol once, and formulas within formulas', () => {
   const plan = {
-    symbols: { L: { value: 30, meaning: 'layers' }, P_train: { value: 8, meaning: 'that train' }, e: { value: 2, meaning: 'bytes' } },
+    symbols: {
+      L: { value: 30, meaning: 'layers' },
+      P_train: { value: 8, meaning: 'that train' },
+      e: { value: 2, meaning: 'bytes' },
+    },
     formulas: { layer: 'T · e' },
   };
   expect(symbolsIn('max(0, 8 · P_train) + L · layer + L', plan)).toEqual([

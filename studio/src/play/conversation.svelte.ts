@@ -44,9 +44,16 @@ export class Conversation {
     const control = (this.control = new AbortController());
     this.busy = true;
     const before = this.turns.slice();
-    this.turns.push({ question, answers: lanes.map((lane) => ({ lane: { ...lane }, pieces: [], end: null, problem: null })) });
+    this.turns.push({
+      question,
+      answers: lanes.map((lane) => ({ lane: { ...lane }, pieces: [], end: null, problem: null })),
+    });
     const turn = this.turns.at(-1)!;
-    await Promise.all(turn.answers.map((answer, i) => this.answered(answer, messages(before, i, question, sampling), sampling, control)));
+    await Promise.all(
+      turn.answers.map((answer, i) =>
+        this.answered(answer, messages(before, i, question, sampling), sampling, control),
+      ),
+    );
     if (this.control === control) this.busy = false;
     remember('play.turns', $state.snapshot(this.turns));
   }
@@ -86,11 +93,21 @@ function take(answer: Answer, event: LaneEvent): void {
   else answer.pieces.push({ text: event.text ?? '', logprob: event.logprob ?? 0, top: event.top ?? [] });
 }
 
-function messages(turns: readonly Turn[], lane: number, question: string, { system }: Sampling): { role: string; content: string }[] {
+function messages(
+  turns: readonly Turn[],
+  lane: number,
+  question: string,
+  { system }: Sampling,
+): { role: string; content: string }[] {
   const earlier = turns.flatMap((turn) => {
     const answer = turn.answers[lane];
     const text = answer ? textOf(answer) : '';
-    return text ? [{ role: 'user', content: turn.question }, { role: 'assistant', content: text }] : [];
+    return text
+      ? [
+          { role: 'user', content: turn.question },
+          { role: 'assistant', content: text },
+        ]
+      : [];
   });
   const before = system.trim() ? [{ role: 'system', content: system.trim() }] : [];
   return [...before, ...earlier, { role: 'user', content: question }];

@@ -24,5 +24,10 @@ it('comes back from a configuration', () => {
   const config = { ...defaults, data: { train: 'd', evaluation: 'e' }, adapter: { r: 4, lora_alpha: 32 } };
   const draft = drafted(config, defaults);
   expect(draft.settings).toEqual({ 'adapter.r': '4' });
-  expect(configuration(draft)).toEqual({ base: 'b', data: { train: 'd', evaluation: 'e' }, adapter: { r: 4 }, training: {} });
+  expect(configuration(draft)).toEqual({
+    base: 'b',
+    data: { train: 'd', evaluation: 'e' },
+    adapter: { r: 4 },
+    training: {},
+  });
 });

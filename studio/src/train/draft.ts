@@ -11,7 +11,13 @@ export interface Draft {
   settings: Record<string, string>;
 }
 
-export const EMPTY: Draft = { name: '', base: '', train: '', evaluation: '', settings: { 'training.spectrum_every': '5' } };
+export const EMPTY: Draft = {
+  name: '',
+  base: '',
+  train: '',
+  evaluation: '',
+  settings: { 'training.spectrum_every': '10' },
+};
 
 export interface Setting {
   key: string;
@@ -24,7 +30,12 @@ export interface Setting {
 export const MAIN: Setting[] = [
   { key: 'adapter.r', label: 'Rank r', hint: 'how much the update can hold' },
   { key: 'adapter.lora_alpha', label: 'lora_alpha', hint: 'volume: the update is scaled by alpha / r' },
-  { key: 'adapter.target_modules', label: 'Target modules', choices: ['all-linear', 'attention', 'mlp'], hint: 'a preset, or names with commas' },
+  {
+    key: 'adapter.target_modules',
+    label: 'Target modules',
+    choices: ['all-linear', 'attention', 'mlp'],
+    hint: 'a preset, or names with commas',
+  },
   { key: 'training.learning_rate', label: 'Learning rate', hint: 'at its highest' },
   { key: 'training.batch_size', label: 'Batch size', hint: 'examples in a step' },
   { key: 'training.epochs', label: 'Epochs', hint: 'passes over the data' },
@@ -53,7 +64,12 @@ export const MORE: Setting[] = [
 
 /** Raises nothing: what cannot be meant is sent as typed, and the server says what is wrong with it. */
 export function configuration(draft: Draft): TrainConfig {
-  const config: TrainConfig = { base: draft.base.trim(), data: { train: draft.train.trim() }, adapter: {}, training: {} };
+  const config: TrainConfig = {
+    base: draft.base.trim(),
+    data: { train: draft.train.trim() },
+    adapter: {},
+    training: {},
+  };
   if (!config.base) delete (config as Partial<TrainConfig>).base;
   if (draft.evaluation.trim()) config.data.evaluation = draft.evaluation.trim();
   for (const [key, text] of Object.entries(draft.settings)) {
@@ -87,7 +103,9 @@ export function drafted(config: TrainConfig, defaults: TrainConfig): Draft {
 }
 
 export function at(config: unknown, key: string): unknown {
-  return key.split('.').reduce<unknown>((value, part) => (value as Record<string, unknown> | undefined)?.[part], config);
+  return key
+    .split('.')
+    .reduce<unknown>((value, part) => (value as Record<string, unknown> | undefined)?.[part], config);
 }
 
 export function shown(value: unknown): string {
