@@ -198,7 +198,7 @@ def test_it_is_worked_by_keyboard(lesson: Page) -> None:
 def test_axe_finds_nothing(lesson: Page, colours: Any) -> None:
     needed("axe-core (npm ci in studio/)", AXE.is_file())
     lesson.emulate_media(color_scheme=colours, reduced_motion="reduce")
-    for section in ("start", "scale", "merge", "why", "yours"):
+    for section in ("start", "scale", "merge", "yours"):
         figure(lesson, section)
     lesson.evaluate(AXE.read_text())
     found = lesson.evaluate("rules => axe.run({ runOnly: rules })", RULES)
@@ -207,7 +207,7 @@ def test_axe_finds_nothing(lesson: Page, colours: Any) -> None:
 
 def test_nothing_is_wider_than_a_phone(lesson: Page) -> None:
     lesson.set_viewport_size({"width": 360, "height": 780})
-    for section in ("start", "scale", "merge", "why", "yours"):
+    for section in ("start", "scale", "merge", "yours"):
         figure(lesson, section)
     assert lesson.evaluate("document.documentElement.scrollWidth") == 360
 
