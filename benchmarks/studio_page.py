@@ -56,10 +56,10 @@ def main() -> None:
 def serving(root: str) -> Iterator[str]:
     """A studio on a free port."""
     command = [sys.executable, "-m", "twofold", "studio", "--port", "0", "--no-open", "--root", root]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        assert server.stderr
-        yield next(found[0] for line in server.stderr if (found := re.search(r"http://\S+", line)))
+        assert server.stdout
+        yield next(found[0] for line in server.stdout if (found := re.search(r"http://\S+", line)))
     finally:
         server.terminate()
         server.wait()

@@ -10,6 +10,7 @@ import type {
   FileEntry,
   Finding,
   Inspection,
+  ModuleView,
   Plan,
   PlanAsked,
   PlayState,
@@ -111,6 +112,8 @@ export const api = {
   resume: (name: string) => post<{ state: string }>(run(name, '/resume'), {}),
 
   adapters: () => get<{ adapters: AdapterEntry[] }>('/api/adapters'),
+  module: (adapter: string, module: string) =>
+    get<ModuleView>(`/api/adapters/module?${new URLSearchParams({ adapter, module })}`),
   inspect: (adapter: string, base: string | null, signal?: AbortSignal) =>
     post<Inspection>('/api/inspect', base ? { adapter, base } : { adapter }, signal),
   lint: (adapter: string, base: string | null) =>

@@ -311,3 +311,15 @@ export interface LaneEvent {
   finish_reason?: string;
   error?: { message: string };
 }
+
+/** One module's update, taken apart: sum_k u_k s_k v_k^T is the delta, or the mean of equal blocks of it where it is large. */
+export interface ModuleView {
+  name: string;
+  shape: [number, number];
+  r: number;
+  scale: number;
+  singular_values: number[];
+  energy: number;
+  u: number[][];
+  v: number[][];
+}

@@ -1,53 +1,25 @@
 /** Where real adapters come from: the studio that serves this page, or the page itself where it is one file on a disk. */
 
-export interface AdapterInfo {
-  id: string;
-  name: string;
-  r: number;
-  modules: string[];
-  base: string | null;
-  bytes: number;
-}
-
-/** One module's update, taken apart: sum_k u_k s_k v_k^T is the delta, or the mean of equal blocks of it where it is large. */
-export interface ModuleView {
-  name: string;
-  shape: [number, number];
-  r: number;
-  scale: number;
-  singular_values: number[];
-  energy: number;
-  u: number[][];
-  v: number[][];
-}
+import { api } from '../api';
+import type { AdapterEntry, ModuleView } from '../types';
 
 export interface Source {
-  adapters(): Promise<AdapterInfo[]>;
+  adapters(): Promise<AdapterEntry[]>;
   module(adapter: string, name: string): Promise<ModuleView>;
 }
 
-async function asked<T>(address: string): Promise<T> {
-  const response = await fetch(address);
-  const body = (await response.json()) as T & { error?: { message?: string } };
-  if (!response.ok) throw new Error(body.error?.message ?? `the studio answered ${response.status}`);
-  return body;
-}
-
-/** The sample comes first, so that there is always one to look at. */
+/** The sample comes first, so that there is always one to look at; what cannot be read is left out. */
 export const served: Source = {
   async adapters() {
-    const [{ adapters }, about] = await Promise.all([
-      asked<{ adapters: AdapterInfo[] }>('/api/adapters'),
-      asked<{ sample: string }>('/api/about'),
-    ]);
-    return adapters.toSorted((a, b) => Number(b.id === about.sample) - Number(a.id === about.sample));
+    const [{ adapters }, { sample }] = await Promise.all([api.adapters(), api.about()]);
+    const readable = adapters.filter((one) => one.modules.length > 0);
+    return readable.toSorted((a, b) => Number(b.id === sample) - Number(a.id === sample));
   },
-  module: (adapter, name) =>
-    asked(`/api/adapters/module?adapter=${encodeURIComponent(adapter)}&module=${encodeURIComponent(name)}`),
+  module: api.module,
 };
 
 interface Embedded {
-  adapter: AdapterInfo;
+  adapter: AdapterEntry;
   modules: ModuleView[];
 }
 
