@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from twofold.studio.catalogue import described
 from twofold.studio.pictures import module_picture
 from twofold.studio.roots import SAMPLE, SAMPLE_FOLDER
 
-PLACE = '<script type="application/json" id="your-adapter">null</script>'
+PLACE = re.compile(r'(<script type="application/json" id="your-adapter">)\s*null\s*(</script>)')
 """In the built file, where the adapter goes."""
 DIGITS = 5
 
@@ -38,7 +39,7 @@ def export_lesson(to: Path, adapter: Path | None) -> None:
     name = folder.name if adapter else f"{SAMPLE}/{folder.name}"
     told = json.dumps({"adapter": described(name, folder), "modules": modules}, separators=(",", ":"))
     safe = told.replace("</", "<\\/")
-    atomic.write_text(to, page.replace(PLACE, PLACE.replace("null", safe)))
+    atomic.write_text(to, PLACE.sub(lambda found: found[1] + safe + found[2], page))
 
 
 def rounded(value: Any) -> Any:
