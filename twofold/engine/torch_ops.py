@@ -17,9 +17,9 @@ from twofold.functional.attention import cached_attention
 from twofold.functional.gated import gated
 from twofold.functional.norm import Norm, rms_norm_forward
 from twofold.functional.rope import Angles, rotate
-from twofold.lowrank.frozen import Frozen, product
 from twofold.lowrank.grouped import Spread, grouped_update
 from twofold.lowrank.linear import Projection
+from twofold.lowrank.products import Frozen, Term, sum_of_products
 
 
 class _Alike(NamedTuple):
@@ -80,7 +80,7 @@ class TorchPass:
         return y if onto is None else onto + y
 
     def _member(self, place: int, member: int, p: Projection, x: Tensor, *, bias: bool) -> Tensor:
-        y = product(p.weight, x, p.bias if bias else None)
+        y = sum_of_products([Term(x, p.weight)], p.bias if bias else None)
         changes = [(j, w.resident.changes.get(place)) for j, w in enumerate(self.worn)]
         updates = [(j, c[member].update) for j, c in changes if c is not None and c[member] is not None]  # type: ignore[union-attr]
         there = [(j, u) for j, u in updates if u is not None]

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twofold.functional.segments import AttentionPlan, Bucket, Chunk
+from twofold.replaceable import replaceable
 
 KEEP_UP_TO = 512
 """Keys up to which a chunk's probabilities are kept for the backward."""
@@ -45,7 +46,7 @@ def attention_forward(
         qs, ks, vs = _gathered(q, k, v, bucket, plan, scoring)
         outputs = []
         for chunk in bucket.chunks:
-            p = torch.softmax(_scores(qs, ks, chunk, scoring), -1)
+            p = probabilities(_scores(qs, ks, chunk, scoring), chunk.mask)
             outputs.append(torch.bmm(p, vs[:, chunk.keys]))
             kept.append(p if p.shape[-1] <= KEEP_UP_TO else None)
         found.append(_joined(outputs, 1))
@@ -82,25 +83,43 @@ def _bucket_backward(
     dqs, dks, dvs = [], [], []
     for chunk, kept in zip(bucket.chunks, known, strict=True):
         scores = _scores(q, k, chunk, scoring) if kept is None or scoring.softcap else None
-        p = torch.softmax(scores, -1) if kept is None and scores is not None else cast(Tensor, kept)
+        bent = scores.clone() if scoring.softcap and scores is not None else None
+        p = probabilities(scores, chunk.mask) if kept is None and scores is not None else cast(Tensor, kept)
         doc, kc = do[:, chunk.queries], k[:, chunk.keys]
         dp = torch.bmm(doc, v[:, chunk.keys].transpose(1, 2))
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-        if scoring.softcap and scores is not None:
-            ds *= 1 - (scores.clamp_min(-scoring.softcap) / scoring.softcap).square()
+        ds = scores_gradient(dp, p)
+        if scoring.softcap and bent is not None:
+            ds *= 1 - (bent / scoring.softcap).square()
         dqs.append(torch.bmm(ds, kc))
         dks.append(torch.bmm(ds.transpose(1, 2), q[:, chunk.queries]))
         dvs.append(torch.bmm(p.transpose(1, 2), doc))
     return _joined(dqs, 1), _summed(dks, bucket, k), _summed(dvs, bucket, v)
 
 
+@replaceable
+def probabilities(
+    scores: Float[Tensor, "batch places keys"], mask: Float[Tensor, "_ places masked"]
+) -> Float[Tensor, "batch places keys"]:
+    """softmax(scores + mask), the mask over the last keys; the scores are overwritten."""
+    if masked := mask.shape[-1]:
+        scores[..., -masked:] += mask
+    return torch.softmax(scores, -1)
+
+
+@replaceable
+def scores_gradient(
+    dp: Float[Tensor, "batch places keys"], p: Float[Tensor, "batch places keys"]
+) -> Float[Tensor, "batch places keys"]:
+    """p ⊙ (dp - rowsum(dp ⊙ p)); dp may be overwritten."""
+    found: Tensor = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+    return found
+
+
 def _scores(q: Tensor, k: Tensor, chunk: Chunk, scoring: Scoring) -> Tensor:
-    """(batch, places, keys) of a chunk, -inf where a query may not look."""
+    """(batch, places, keys) of a chunk, before the mask."""
     scores = torch.bmm(q[:, chunk.queries], k[:, chunk.keys].transpose(1, 2))
     if scoring.softcap:
         scores = torch.tanh(scores / scoring.softcap).mul_(scoring.softcap)
-    if masked := chunk.mask.shape[-1]:
-        scores[..., -masked:] += chunk.mask
     return scores
 
 

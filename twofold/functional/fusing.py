@@ -10,31 +10,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from twofold.errors import ConfigError
+from twofold.replaceable import original, replaceable, replaced
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-
-class _Switch:
-    """Of the process, not of a thread: autograd runs the backward of a GPU's tensors in a thread of its own."""
-
-    on = False
+_fusible: list[Callable[..., Any]] = []
 
 
 def fusible(function: Callable[P, T]) -> Callable[P, T]:
     """Mark a function of tensors that torch.compile may turn into one kernel; it must hold for any number of rows."""
-    compiled = functools.cache(lambda: torch.compile(function))
-
-    @functools.wraps(function)
-    def run(*args: P.args, **named: P.kwargs) -> T:
-        return (compiled() if _Switch.on else function)(*args, **named)
-
+    run = replaceable(function)
+    _fusible.append(run)
     return run
+
+
+@functools.cache
+def _compiled(run: Callable[..., Any]) -> Callable[..., Any]:
+    found: Callable[..., Any] = torch.compile(original(run))
+    return found
 
 
 @contextmanager
@@ -51,11 +50,8 @@ def fused_kernels(device: torch.device) -> Iterator[None]:
             f"torch.compile makes no kernels for {device.type} here ({_first_line(error)}); it needs a C++ compiler on a CPU "
             "and triton on a GPU; install that, or set training.compile to false"
         ) from error
-    before, _Switch.on = _Switch.on, True
-    try:
+    with replaced({run: _compiled(run) for run in _fusible}):
         yield
-    finally:
-        _Switch.on = before
 
 
 def _first_line(error: Exception) -> str:

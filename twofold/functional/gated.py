@@ -38,21 +38,8 @@ def gated(gate: Float[Tensor, "rows d"], up: Float[Tensor, "rows d"], f: Activat
 
 
 @fusible
-def gated_again(
-    gate: Float[Tensor, "rows d"], up: Float[Tensor, "rows d"], f: Activation
-) -> tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"]]:
-    """f(gate), which the gradient needs, and f(gate) · up."""
-    activated = f.forward(gate)
-    return activated, activated * up
-
-
-@fusible
 def gated_backward(
-    dy: Float[Tensor, "rows d"],
-    gate: Float[Tensor, "rows d"],
-    up: Float[Tensor, "rows d"],
-    activated: Float[Tensor, "rows d"],
-    f: Activation,
+    dy: Float[Tensor, "rows d"], gate: Float[Tensor, "rows d"], up: Float[Tensor, "rows d"], f: Activation
 ) -> tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"]]:
-    """The gradients of gate and up for y = activated · up; `activated` = f(gate) is overwritten."""
-    return f.backward(dy * up, gate), activated.mul_(dy)
+    """The gradients of gate and up for y = f(gate) · up."""
+    return f.backward(dy * up, gate), f.forward(gate).mul_(dy)

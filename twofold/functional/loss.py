@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twofold.functional.fusing import fusible
+from twofold.replaceable import replaceable
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits alive at once, in the type of the products."""
@@ -58,8 +59,11 @@ def _slice_loss(logits: Tensor, labels: Tensor, softcap: float | None, *, gradie
     return loss, correct
 
 
-def _chunk_loss(logits: Tensor, labels: Tensor, softcap: float | None, *, gradient: bool) -> tuple[Tensor, Tensor]:
-    """The same of a chunk in the type of the products, widened slice by slice."""
+@replaceable
+def chunk_loss(
+    logits: Float[Tensor, "rows vocabulary"], labels: Int[Tensor, " rows"], softcap: float | None, *, gradient: bool
+) -> HeadLoss:
+    """Of a chunk's logits, widened slice by slice; with `gradient` they are overwritten by theirs."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     rows = max(1, SLICE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     found = []
@@ -69,7 +73,7 @@ def _chunk_loss(logits: Tensor, labels: Tensor, softcap: float | None, *, gradie
         if gradient and widened is not part:
             part.copy_(widened)
     losses, correct = zip(*found, strict=True)
-    return torch.stack(losses).sum(), torch.stack(correct).sum()
+    return HeadLoss(torch.stack(losses).sum(), torch.stack(correct).sum())
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -82,7 +86,7 @@ class _HeadLoss(torch.autograd.Function):
             hidden.split(rows), labels.split(rows), (hidden if gradient is None else gradient).split(rows), strict=True
         ):
             logits = F.linear(F.pad(part, (0, 0, 0, -len(part) % ROW_MULTIPLE)), head)
-            loss, right = _chunk_loss(logits[: len(part)], of_part, softcap, gradient=gradient is not None)
+            loss, right = chunk_loss(logits[: len(part)], of_part, softcap, gradient=gradient is not None)
             losses.append(loss)
             correct.append(right)
             if gradient is not None:

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from twofold.functional.attention import Scoring, attention_backward, attention_forward
-from twofold.functional.gated import Activation, gated, gated_again, gated_backward
+from twofold.functional.gated import Activation, gated, gated_backward
 from twofold.functional.norm import Norm, normed, reciprocal_rms, rms_norm_backward, rms_norm_forward
 from twofold.functional.rope import Angles, rotate
 from twofold.functional.segments import AttentionPlan
@@ -202,13 +202,13 @@ def _mlp_backward(
     """da, the gradient of the MLP's input and residual together, if anything below needs it."""
     into_mlp = below or t.gate_up.learns
     gate, up = saved.gate, saved.up
-    activated, product = gated_again(gate, up, t.activation)
+    product = gated(gate, up, t.activation)
     ddown = dy if t.mlp_post is None else _norm_gradient(dy, saved.down_raw, t.mlp_post)
     dropped = _kept(saved.mask_down, t.down)
     dproduct, of_down = group_backward([ddown], product, dropped, saved.h_down, t.down, input_gradient=into_mlp)
     if dproduct is None:
         return None, of_down
-    gradients = gated_backward(dproduct, gate, up, activated, t.activation)
+    gradients = gated_backward(dproduct, gate, up, t.activation)
     both = gradients if len(t.gate_up.members) == 2 else [torch.cat(gradients, -1)]
     n, dropped = normed(saved.a, saved.rho_a, t.mlp_norm), _kept(saved.mask_gate_up, t.gate_up)
     dn, of_gate_up = group_backward(both, n, dropped, saved.h_gate_up, t.gate_up, input_gradient=below)

@@ -18,9 +18,9 @@ from twofold.layers.protocol import Share, adopt, bias_of
 from twofold.layers.quantised import QuantisedLinear, frozen_of
 from twofold.layers.rows import Rows
 from twofold.lowrank.factors import LowRank, folded
-from twofold.lowrank.frozen import Frozen
 from twofold.lowrank.grouped import Spread, grouped_update
 from twofold.lowrank.linear import Projection, group_product
+from twofold.lowrank.products import Frozen
 from twofold.quant import QuantisedWeight
 
 

@@ -29,12 +29,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from twofold.lowrank.factors import LowRank
-from twofold.lowrank.frozen import Frozen, product, product_gradient
+from twofold.lowrank.products import Frozen, Term, crossed, sum_of_products
 
 
 class Projection(NamedTuple):
@@ -170,16 +169,21 @@ def group_forward(
     x: Float[Tensor, "rows in_"], kept: Kept | None, group: Group
 ) -> tuple[list[Tensor], Float[Tensor, "rows _"] | None]:
     """The outputs (rows, out_i) of each member, and what to keep for the backward: h = x̃ Aᵀ, then unstretched outputs."""
-    outputs = [product(m.weight, x, m.bias if m.stretch is None else None) for m in group.members]
-    if group.A is None:
+    h = None if group.A is None else sum_of_products([Term(kept.apply(x) if kept else x, group.A)])
+    outputs = [_output(x, h, m) for m in group.members]
+    if h is None:
         return outputs, None
-    h = F.linear(kept.apply(x) if kept else x, group.A)
-    for y, m in zip(outputs, group.members, strict=True):
-        if m.B is not None:
-            y.addmm_(h[:, m.columns], m.B.T, alpha=m.scale)
     learning = [y for y, m in zip(outputs, group.members, strict=True) if m.unstretched is not None]
     stretched = [_stretched(y, m) for y, m in zip(outputs, group.members, strict=True)]
     return stretched, torch.cat([h, *learning], 1) if learning else h
+
+
+def _output(x: Tensor, h: Tensor | None, m: Member) -> Tensor:
+    """x Wᵀ + b and the update's share; without the bias where all but it is stretched."""
+    terms = [Term(x, m.weight)]
+    if h is not None and m.B is not None:
+        terms.append(Term(h[:, m.columns], m.B, scale=m.scale))
+    return sum_of_products(terms, m.bias if m.stretch is None else None)
 
 
 def _stretched(u: Tensor, m: Member) -> Tensor:
@@ -209,14 +213,9 @@ def group_backward(
         dy if m.stretch is None else torch.mul(dy, m.stretch, out=torch.empty_like(dy))
         for dy, m in zip(gradients, group.members, strict=True)
     ]
-    dx = _into_input(unstretched, group.members) if input_gradient else None
-    dA = None
-    if group.A is not None and (group.learns_A or dx is not None):
-        g = _rank_gradient(unstretched, group)
-        if group.learns_A and x is not None:
-            dA = g.T @ (kept.apply(x) if kept else x)
-        if dx is not None:
-            dx = dx.addmm_(g, group.A) if kept is None else dx.add_(kept.apply(g @ group.A))
+    g = _rank_gradient(unstretched, group) if group.A is not None and (group.learns_A or input_gradient) else None
+    dA = None if g is None or x is None or not group.learns_A else crossed(g, kept.apply(x) if kept else x)
+    dx = _into_input(unstretched, g, kept, group) if input_gradient else None
     learned: list[Tensor] = []
     for dy, du, m in zip(gradients, unstretched, group.members, strict=True):
         learned += _learned_gradients(dy, du, h, dA, m)
@@ -225,18 +224,15 @@ def group_backward(
 
 def _rank_gradient(gradients: Sequence[Tensor], group: Group) -> Float[Tensor, "rows ranks"]:
     """g = scale · du B of each member, side by side."""
-    ranks = sum(m.B.shape[1] for m in group.members if m.B is not None)
-    g = gradients[0].new_empty(len(gradients[0]), ranks)
-    for du, m in zip(gradients, group.members, strict=True):
-        if m.B is not None:
-            torch.mul(du @ m.B, m.scale, out=g[:, m.columns])
-    return g
+    adapted = [(du, m.B, m.scale) for du, m in zip(gradients, group.members, strict=True) if m.B is not None]
+    found = [sum_of_products([Term(du, B, as_read=True, scale=scale)]) for du, B, scale in adapted]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def _learned_gradients(dy: Tensor, du: Tensor, h: Tensor | None, dA: Tensor | None, m: Member) -> list[Tensor]:
     found = [dA[m.columns]] if m.learns_A and dA is not None else []
     if m.learns_B and h is not None:
-        found.append((h[:, m.columns].T @ du).mul_(m.scale).T)
+        found.append(crossed(h[:, m.columns], du, m.scale).T)
     if m.learns_bias:
         found.append(dy.sum(0))
     if m.learns_stretch and m.stretch is not None and h is not None:
@@ -244,11 +240,13 @@ def _learned_gradients(dy: Tensor, du: Tensor, h: Tensor | None, dA: Tensor | No
     return found
 
 
-def _into_input(gradients: Sequence[Tensor], members: Sequence[Member]) -> Tensor:
-    dx = product_gradient(members[0].weight, gradients[0])
-    for dy, member in zip(gradients[1:], members[1:], strict=True):
-        dx = product_gradient(member.weight, dy, dx)
-    return dx
+def _into_input(gradients: Sequence[Tensor], g: Tensor | None, kept: Kept | None, group: Group) -> Tensor:
+    terms = [Term(du, m.weight, as_read=True) for du, m in zip(gradients, group.members, strict=True)]
+    if g is None or group.A is None:
+        return sum_of_products(terms)
+    if kept is None:
+        return sum_of_products([*terms, Term(g, group.A, as_read=True)])
+    return sum_of_products(terms).add_(kept.apply(sum_of_products([Term(g, group.A, as_read=True)])))
 
 
 def typed(gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:

@@ -17,7 +17,6 @@ from twofold.atomic import new_file
 from twofold.downloads import cache_folder
 from twofold.errors import RunError
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
 COMPILERS = ("c++", "g++", "clang++")
 TAKES_AT_MOST = 300
@@ -29,8 +28,8 @@ class NotBuilt(Exception):
 
 
 @lru_cache
-def library() -> ctypes.CDLL:
-    """The compiled kernels.
+def library(name: str = "kernels") -> ctypes.CDLL:
+    """The compiled kernels of one source file beside this one.
 
     Raises:
         NotBuilt: switched off (`TWOFOLD_NATIVE=0`), no compiler, or one that fails.
@@ -40,9 +39,10 @@ def library() -> ctypes.CDLL:
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise NotBuilt(f"there is no C++ compiler ({', '.join(COMPILERS)})")
-    path = cache_folder() / "native" / f"kernels-{_digest(compiler)}.so"
+    source = Path(__file__).with_name(f"{name}.cpp")
+    path = cache_folder() / "native" / f"{name}-{_digest(compiler, source)}.so"
     if not path.exists():
-        _compile(compiler, path)
+        _compile(compiler, source, path)
     try:
         torch.get_num_threads()  # PyTorch's own OpenMP is loaded by now, and is found in place of a second one
         return ctypes.CDLL(str(path))
@@ -50,10 +50,10 @@ def library() -> ctypes.CDLL:
         raise NotBuilt(f"what the compiler made cannot be loaded ({error})") from error
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, source: Path, path: Path) -> None:
     try:
         with new_file(path) as temporary:
-            command = [compiler, *FLAGS, "-o", str(temporary), str(SOURCE)]
+            command = [compiler, *FLAGS, "-o", str(temporary), str(source)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=TAKES_AT_MOST, check=False)
             if done.returncode:
                 raise NotBuilt(f"{compiler} fails: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
@@ -61,10 +61,10 @@ def _compile(compiler: str, path: Path) -> None:
         raise NotBuilt(f"they cannot be compiled here ({error})") from error
 
 
-def _digest(compiler: str) -> str:
+def _digest(compiler: str, source: Path) -> str:
     """Of whatever the compiled code depends on."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (SOURCE.read_text(), *FLAGS, version, platform.machine(), _processor())
+    parts = (source.read_text(), *FLAGS, version, platform.machine(), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -16,6 +16,7 @@ from twofold.data.batches import micro_batches, step_indices, steps_per_epoch
 from twofold.data.examples import DataReport, Examples
 from twofold.events import Event
 from twofold.layers.quantised import packed_as, values_of
+from twofold.native.training import why_not
 from twofold.planning.advice import far_off
 from twofold.planning.architecture import StepShape, architecture
 from twofold.planning.memory import FAST, PLAIN, Loop, MemoryPlan, Setup, plan_memory
@@ -120,7 +121,7 @@ def preflight(
         base=base.fingerprint.as_json(),
         parameters=parameters,
         memory=plan_memory(parameters, sizes, micro_step(train, training, base.dtype, loop, world.size), setup),
-        path="fast path" if not isinstance(described, NotDescribed) else f"plain path: {described.reason}",
+        path=_path(described, base, training),
         steps=steps,
         seconds=steps * seconds / world.size,
         tokens=batch.tokens,
@@ -172,6 +173,20 @@ def numbers_of_rows(train: Examples, training: TrainingConfig, dtype: torch.dtyp
 def remembered_bytes(train: Examples, evaluation: Examples | None, bytes_per_token: int) -> int:
     """One state for every token of the data."""
     return bytes_per_token * (train.report.tokens + (evaluation.report.tokens if evaluation else 0))
+
+
+def _path(described: Decoder | NotDescribed, base: Base, training: TrainingConfig) -> str:
+    """Which code a step runs on, and why not on faster one."""
+    if isinstance(described, NotDescribed):
+        return f"plain path: {described.reason}"
+    if training.compile:
+        return "fast path, on kernels by torch.compile"
+    slower = why_not(base.dtype, base.device)
+    return (
+        "fast path, on kernels of Twofold's own"
+        if slower is None
+        else f"fast path, on PyTorch's own operations ({slower})"
+    )
 
 
 def _shape(batch: PackedBatch, training: TrainingConfig, dtype: torch.dtype, loop: Loop) -> StepShape:

@@ -1,8 +1,9 @@
 """The floor under a training step: its matrix products, and nothing else.
 
 Every product of the step as it must be executed, at its own shapes and with the real layers' weights, one after the other: the
-frozen projections and their input gradients, the low-rank products, attention's, the logits and their gradient. What a
-step takes beyond that is overhead; the share that the floor has in a step says how near the machine's limit a training runs.
+frozen projections and their input gradients, the low-rank products, attention's, the logits and their gradient, made by
+whatever makes them in a step here: PyTorch's products, or our own kernels. What a step takes beyond that is overhead; the share
+that the floor has in a step says how near the machine's limit a training runs.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from twofold.functional.attention import KEEP_UP_TO
 from twofold.functional.loss import chunk_rows
 from twofold.functional.segments import AttentionPlan
 from twofold.layers.block import BlockTensors
-from twofold.lowrank.frozen import product, product_gradient
 from twofold.lowrank.linear import Group
+from twofold.lowrank.products import Term, crossed, sum_of_products
 from twofold.machine import synchronise
+from twofold.native.training import fast_training
 from twofold.training.block import plans_of
 from twofold.training.layout import Layout, lay_out
 from twofold.training.objective import FastObjective, Objective
@@ -75,7 +77,8 @@ def measured_floor(objective: Objective, times: StepTimes, batches: Callable[[in
     if median is None or not isinstance(objective, FastObjective):
         return None
     step, seconds = median
-    return Floor(seconds, floor_seconds(objective.decoder, batches(step), share=objective.share_prefixes))
+    with fast_training():
+        return Floor(seconds, floor_seconds(objective.decoder, batches(step), share=objective.share_prefixes))
 
 
 def floor_seconds(decoder: Decoder, batches: Sequence[PackedBatch], *, share: bool) -> float:
@@ -140,21 +143,22 @@ def _block_products(
 
 def _group_products(group: Group, rows: int, some: _Operands, *, input_gradient: bool) -> None:
     x = some(rows, group.members[0].weight.shape[1])
-    for m in group.members:
-        dy = some(rows, m.weight.shape[0])
-        product(m.weight, x)
-        if input_gradient:
-            product_gradient(m.weight, dy)
-        if m.B is not None:
-            h = some(rows, m.B.shape[1])
-            torch.mm(h, m.B.T)
-            torch.mm(dy, m.B)
-            torch.mm(h.T, dy)
+    ranks = None if group.A is None else some(rows, len(group.A))
     if group.A is not None:
-        h = F.linear(x, group.A)
-        torch.mm(h.T, x)
-        if input_gradient:
-            torch.mm(h, group.A)
+        sum_of_products([Term(x, group.A)])
+    into = []
+    for m in group.members:
+        dy, h = some(rows, m.weight.shape[0]), None if m.B is None else some(rows, m.B.shape[1])
+        sum_of_products([Term(x, m.weight), *([] if m.B is None or h is None else [Term(h, m.B)])])
+        into.append(Term(dy, m.weight, as_read=True))
+        if m.B is not None and h is not None:
+            sum_of_products([Term(dy, m.B, as_read=True)])
+            crossed(h, dy)
+    if group.A is not None and ranks is not None:
+        crossed(ranks, x)
+        into.append(Term(ranks, group.A, as_read=True))
+    if input_gradient:
+        sum_of_products(into)
 
 
 def _attention_products(plan: AttentionPlan, t: BlockTensors, some: _Operands, *, backward: bool) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from twofold.events import Checkpointed, Emit, Evaluated, Message, Spectrum, Ste
 from twofold.functional.fusing import fused_kernels
 from twofold.layers.linear import cast_once
 from twofold.machine import memory_bytes
+from twofold.native.training import fast_training
 from twofold.training import checkpoint
 from twofold.training.checkpoint import Progressed
 from twofold.training.objective import Objective
@@ -62,7 +62,7 @@ def train(job: Job, emit: Emit, resume_from: Path | None = None) -> Progressed:
         NonFiniteLossError: a loss or gradient is NaN or infinite; checkpoints up to then are kept.
         StoppedError: it was asked to stop; a checkpoint is kept.
     """
-    with stopping.looked_for(), fused_kernels(job.device) if job.config.compile else nullcontext():
+    with stopping.looked_for(), fused_kernels(job.device) if job.config.compile else fast_training():
         return _train(job, emit, resume_from)
 
 

@@ -1,0 +1,434 @@
+// What a training step does over many rows, on a CPU with vectors of 512 bits: its products with what is added to them, and the
+// work between two products in one pass over its values each.
+//
+// A product y = sum_i x_i W_i is made 32 columns at a time. A stretch of their inputs is laid out as it will be read: of each
+// pair of inputs (one input, in float32) 32 words, one a column, so that one instruction multiplies and adds 16 columns. Nothing
+// of this is kept. Then 12 rows at a time have their sums in 24 registers while the stretch is read once. All terms go into the
+// same sums: a base's product and its low-rank update are one pass, rounded once.
+//
+// Sums are in float32, each by one thread in the order of the inputs: results do not depend on how many threads there are.
+// Processors with matrix units for bfloat16 (AMX) are left to the library that knows them.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <omp.h>
+#if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512VL__)
+#error "this processor has no vectors of 512 bits"
+#endif
+#include <immintrin.h>
+
+// A loop of fixed length whose every turn has registers of its own.
+#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < n; i++)
+
+struct bf16 {
+  uint16_t bits;
+};
+
+static inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
+static inline __m512 get(const float* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
+static inline __m512 get(const bf16* p, __mmask16 m) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
+}
+// To bfloat16, halves to the even neighbour; not a number stays none.
+static inline __m256i narrowed(__m512 v) {
+#if defined(__AVX512BF16__)
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  __m512i bits = _mm512_castps_si512(v), even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i up = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff))), 16);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0)));
+#endif
+}
+static inline void put(__m512 v, float* p, __mmask16 m) { _mm512_mask_storeu_ps(p, m, v); }
+static inline void put(__m512 v, bf16* p, __mmask16 m) { _mm256_mask_storeu_epi16(p, m, narrowed(v)); }
+static inline __m512 rounded(__m512 v, float) { return v; }
+static inline __m512 rounded(__m512 v, bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(v)), 16)); }
+static inline __m512 all(float v) { return _mm512_set1_ps(v); }
+
+// e^x, to two units in the last place (the polynomial of the Cephes library); what is not a number stays none.
+static inline __m512 exp16(__m512 x) {
+  x = _mm512_min_ps(all(110), _mm512_max_ps(all(-110), x));
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, all(1.44269504f)), 0);
+  x = _mm512_fnmadd_ps(n, all(0.693359375f), x);
+  x = _mm512_fmadd_ps(n, all(2.12194440e-4f), x);
+  __m512 y = all(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) y = _mm512_fmadd_ps(y, x, all(c));
+  y = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(y, x), x, x), all(1));
+  return _mm512_scalef_ps(y, n);
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------
+
+static const int R = 12, WORDS = 16;  // rows and words of a tile
+
+template <class T> struct Term {
+  const T* x;         // (rows, inputs)
+  int64_t x_stride;
+  const T* w;         // (inputs, columns) where `as_read`, else (columns, inputs)
+  int64_t w_stride;
+  int64_t inputs;     // even, in bfloat16
+  int64_t as_read;
+  double scale;
+};
+
+template <class T> struct Word;
+template <> struct Word<float> {
+  static const int inputs = 1;
+  static inline __m512 add(__m512 sum, __m512i w, const float* x) { return _mm512_fmadd_ps(_mm512_castsi512_ps(w), all(*x), sum); }
+  static inline __m512i scaled(__m512i w, float by) { return _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(w), all(by))); }
+  static inline __m512i rows(const float* w, int64_t, __mmask16 m) { return _mm512_maskz_loadu_epi32(m, w); }
+};
+#if defined(__AVX512BF16__)
+template <> struct Word<bf16> {
+  static const int inputs = 2;
+  static inline __m512 add(__m512 sum, __m512i w, const bf16* x) {
+    int32_t pair;
+    std::memcpy(&pair, x, 4);
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
+  }
+  static inline __m512i together(__m256i low, __m256i high) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+  }
+  static inline __m512i scaled(__m512i w, float by) {
+    __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), high = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(0xffff0000)));
+    return together(narrowed(_mm512_mul_ps(low, all(by))), narrowed(_mm512_mul_ps(high, all(by))));
+  }
+  static inline __m512i rows(const bf16* w, int64_t stride, __mmask16 m) {
+    return together(_mm256_maskz_loadu_epi16(m, w), _mm256_maskz_loadu_epi16(m, w + stride));
+  }
+};
+#endif
+
+static inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  EACH(i, 8) t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]), t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  EACH(i, 4) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]), r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]), r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  EACH(i, 4) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  EACH(i, 4) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88), r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88), r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// B blocks of 16 columns from the n-th of `width` on, of some words, as [word][block][16].
+template <class T, int B> static void lay(const Term<T>& t, int64_t n, int64_t width, int64_t begin, int64_t words, __m512i* to) {
+  const int inputs = Word<T>::inputs;
+  for (int b = 0; b < B; b++) {
+    const int64_t at = n + b * 16;
+    if (t.as_read) {
+      for (int64_t s = 0; s < words; s++)
+        to[s * B + b] = Word<T>::rows(t.w + (begin + s) * inputs * t.w_stride + at, t.w_stride, first(width - at));
+    } else {
+      for (int64_t s = 0; s < words; s += WORDS) {
+        __m512i r[16];
+        EACH(i, 16) r[i] = at + i < width ? _mm512_maskz_loadu_epi32(first(words - s), t.w + (at + i) * t.w_stride + (begin + s) * inputs) : _mm512_setzero_si512();
+        transpose(r);
+        for (int i = 0; i < std::min<int64_t>(WORDS, words - s); i++) to[(s + i) * B + b] = r[i];
+      }
+    }
+  }
+  if (t.scale != 1)
+    for (int64_t i = 0; i < words * B; i++) to[i] = Word<T>::scaled(to[i], float(t.scale));
+}
+
+// Added to `sums` a stretch of words at a time: a sum of sums is nearer the truth than one long sum.
+static const int64_t STRETCH = 192;
+
+template <class T, int M, int B> static inline void tile(const T* const* x, const __m512i* w, int64_t words, __m512 (&sums)[R][B]) {
+  for (int64_t s = 0; s < words;) {
+    __m512 a[M][B];
+    EACH(r, M) EACH(b, B) a[r][b] = _mm512_setzero_ps();
+    for (const int64_t end = std::min(words, s + STRETCH); s < end; s++) {
+      __m512i column[B];
+      EACH(b, B) column[b] = w[s * B + b];
+      EACH(r, M) EACH(b, B) a[r][b] = Word<T>::add(a[r][b], column[b], x[r] + s * Word<T>::inputs);
+    }
+    EACH(r, M) EACH(b, B) sums[r][b] = _mm512_add_ps(sums[r][b], a[r][b]);
+  }
+}
+
+template <class T, int B> static void tiles(int rows, const T* const* x, const __m512i* w, int64_t words, __m512 (&sums)[R][B]) {
+#define ROWS(M) case M: tile<T, M, B>(x, w, words, sums); break;
+  switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) }
+#undef ROWS
+}
+
+template <class T, class O> struct Product {
+  const Term<T>* terms;
+  int64_t count;
+  const T* bias;  // null for none
+  O* y;
+  int64_t y_stride, rows, width;
+};
+
+static const int64_t LAID = 288;           // words that are laid out at once: 36 KiB
+static const int64_t CACHED = 400 * 1024;  // bytes of rows that stay in the second cache from one piece to the next
+
+struct Room {
+  __m512i laid[LAID * 2];
+  __m512 sums[1];  // of each row, between one stretch of words and the next
+};
+
+// Some words of one term into the sums of a tile's rows.
+template <class T, int B>
+static void add_term(const Term<T>& t, int64_t begin, int64_t words, int64_t row, int rows, const __m512i* laid, __m512 (&sums)[R][B]) {
+  const T* x[R];
+  for (int r = 0; r < rows; r++) x[r] = t.x + (row + r) * t.x_stride + begin * Word<T>::inputs;
+  tiles<T, B>(rows, x, laid, words, sums);
+}
+
+template <class T, class O, int B>
+static void finish(const Product<T, O>& p, int64_t n, int64_t row, int rows, const __m512 (&sums)[R][B]) {
+  for (int r = 0; r < rows; r++)
+    for (int b = 0; b < B; b++) {
+      const int64_t at = n + b * 16;
+      const __mmask16 m = first(p.width - at);
+      put(p.bias ? _mm512_add_ps(sums[r][b], get(p.bias + at, m)) : sums[r][b], p.y + (row + r) * p.y_stride + at, m);
+    }
+}
+
+// B blocks of columns from the n-th on, of some rows.
+template <class T, class O, int B> static void columns(const Product<T, O>& p, int64_t n, int64_t from, int64_t to, Room& room) {
+  const int64_t passes = (to - from + R - 1) / R;
+  for (int64_t i = 0; i < p.count; i++) {
+    const int64_t all = p.terms[i].inputs / Word<T>::inputs;
+    for (int64_t begin = 0; begin < all; begin += LAID) {
+      const int64_t words = std::min(LAID, all - begin);
+      const bool is_first = i == 0 && begin == 0, is_last = i == p.count - 1 && begin + words == all;
+      lay<T, B>(p.terms[i], n, p.width, begin, words, room.laid);
+      for (int64_t pass = 0, row = from; pass < passes; pass++) {
+        const int rows = int((to - row + passes - pass - 1) / (passes - pass));
+        __m512 sums[R][B], *kept = room.sums + (row - from) * B;
+        for (int j = 0; j < rows * B; j++) sums[j / B][j % B] = is_first ? _mm512_setzero_ps() : kept[j];
+        add_term<T, B>(p.terms[i], begin, words, row, rows, room.laid, sums);
+        if (is_last) finish(p, n, row, rows, sums);
+        else for (int j = 0; j < rows * B; j++) kept[j] = sums[j / B][j % B];
+        row += rows;
+      }
+    }
+  }
+}
+
+template <class T, class O> static void product(const Product<T, O>& p) {
+  int64_t words = 1;
+  for (int64_t i = 0; i < p.count; i++) words = std::max(words, std::min(LAID, p.terms[i].inputs / Word<T>::inputs));
+  const int64_t pieces = (p.width + 31) / 32, enough = 4 * omp_get_max_threads();
+  int64_t parts = (p.rows * words * 4 + CACHED - 1) / CACHED;
+  if (pieces < enough) parts = std::max(parts, (enough + pieces - 1) / pieces);
+  const int64_t each = ((p.rows + parts - 1) / parts + R - 1) / R * R;
+  parts = (p.rows + each - 1) / each;
+#pragma omp parallel
+  {
+    const size_t bytes = sizeof(Room) + each * 2 * sizeof(__m512);
+    std::unique_ptr<void, decltype(&std::free)> room(std::aligned_alloc(64, bytes), std::free);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < pieces * parts; task++) {
+      const int64_t n = task % pieces * 32, from = task / pieces * each, to = std::min(p.rows, from + each);
+      if (p.width - n > 16) columns<T, O, 2>(p, n, from, to, *(Room*)room.get());
+      else columns<T, O, 1>(p, n, from, to, *(Room*)room.get());
+    }
+  }
+}
+
+// ---- between the products -------------------------------------------------------------------------------------------
+
+#define OVER_ROWS _Pragma("omp parallel for schedule(static)") for (int64_t r = 0; r < rows; r++)
+#define OVER(i, d) for (int64_t i = 0; i < d; i += 16)
+
+// W: the weight's type. Of the same type as x, x rho is rounded before it is multiplied; wider, after.
+template <class T, class W> static inline __m512 normed(__m512 x, float rho, const W* weight, __mmask16 m) {
+  __m512 even = _mm512_mul_ps(x, all(rho));
+  return _mm512_mul_ps(sizeof(W) == sizeof(T) ? rounded(even, T{}) : even, get(weight, m));
+}
+
+template <class T> static void reciprocal_rms(const T* x, double eps, int64_t rows, int64_t d, float* rho) {
+  OVER_ROWS {
+    __m512 squares = _mm512_setzero_ps();
+    OVER(i, d) {
+      __m512 v = get(x + r * d + i, first(d - i));
+      squares = _mm512_fmadd_ps(v, v, squares);
+    }
+    rho[r] = float(1.0 / std::sqrt(double(_mm512_reduce_add_ps(squares)) / double(d) + eps));
+  }
+}
+
+template <class T, class W> static void norm(const T* x, const float* rho, const W* weight, int64_t rows, int64_t d, T* y) {
+  OVER_ROWS OVER(i, d) {
+    const __mmask16 m = first(d - i);
+    put(normed<T>(get(x + r * d + i, m), rho[r], weight + i, m), y + r * d + i, m);
+  }
+}
+
+template <class T, class W>
+static void norm_backward(const T* dy, const T* x, const float* rho, const W* weight, int64_t rows, int64_t d, T* dx) {
+  OVER_ROWS {
+    __m512 shared = _mm512_setzero_ps();
+    OVER(i, d) {
+      const __mmask16 m = first(d - i);
+      __m512 g = _mm512_mul_ps(get(dy + r * d + i, m), get(weight + i, m));
+      shared = _mm512_fmadd_ps(g, get(x + r * d + i, m), shared);
+    }
+    const float by = -_mm512_reduce_add_ps(shared) * rho[r] * rho[r] * rho[r] / float(d);
+    OVER(i, d) {
+      const __mmask16 m = first(d - i);
+      __m512 g = _mm512_mul_ps(get(dy + r * d + i, m), get(weight + i, m));
+      put(_mm512_fmadd_ps(get(x + r * d + i, m), all(by), _mm512_mul_ps(g, all(rho[r]))), dx + r * d + i, m);
+    }
+  }
+}
+
+// f(x) = x sigma(z): silu with z = x, gelu by tanh with z = 2 sqrt(2 / pi) (x + 0.044715 x^3).
+static const float GELU = 1.5957691216f, CUBE = 0.044715f;
+static inline __m512 sigma(__m512 z) { return _mm512_div_ps(all(1), _mm512_add_ps(all(1), exp16(_mm512_sub_ps(_mm512_setzero_ps(), z)))); }
+static inline __m512 inner(__m512 x, bool gelu) {
+  return gelu ? _mm512_mul_ps(_mm512_mul_ps(x, all(GELU)), _mm512_fmadd_ps(_mm512_mul_ps(x, x), all(CUBE), all(1))) : x;
+}
+static inline __m512 slope(__m512 x, bool gelu) {
+  return gelu ? _mm512_mul_ps(all(GELU), _mm512_fmadd_ps(_mm512_mul_ps(x, x), all(3 * CUBE), all(1))) : all(1);
+}
+
+template <class T>
+static void gated(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, int64_t gelu, int64_t rows, int64_t d, T* y) {
+  OVER_ROWS OVER(i, d) {
+    const __mmask16 m = first(d - i);
+    __m512 x = get(gate + r * gate_stride + i, m);
+    __m512 f = _mm512_mul_ps(x, sigma(inner(x, gelu)));
+    put(_mm512_mul_ps(f, get(up + r * up_stride + i, m)), y + r * d + i, m);
+  }
+}
+
+template <class T>
+static void gated_backward(const T* dy, const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, int64_t gelu, int64_t rows, int64_t d, T* dgate, T* dup) {
+  OVER_ROWS OVER(i, d) {
+    const __mmask16 m = first(d - i);
+    __m512 x = get(gate + r * gate_stride + i, m), s = sigma(inner(x, gelu)), g = get(dy + r * d + i, m);
+    __m512 bend = _mm512_mul_ps(_mm512_mul_ps(x, slope(x, gelu)), _mm512_sub_ps(all(1), s));
+    put(_mm512_mul_ps(g, _mm512_mul_ps(x, s)), dup + r * d + i, m);
+    put(_mm512_mul_ps(_mm512_mul_ps(g, get(up + r * up_stride + i, m)), _mm512_fmadd_ps(s, bend, s)), dgate + r * d + i, m);
+  }
+}
+
+// y_i = x_i cos_i + x_(i + turned / 2) sin_i, cyclically over the turned ones; the rest as they are.
+template <class T>
+static void rotate(const T* x, int64_t stride, const T* cos, const T* sin, int64_t rows, int64_t heads, int64_t d, int64_t turned, T* y) {
+  const int64_t half = turned / 2;
+  OVER_ROWS for (int64_t h = 0; h < heads; h++) {
+    const T* from = x + r * stride + h * d;
+    T* to = y + (r * heads + h) * d;
+    OVER(i, turned) {
+      __m512 other = get(from + (i < half ? i + half : i - half), 0xffff);
+      __m512 v = _mm512_mul_ps(get(from + i, 0xffff), get(cos + r * turned + i, 0xffff));
+      put(_mm512_fmadd_ps(other, get(sin + r * turned + i, 0xffff), v), to + i, 0xffff);
+    }
+    for (int64_t i = turned; i < d; i++) to[i] = from[i];
+  }
+}
+
+// In place; the mask of the r-th row is the (r % mask_rows)-th, over the last `masked` keys.
+template <class T> static void softmax(T* scores, const T* mask, int64_t mask_rows, int64_t masked, int64_t rows, int64_t keys) {
+  OVER_ROWS {
+    T* row = scores + r * keys;
+    const T* hidden = mask + r % mask_rows * masked;
+    const int64_t free = keys - masked;
+    for (int64_t i = 0; i < masked; i += 16) {
+      const __mmask16 m = first(masked - i);
+      put(_mm512_add_ps(get(row + free + i, m), get(hidden + i, m)), row + free + i, m);
+    }
+    __m512 top = all(-INFINITY), total = _mm512_setzero_ps();
+    OVER(i, keys) top = _mm512_mask_max_ps(top, first(keys - i), top, get(row + i, first(keys - i)));
+    const __m512 most = all(_mm512_reduce_max_ps(top));
+    OVER(i, keys) {
+      const __mmask16 m = first(keys - i);
+      total = _mm512_mask_add_ps(total, m, total, exp16(_mm512_sub_ps(get(row + i, m), most)));
+    }
+    const __m512 by = all(1 / _mm512_reduce_add_ps(total));
+    OVER(i, keys) {
+      const __mmask16 m = first(keys - i);
+      put(_mm512_mul_ps(exp16(_mm512_sub_ps(get(row + i, m), most)), by), row + i, m);
+    }
+  }
+}
+
+template <class T> static void softmax_backward(T* dp, const T* p, int64_t rows, int64_t keys) {
+  OVER_ROWS {
+    T* row = dp + r * keys;
+    const T* of = p + r * keys;
+    __m512 shared = _mm512_setzero_ps();
+    OVER(i, keys) shared = _mm512_fmadd_ps(get(row + i, first(keys - i)), get(of + i, first(keys - i)), shared);
+    const __m512 mean = all(_mm512_reduce_add_ps(shared));
+    OVER(i, keys) {
+      const __mmask16 m = first(keys - i);
+      put(_mm512_mul_ps(get(of + i, m), _mm512_sub_ps(get(row + i, m), mean)), row + i, m);
+    }
+  }
+}
+
+// -log softmax at each row's label, whether no other logit is larger, and with `gradient` softmax - onehot in place.
+template <class T>
+static void loss(T* logits, const int64_t* labels, int64_t gradient, int64_t rows, int64_t vocabulary, float* losses, int64_t* right) {
+  OVER_ROWS {
+    T* row = logits + r * vocabulary;
+    __m512 top = all(-INFINITY), total = _mm512_setzero_ps();
+    OVER(i, vocabulary) top = _mm512_mask_max_ps(top, first(vocabulary - i), top, get(row + i, first(vocabulary - i)));
+    const float most = _mm512_reduce_max_ps(top);
+    OVER(i, vocabulary) {
+      const __mmask16 m = first(vocabulary - i);
+      total = _mm512_mask_add_ps(total, m, total, exp16(_mm512_sub_ps(get(row + i, m), all(most))));
+    }
+    const float sum = _mm512_reduce_add_ps(total), picked = _mm512_cvtss_f32(get(row + labels[r], 1));
+    losses[r] = std::log(sum) + most - picked;
+    right[r] = picked == most;
+    if (!gradient) continue;
+    OVER(i, vocabulary) {
+      const __mmask16 m = first(vocabulary - i);
+      put(_mm512_mul_ps(exp16(_mm512_sub_ps(get(row + i, m), all(most))), all(1 / sum)), row + i, m);
+    }
+    put(all(std::exp(picked - most) / sum - 1), row + labels[r], 1);
+  }
+}
+
+// ---- by name --------------------------------------------------------------------------------------------------------
+
+#define DOORS(name, T) \
+  void product_##name(const Term<T>* terms, int64_t count, const T* bias, T* y, int64_t y_stride, int64_t rows, int64_t width) { \
+    product<T, T>({terms, count, bias, y, y_stride, rows, width}); \
+  } \
+  void wide_product_##name(const Term<T>* terms, int64_t count, const T* bias, float* y, int64_t y_stride, int64_t rows, int64_t width) { \
+    product<T, float>({terms, count, bias, y, y_stride, rows, width}); \
+  } \
+  void reciprocal_rms_##name(const T* x, double eps, int64_t rows, int64_t d, float* rho) { reciprocal_rms(x, eps, rows, d, rho); } \
+  void norm_##name(const T* x, const float* rho, const void* w, int64_t wide, int64_t rows, int64_t d, T* y) { \
+    wide ? norm(x, rho, (const float*)w, rows, d, y) : norm(x, rho, (const T*)w, rows, d, y); \
+  } \
+  void norm_backward_##name(const T* dy, const T* x, const float* rho, const void* w, int64_t wide, int64_t rows, int64_t d, T* dx) { \
+    wide ? norm_backward(dy, x, rho, (const float*)w, rows, d, dx) : norm_backward(dy, x, rho, (const T*)w, rows, d, dx); \
+  } \
+  void gated_##name(const T* gate, int64_t gs, const T* up, int64_t us, int64_t gelu, int64_t rows, int64_t d, T* y) { gated(gate, gs, up, us, gelu, rows, d, y); } \
+  void gated_backward_##name(const T* dy, const T* gate, int64_t gs, const T* up, int64_t us, int64_t gelu, int64_t rows, int64_t d, T* dgate, T* dup) { \
+    gated_backward(dy, gate, gs, up, us, gelu, rows, d, dgate, dup); \
+  } \
+  void rotate_##name(const T* x, int64_t stride, const T* cos, const T* sin, int64_t rows, int64_t heads, int64_t d, int64_t turned, T* y) { \
+    rotate(x, stride, cos, sin, rows, heads, d, turned, y); \
+  } \
+  void softmax_##name(T* scores, const T* mask, int64_t mask_rows, int64_t masked, int64_t rows, int64_t keys) { softmax(scores, mask, mask_rows, masked, rows, keys); } \
+  void softmax_backward_##name(T* dp, const T* p, int64_t rows, int64_t keys) { softmax_backward(dp, p, rows, keys); } \
+  void loss_##name(T* logits, const int64_t* labels, int64_t gradient, int64_t rows, int64_t vocabulary, float* losses, int64_t* right) { \
+    loss(logits, labels, gradient, rows, vocabulary, losses, right); \
+  }
+
+extern "C" {
+DOORS(float32, float)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+DOORS(bfloat16, bf16)
+#endif
+}

@@ -1,0 +1,249 @@
+"""The compiled kernels of a training step, in place of PyTorch's operations: within `fast_training`, on CPUs that can.
+
+Each function here computes what its original does, for tensors on the CPU in float32 or bfloat16; anything else goes to the
+original. Sums are in float32 and rounded once, so in bfloat16 results are a little nearer the truth than the original's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from twofold.functional import attention, gated, loss, norm, rope
+from twofold.functional.gated import ACTIVATIONS, Activation
+from twofold.functional.loss import HeadLoss
+from twofold.functional.norm import Norm
+from twofold.functional.rope import Angles
+from twofold.lowrank.products import Term, crossed, sum_of_products
+from twofold.native.build import NotBuilt, library
+from twofold.replaceable import original, replaced
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+WIDTH = 16
+"""Values of a vector."""
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+_DOORS: dict[str, list[Any]] = {
+    "product": [ctypes.c_char_p, _I, _P, _P, _I, _I, _I],
+    "wide_product": [ctypes.c_char_p, _I, _P, _P, _I, _I, _I],
+    "reciprocal_rms": [_P, _F, _I, _I, _P],
+    "norm": [_P, _P, _P, _I, _I, _I, _P],
+    "norm_backward": [_P, _P, _P, _P, _I, _I, _I, _P],
+    "gated": [_P, _I, _P, _I, _I, _I, _I, _P],
+    "gated_backward": [_P, _P, _I, _P, _I, _I, _I, _I, _P, _P],
+    "rotate": [_P, _I, _P, _P, _I, _I, _I, _I, _P],
+    "softmax": [_P, _P, _I, _I, _I, _I],
+    "softmax_backward": [_P, _P, _I, _I],
+    "loss": [_P, _P, _I, _I, _I, _P, _P],
+}
+
+
+def _typed(dtype: torch.dtype) -> SimpleNamespace:
+    """The kernels of one type, by name.
+
+    Raises:
+        NotBuilt: why there are none.
+    """
+    if dtype not in DTYPES:
+        raise NotBuilt(f"there are none for {dtype}")
+    found, doors = library("training"), SimpleNamespace()
+    for name, arguments in _DOORS.items():
+        try:
+            door = getattr(found, f"{name}_{DTYPES[dtype]}")
+        except AttributeError:
+            raise NotBuilt(f"PyTorch's are the better ones for {dtype} on this processor") from None
+        door.argtypes, door.restype = arguments, None
+        setattr(doors, name, door)
+    return doors
+
+
+@lru_cache
+def _kernels(dtype: torch.dtype) -> SimpleNamespace | None:
+    try:
+        return _typed(dtype)
+    except NotBuilt:
+        return None
+
+
+def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why training over weights of this type on this device does not run on these kernels; None where it does."""
+    if device.type != "cpu":
+        return f"they are for CPUs, not for {device.type}"
+    try:
+        _typed(dtype)
+    except NotBuilt as error:
+        return str(error)
+    return None
+
+
+def _of(*tensors: Tensor) -> SimpleNamespace | None:
+    """The kernels for tensors that they can read: of one type, on the CPU, with rows that have no gaps."""
+    dtype = tensors[0].dtype
+    if all(
+        t.dtype == dtype and t.device.type == "cpu" and type(t) in (Tensor, Parameter) and t.stride(-1) == 1
+        for t in tensors
+    ):
+        return _kernels(dtype)
+    return None
+
+
+def _sum_of_products(terms: Sequence[Term], bias: Tensor | None = None) -> Tensor:
+    x, weight, as_read, _ = terms[0]
+    matrices = [t.weight for t in terms if isinstance(t.weight, Tensor)]
+    even = len(matrices) == len(terms) and all(t.x.shape[1] % 2 == 0 for t in terms)
+    k = _of(*(t.x for t in terms), *matrices, *(() if bias is None else (bias,))) if even else None
+    if k is None:
+        return original(sum_of_products)(terms, bias)
+    y = x.new_empty(len(x), weight.shape[1 if as_read else 0])
+    k.product(_packed(terms), len(terms), _address(bias), y.data_ptr(), y.stride(0), *y.shape)
+    return y
+
+
+def _crossed(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    k = _of(left, right)
+    if k is None or len(left) % 2:
+        return original(crossed)(left, right, scale)
+    y = left.new_empty(left.shape[1], right.shape[1], dtype=torch.float32)
+    term = Term(left.T.contiguous(), right, as_read=True, scale=scale)
+    k.wide_product(_packed([term]), 1, None, y.data_ptr(), y.stride(0), *y.shape)
+    return y
+
+
+def _packed(terms: Sequence[Term]) -> bytes:
+    """As the kernels read terms."""
+    return b"".join(
+        struct.pack("=QqQqqqd", x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), x.shape[1], as_read, scale)
+        for x, w, as_read, scale in terms
+        if isinstance(w, Tensor)
+    )
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _reciprocal_rms(x: Tensor, of: Norm) -> Tensor:
+    k = _of(x) if x.is_contiguous() else None
+    if k is None:
+        return original(norm.reciprocal_rms)(x, of)
+    rho = x.new_empty(len(x), 1, dtype=torch.float32)
+    k.reciprocal_rms(x.data_ptr(), of.eps, *x.shape, rho.data_ptr())
+    return rho
+
+
+def _norm_kernels(of: Norm, *tensors: Tensor) -> SimpleNamespace | None:
+    known = of.weight.dtype in (torch.float32, tensors[0].dtype) and of.weight.device.type == "cpu"
+    return _of(*tensors) if known and all(t.is_contiguous() for t in tensors) else None
+
+
+def _normed(x: Tensor, rho: Tensor, of: Norm) -> Tensor:
+    k = _norm_kernels(of, x)
+    if k is None:
+        return original(norm.normed)(x, rho, of)
+    y = torch.empty_like(x)
+    k.norm(x.data_ptr(), rho.data_ptr(), of.weight.data_ptr(), of.weight.dtype != x.dtype, *x.shape, y.data_ptr())
+    return y
+
+
+def _norm_backward(dy: Tensor, x: Tensor, rho: Tensor, of: Norm) -> Tensor:
+    k = _norm_kernels(of, x, dy)
+    if k is None:
+        return original(norm.rms_norm_backward)(dy, x, rho, of)
+    dx, wide = torch.empty_like(x), of.weight.dtype != x.dtype
+    read = (dy.data_ptr(), x.data_ptr(), rho.data_ptr(), of.weight.data_ptr())
+    k.norm_backward(*read, wide, *x.shape, dx.data_ptr())
+    return dx
+
+
+def _is_gelu(f: Activation) -> bool:
+    return f is ACTIVATIONS["gelu_pytorch_tanh"]
+
+
+def _gated(gate: Tensor, up: Tensor, f: Activation) -> Tensor:
+    k = _of(gate, up)
+    if k is None:
+        return original(gated.gated)(gate, up, f)
+    y = gate.new_empty(gate.shape)
+    read = (gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0))
+    k.gated(*read, _is_gelu(f), *y.shape, y.data_ptr())
+    return y
+
+
+def _gated_backward(dy: Tensor, gate: Tensor, up: Tensor, f: Activation) -> tuple[Tensor, Tensor]:
+    k = _of(dy, gate, up) if dy.is_contiguous() else None
+    if k is None:
+        return original(gated.gated_backward)(dy, gate, up, f)
+    dgate, dup = torch.empty_like(dy), torch.empty_like(dy)
+    read = (dy.data_ptr(), gate.data_ptr(), gate.stride(0), up.data_ptr(), up.stride(0))
+    k.gated_backward(*read, _is_gelu(f), *dy.shape, dgate.data_ptr(), dup.data_ptr())
+    return dgate, dup
+
+
+def _rotate(x: Tensor, angles: Angles) -> Tensor:
+    turned = angles.cos.shape[-1]
+    whole = turned % (2 * WIDTH) == 0 and x.stride(1) == x.shape[2]
+    k = _of(x, angles.cos, angles.sin) if whole and angles.cos.is_contiguous() and angles.sin.is_contiguous() else None
+    if k is None:
+        return original(rope.rotate)(x, angles)
+    y = x.new_empty(x.shape)
+    turn = (angles.cos.data_ptr(), angles.sin.data_ptr())
+    k.rotate(x.data_ptr(), x.stride(0), *turn, *x.shape, turned, y.data_ptr())
+    return y
+
+
+def _probabilities(scores: Tensor, mask: Tensor) -> Tensor:
+    k = _of(scores, mask) if scores.is_contiguous() and mask.is_contiguous() else None
+    if k is None:
+        return original(attention.probabilities)(scores, mask)
+    rows = scores.shape[0] * scores.shape[1]
+    k.softmax(scores.data_ptr(), mask.data_ptr(), mask.shape[0] * mask.shape[1], mask.shape[2], rows, scores.shape[2])
+    return scores
+
+
+def _scores_gradient(dp: Tensor, p: Tensor) -> Tensor:
+    k = _of(dp, p) if dp.is_contiguous() and p.is_contiguous() else None
+    if k is None:
+        return original(attention.scores_gradient)(dp, p)
+    k.softmax_backward(dp.data_ptr(), p.data_ptr(), dp.shape[0] * dp.shape[1], dp.shape[2])
+    return dp
+
+
+def _chunk_loss(logits: Tensor, labels: Tensor, softcap: float | None, *, gradient: bool) -> HeadLoss:
+    k = _of(logits) if softcap is None and logits.is_contiguous() and labels.is_contiguous() else None
+    if k is None:
+        return original(loss.chunk_loss)(logits, labels, softcap, gradient=gradient)
+    losses, right = logits.new_empty(len(labels), dtype=torch.float32), torch.empty_like(labels)
+    written = (losses.data_ptr(), right.data_ptr())
+    k.loss(logits.data_ptr(), labels.data_ptr(), gradient, *logits.shape, *written)
+    return HeadLoss(losses.sum(), right.sum())
+
+
+KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {
+    sum_of_products: _sum_of_products,
+    crossed: _crossed,
+    norm.reciprocal_rms: _reciprocal_rms,
+    norm.normed: _normed,
+    norm.rms_norm_backward: _norm_backward,
+    gated.gated: _gated,
+    gated.gated_backward: _gated_backward,
+    rope.rotate: _rotate,
+    attention.probabilities: _probabilities,
+    attention.scores_gradient: _scores_gradient,
+    loss.chunk_loss: _chunk_loss,
+}
+"""What takes the place of which function."""
+
+
+@contextmanager
+def fast_training() -> Iterator[None]:
+    """Run the kernels in place of what they stand for, for the length of a `with` block."""
+    with replaced(KERNELS):
+        yield
