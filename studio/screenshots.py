@@ -1,6 +1,6 @@
 """Takes the pictures of docs/studio from a real run: trains SmolLM2 on home commands from the page, then opens each screen.
 
-python studio/screenshots.py        needs the built page (make studio), Debian's chromium and the `dev` extra; some minutes on two cores
+python studio/screenshots.py        needs the built page (make studio), Debian's chromium and the `dev` extra; some minutes
 """
 
 from __future__ import annotations
