@@ -35,7 +35,8 @@ def test_smollm2_is_trained_from_the_page(page: Page, live: Live) -> None:
     page.get_by_role("button", name="Start training").click()
 
     card = page.get_by_role("region", name="smollm2")
-    eventually(lambda: len(live.steps("smollm2")) >= 2)
+    expect(card).to_be_visible(timeout=PATIENCE)
+    eventually(lambda: page.wait_for_timeout(100) or len(live.steps("smollm2")) >= 2)  # the page goes on meanwhile
     page.reload()
     expect(page.get_by_role("slider", name=re.compile("Mean loss"))).to_be_visible(timeout=PATIENCE)
     card.get_by_role("button", name="Stop").click()
