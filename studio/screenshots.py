@@ -48,8 +48,8 @@ def train(page: Page, name: str, rank: str, steps: str) -> None:
     page.get_by_text("More settings").click()
     fields = {
         "Name of the run": name,
-        "Training data": "work/home/train.jsonl",
-        "Held-out data (optional)": "work/home/evaluation.jsonl",
+        "Training data": "work/commands/train.jsonl",
+        "Held-out data (optional)": "work/commands/evaluation.jsonl",
         "Rank r": rank,
         "Learning rate": "2e-3",
         "Batch size": "8",
@@ -107,7 +107,7 @@ def main() -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "work"
-        home_intents.write(root / "home", 256, 60)
+        home_intents.write(root / "commands", 256, 60)
         with studio(root) as address, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(FLAGS))
             run(browser.new_page(viewport={"width": 1200, "height": 800}), address)
