@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 # torch first and pinned: a bare `torch` would pull gigabytes of CUDA libraries on many machines.
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow check docs bench clean
+PAGE := twofold/studio/page/index.html
+PAGE_SOURCES := $(shell find studio -type f -not -path 'studio/node_modules/*' 2>/dev/null)
+
+.PHONY: demo studio browser test test-slow check docs bench clean
 
 $(VENV)/run.stamp: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,8 +23,24 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp
 demo: $(VENV)/run.stamp
 	$(BIN)/twofold demo
 
+# Needs Node; what it builds is carried by the wheel, so that nobody else does.
+studio: $(PAGE)
+
+$(PAGE): $(PAGE_SOURCES)
+	cd studio && npm ci --no-progress && npm run build
+	node studio/budget.mjs
+	touch $@
+
+# The page is tested in Debian's Chromium; without it or Node those tests are skipped, and .ci/run does not allow that.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium >/dev/null; }; } || \
+	  echo "no chromium here: tests of Studio's page will be skipped (apt-get install chromium)"
+	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory studio; else \
+	  echo "no Node here: tests of Studio's page will be skipped"; fi
+
 # The base is fetched before, so that the two processes do not both do it.
-test: $(VENV)/dev.stamp check
+test: $(VENV)/dev.stamp check browser
 	$(BIN)/twofold base pull smollm2-135m-instruct
 	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal
 

@@ -12,7 +12,8 @@ TwofoldError
 │   └── DownloadError         a package that cannot be fetched
 ├── TrainingError             training that cannot go on
 │   ├── NonFiniteLossError    a loss or gradient that is NaN or infinite
-│   └── LostProcessError      another process of the training is gone
+│   ├── LostProcessError      another process of the training is gone
+│   └── StoppedError          training that was asked to stop, and can be resumed
 └── ProofError                a proof that failed: what was made is not what was promised
 """
 
@@ -72,6 +73,10 @@ class NonFiniteLossError(TrainingError):
 
 class LostProcessError(TrainingError):
     """Another process of the training is gone."""
+
+
+class StoppedError(TrainingError):
+    """Training that was asked to stop, and can be resumed."""
 
 
 class ProofError(TwofoldError):

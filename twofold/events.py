@@ -93,6 +93,21 @@ class Checkpointed(Event):
     path: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spectrum(Event):
+    """The singular values of each module's update after a step, largest first."""
+
+    step: int
+    modules: dict[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stopped(Event):
+    """Training ends after this step because it was asked to; a checkpoint of it is whole on disk."""
+
+    step: int
+
+
 Emit: TypeAlias = Callable[[Event], None]
 
 

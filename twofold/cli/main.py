@@ -19,6 +19,7 @@ VERBS = {
     "generate": "answer a prompt",
     "chat": "talk to a base and its adapter",
     "serve": "a base and a folder of adapters over HTTP, as OpenAI's API",
+    "studio": "a local page: LoRA made visible, planner, runs, adapters, chat",
     "inspect": "norms, ranks and findings of an adapter, module by module",
     "compare": "how alike two adapters' updates are, module by module",
     "combine": "several adapters as one: cat, svd, linear, ties, dare",
@@ -99,7 +100,7 @@ def help_text() -> str:
             "",
             *lines,
             "",
-            "Every verb but chat and serve takes --json for one JSON document on stdout; all take --debug for a traceback.",
+            "Every verb but chat, serve and studio takes --json for one JSON document on stdout; all take --debug for a traceback.",
         ]
     )
 

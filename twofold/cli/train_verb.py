@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from twofold.cli import find_lr
 from twofold.cli.flags import take
 from twofold.cli.main import print_json
@@ -10,6 +12,7 @@ from twofold.cli.terminal import Terminal, show_preflight, speed_of, stdout
 from twofold.events import silent
 from twofold.recipes.settings import TrainConfig
 from twofold.recipes.train import dry_run, train
+from twofold.training.stopping import stopping
 from twofold.world import from_environment, started_again
 
 
@@ -24,7 +27,7 @@ def run(arguments: list[str]) -> int:
     main = from_environment().main
     if only_look:
         return _look(config, as_json=as_json) if main else 0
-    with Terminal() as terminal:
+    with Terminal() as terminal, stopping.heeded() if from_environment().size == 1 else nullcontext():
         report = train(config, terminal if main else silent, resume=resume or started_again())
     if main:
         print_json(report) if as_json else _show(report)

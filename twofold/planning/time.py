@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -70,8 +71,9 @@ class TimePlan:
         }
 
 
+@lru_cache(maxsize=16)
 def measure_rates(shape: Architecture, dtype: torch.dtype, device: torch.device) -> Rates:
-    """Time a product of this model's MLP, with ever more rows, and its activation."""
+    """Time a product of this model's MLP, with ever more rows, and its activation; once in a process."""
     hidden, wide = min(shape.hidden, WIDEST), min(shape.intermediate, WIDEST)
     w = torch.ones(wide, hidden, dtype=dtype, device=device)
     x = torch.ones(1024, hidden, dtype=dtype, device=device)

@@ -104,6 +104,18 @@ class RunFolder:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def in_use(run: RunFolder) -> bool:
+    """Whether a process is at work in a run's folder."""
+    try:
+        with run.lock.open() as file:
+            _lock(file)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 def _lock(file: IO[str]) -> None:
     """Raises OSError if another process holds the file; where the system has no such locks, nothing is held."""
     if sys.platform != "win32":

@@ -160,6 +160,7 @@ class Asking(Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
+    adapter_scale: Annotated[float, Field(ge=-8, le=8)] = 1.0
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None

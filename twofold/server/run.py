@@ -52,13 +52,14 @@ def serve(config: ServeConfig, emit: Emit) -> None:
     served = thread.submit(lambda: load_served(config, emit)).result()
     emit(Message(text=served.scheduler.path))
     emit(Message(text=f"http://{config.host}:{config.port}/v1 answers for {' and '.join(served.names)}"))
-    if not (_is_loopback(config.host) or config.api_key):
+    if not (is_loopback(config.host) or config.api_key):
         emit(Warned(text=f"whoever reaches {config.host}:{config.port} may use this server; --api-key asks for a key"))
     log_as_json()
     Server(make_app(served, config, thread), config).run()
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -154,7 +154,7 @@ class Service:
         if not all(prompts):
             raise ApiError(400, "a prompt needs at least one token", param="prompt")
         tokens = most_tokens(wanted.max_tokens, prompts, self.context, wanted.most)
-        adapters = {} if generation is None else {generation.key: 1.0}
+        adapters = {} if generation is None else {generation.key: request.adapter_scale}
         grammar = grammar_of(request, lambda: self._grammars_of(renderer))
         asked = engine_requests(request, prompts, tokens, renderer, adapters, grammar, wanted.logprobs)
         for one in asked:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from twofold.base.batch import PackedBatch, idle_batch
-from twofold.errors import NonFiniteLossError
-from twofold.events import Checkpointed, Emit, Evaluated, Message, Step, Warned
+from twofold.errors import NonFiniteLossError, StoppedError
+from twofold.events import Checkpointed, Emit, Evaluated, Message, Spectrum, Step, Stopped, Warned
 from twofold.functional.fusing import fused_kernels
 from twofold.layers.linear import cast_once
 from twofold.machine import memory_bytes
@@ -23,6 +23,8 @@ from twofold.training.checkpoint import Progressed
 from twofold.training.objective import Objective
 from twofold.training.optim import TrainingConfig, learning_rate, optimiser, set_rate
 from twofold.training.parallel import draw_seed, start_alike, sum_gradients
+from twofold.training.spectra import spectra
+from twofold.training.stopping import stopping
 from twofold.world import ALONE, World
 
 
@@ -58,8 +60,9 @@ def train(job: Job, emit: Emit, resume_from: Path | None = None) -> Progressed:
 
     Raises:
         NonFiniteLossError: a loss or gradient is NaN or infinite; checkpoints up to then are kept.
+        StoppedError: it was asked to stop; a checkpoint is kept.
     """
-    with fused_kernels(job.device) if job.config.compile else fast_training():
+    with stopping.looked_for(), fused_kernels(job.device) if job.config.compile else fast_training():
         return _train(job, emit, resume_from)
 
 
@@ -76,8 +79,13 @@ def _train(job: Job, emit: Emit, resume_from: Path | None) -> Progressed:
         last = progressed.step == job.steps
         if job.evaluate is not None and _due(job.config.evaluate_every, progressed.step, last):
             emit(_evaluate(job, job.evaluate, progressed))
-        if _due(job.config.checkpoint_every, progressed.step, last):
+        if _due(job.config.spectrum_every, progressed.step, last):
+            emit(Spectrum(step=progressed.step, modules=spectra(job.model)))
+        if _due(job.config.checkpoint_every, progressed.step, last) or (stopping.asked and not last):
             emit(_save(job, optimise, progressed))
+        if stopping.asked and not last:
+            emit(Stopped(step=progressed.step))
+            raise StoppedError(f"stopped after step {progressed.step}; --resume goes on from there")
     job.model.eval()
     return progressed
 

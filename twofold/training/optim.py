@@ -54,6 +54,8 @@ class TrainingConfig:
         gradient_checkpointing: keep only each layer's input and compute the rest again: less memory, a third slower.
         evaluate_every: steps between evaluations; only at the end when not given.
         early_stopping: stop after so many evaluations without a better loss.
+        spectrum_every: steps between records of each module's singular values, which `twofold studio` shows growing; none when
+            not given.
         checkpoint_every: steps between checkpoints; null for none.
         keep_checkpoints: how many of the newest stay on disk.
         seed: of the start, the order of the data and dropout.
@@ -80,6 +82,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     evaluate_every: int | None = None
     early_stopping: int | None = None
+    spectrum_every: int | None = None
     checkpoint_every: int | None = 200
     keep_checkpoints: int = 2
     seed: int = 0
@@ -87,7 +90,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         counts = ("batch_size", "micro_batch_size", "micro_batch_tokens", "epochs", "max_steps", "evaluate_every")
-        for name in (*counts, "early_stopping", "checkpoint_every", "keep_checkpoints"):
+        for name in (*counts, "early_stopping", "spectrum_every", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value} but must be at least 1")

@@ -1,0 +1,55 @@
+/** Colours of signed values, from a table of 511 that is made once for each theme, so that a pixel costs one look-up. */
+
+const HALF = 255;
+type Rgb = readonly [number, number, number];
+
+const tables = new Map<string, Uint32Array>();
+
+function colour(name: string): Rgb {
+  const text = getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const value = parseInt(text.slice(1), 16);
+  return [(value >> 16) & 255, (value >> 8) & 255, value & 255];
+}
+
+function mixed(from: Rgb, to: Rgb, share: number): number {
+  const [r, g, b] = from.map((c, i) => Math.round(c + ((to[i] ?? 0) - c) * share)) as [number, number, number];
+  return ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
+}
+
+/** Entry HALF is zero, the ends are -1 and 1; a root lets small values be seen. Little-endian RGBA. */
+export function colours(theme: string): Uint32Array {
+  const made = tables.get(theme);
+  if (made) return made;
+  const [negative, zero, positive] = ['--negative', '--zero', '--positive'].map(colour) as [Rgb, Rgb, Rgb];
+  const table = Uint32Array.from({ length: 2 * HALF + 1 }, (_, i) =>
+    mixed(zero, i < HALF ? negative : positive, Math.pow(Math.abs(i - HALF) / HALF, 0.75)),
+  );
+  tables.set(theme, table);
+  return table;
+}
+
+/** Draws rows x columns values on the canvas, one pixel each. */
+export function painted(
+  canvas: HTMLCanvasElement,
+  values: ArrayLike<number>,
+  rows: number,
+  columns: number,
+  limit: number,
+  theme: string,
+): void {
+  const context = canvas.getContext('2d', { alpha: false });
+  if (!context || rows === 0 || columns === 0) return;
+  if (canvas.width !== columns || canvas.height !== rows) {
+    canvas.width = columns;
+    canvas.height = rows;
+  }
+  const image = context.createImageData(columns, rows);
+  const pixels = new Uint32Array(image.data.buffer);
+  const table = colours(theme);
+  const factor = limit > 0 ? HALF / limit : 0;
+  for (let i = 0; i < pixels.length; i++) {
+    const at = Math.round((values[i] ?? 0) * factor);
+    pixels[i] = table[HALF + (at > HALF ? HALF : at < -HALF ? -HALF : at)] as number;
+  }
+  context.putImageData(image, 0, 0);
+}
