@@ -22,7 +22,7 @@ from twofold.base.batch import Example, PackedBatch, pack
 from twofold.base.blocks import Decoder, describe
 from twofold.functional import attention
 from twofold.functional.attention import Scoring, attention_backward, attention_forward, cached_attention
-from twofold.functional.gated import ACTIVATIONS, gated_backward
+from twofold.functional.gated import ACTIVATIONS, gated, gated_backward
 from twofold.functional.loss import head_loss, logits_loss
 from twofold.functional.norm import Norm, reciprocal_rms, rms_norm, rms_norm_backward
 from twofold.functional.rope import Angles, rotate
@@ -143,7 +143,7 @@ def test_norm_rotation_gate_and_losses(dtype: torch.dtype, softcap: float | None
         norm = Norm(weight, 1e-5)
         on_gpu(rms_norm(x, norm), rms_norm_backward(x, x, reciprocal_rms(x, norm), norm))
     for f in ACTIVATIONS.values():
-        on_gpu(*gated_backward(x, x, x, f.forward(x), f))
+        on_gpu(gated(x, x, f), *gated_backward(x, x, x, f))
     for turned in (4, 2, 0):
         angles = Angles.of(gpu(9, turned, dtype=dtype), gpu(9, turned, dtype=dtype))
         on_gpu(rotate(gpu(9, 2, 4, dtype=dtype), angles), rotate(gpu(9, 2, 4, dtype=dtype), angles.back()))
