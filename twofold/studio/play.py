@@ -25,7 +25,8 @@ import httpx
 from twofold.base.load import Precision
 from twofold.errors import UserError
 from twofold.server.errors import ApiError
-from twofold.server.layout import content_hash, publish
+from twofold.server.layout import content_hash
+from twofold.server.publishing import publish
 from twofold.studio.roots import Roots
 
 State: TypeAlias = Literal["closed", "loading", "ready", "failed"]
