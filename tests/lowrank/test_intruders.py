@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from twofold.lowrank.factors import LowRank
-from twofold.lowrank.intruders import ALIKE, intruders, intruders_exactly
+from twofold.lowrank.intruders import ALIKE, frobenius_norm, intruders, intruders_exactly, spectral_norm
 
 SPECTRA = {
     "power": lambda i: (i + 1) ** -0.7,
@@ -61,3 +61,17 @@ def test_a_weight_smaller_than_a_block_is_looked_at_whole() -> None:
     expected, found = intruders_exactly(W, change, 10).cosines, intruders(W, change, 10).cosines
     assert len(found) == len(expected) == 7
     assert found[0] == pytest.approx(expected[0], abs=0.05)
+
+
+def test_nothing_is_like_a_zero_weight() -> None:
+    W = torch.zeros(300, 200)
+    for find in (intruders, intruders_exactly):
+        assert find(W, update(300, 200, [1.0]), 3).cosines == [0.0] * 3
+
+
+def test_norms_leave_the_weight_as_it_is() -> None:
+    W = weight("power", 300, 400, torch.float32)
+    before = W.clone()
+    assert frobenius_norm(W) == pytest.approx(float(before.norm()))
+    assert spectral_norm(W) == pytest.approx(1.0, rel=0.05)
+    assert torch.equal(W, before)

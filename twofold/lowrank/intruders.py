@@ -76,7 +76,7 @@ def spectral_norm(weight: Float[Tensor, "out in_"]) -> float:
 def frobenius_norm(weight: Float[Tensor, "out in_"]) -> float:
     """Some rows at a time: in float32 they stay in a core's cache, which is several times as fast as the norm of it all."""
     parts = weight.split(max(1, SUMMED_ELEMENTS // weight.shape[1]))
-    return sum(float(part.float().square_().sum()) for part in parts) ** 0.5
+    return sum(float(part.float().square().sum()) for part in parts) ** 0.5
 
 
 def _times(weight: Tensor, block: Tensor) -> Tensor:
@@ -93,7 +93,9 @@ def intruders_exactly(weight: Float[Tensor, "out in_"], update: LowRank, k: int)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     own, values, _ = torch.linalg.svd(wide, full_matrices=False)
     changed = torch.linalg.svd(wide + update.delta().to(wide), full_matrices=False).U[:, :k]
-    return Likeness([float(x) for x in (own.T @ changed).abs().amax(0)], float(values[0]))
+    real = values.square() > NULL * values[0].square()
+    cosines = (own * real).T @ changed
+    return Likeness([float(x) for x in cosines.abs().amax(0)], float(values[0]))
 
 
 def intruders(weight: Float[Tensor, "out in_"], update: LowRank, k: int) -> Likeness:
