@@ -69,9 +69,8 @@ def with_pieces(folder: Path, model: Any) -> Path:
 
 def with_smollm(folder: Path, family: str) -> Path:
     """A tiny model of that family with SmolLM2's tokenizer, which is BPE over bytes."""
-    small = build_model(family)
-    config = type(small.config)(**{**small.config.to_dict(), "vocab_size": 49152})
-    model = type(small)(config)
+    small = model_of(family)
+    model = type(small)(type(small.config)(**{**small.config.to_dict(), "vocab_size": 49152}))
     randomise(model.named_parameters(), scale=0.05)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -89,8 +88,16 @@ def of_rope(name: str) -> Any:
 
 
 def model_of(family: str) -> Any:
-    """A model by its family's name, or by that of its rotary embedding."""
-    return build_model(family) if family in BUILDERS else of_rope(family)
+    """A model by its family's name, or by that of its rotary embedding; Gemmas scale attention as llama.cpp does."""
+    if family == "one-embedding":
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, tie_word_embeddings=True)).eval()
+    elif family in ("gemma2", "gemma3"):
+        small = build_model(family)
+        model = type(small)(type(small.config)(**{**small.config.to_dict(), "query_pre_attn_scalar": 8})).eval()
+    else:
+        return build_model(family) if family in BUILDERS else of_rope(family)
+    randomise(model.named_parameters())
+    return model
 
 
 def adapter_of(model: Any, folder: Path, **settings: Any) -> Path:

@@ -8,11 +8,13 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import transformers as hf
 from families import VOCABULARY, build_model, logits, randomise
-from gguf_cases import ROPES, adapter_of, model_of, with_pieces
+from gguf_cases import ROPES, adapter_of, model_of, pieces, with_pieces
 from safetensors.torch import load_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from twofold.errors import ConfigError, ProofError, RunError
 from twofold.events import Warned
@@ -21,7 +23,8 @@ from twofold.recipes.adapters import Asked
 from twofold.recipes.export import Format, export_adapter
 from twofold.recipes.merge import merge_from_disk
 
-READ_BY_TRANSFORMERS = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi3", "gemma2"]
+READ_BY_TRANSFORMERS = ["llama", "one-embedding", "mistral", "qwen2", "qwen3"]
+"""Its reader knows nothing of partial rotary embeddings, biases of a Llama, and where logits are capped."""
 
 
 def exported(family: str, tmp_path: Path, to: Format = "gguf-f32", **settings: Any) -> tuple[Any, Path, dict[str, Any]]:
@@ -38,17 +41,17 @@ def test_transformers_reads_the_merged_model_in_it(family: str, tmp_path: Path) 
     model, path, told = exported(family, tmp_path)
     assert told["largest_difference"] < 1e-7
     found = hf.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-    assert type(found) is type(model)
     torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=2e-4)
 
 
 def test_it_holds_the_tokenizer_and_the_template(tmp_path: Path) -> None:
     _, path, _ = exported("llama", tmp_path)
-    theirs = hf.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    ours = hf.AutoTokenizer.from_pretrained(tmp_path / "base")
-    for text in ("the sea", "name three fruits: a pear", "two"):
-        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text, add_special_tokens=False)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=pieces())
     fields = gguf.GGUFReader(path).fields
+    numbers = range(theirs.vocab_size())
+    assert fields["tokenizer.ggml.tokens"].contents() == [theirs.IdToPiece(i) for i in numbers]
+    np.testing.assert_allclose(fields["tokenizer.ggml.scores"].contents(), [theirs.GetScore(i) for i in numbers])
+    assert fields["tokenizer.ggml.token_type"].contents()[:5] == [3, 3, 3, 2, 1]  # control thrice, unknown, normal
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
     assert fields["tokenizer.chat_template"].contents() == "{{ messages[0].content }}"
     assert (path.with_suffix(".Modelfile")).read_text() == "FROM ./out.gguf\n"
@@ -88,7 +91,7 @@ def test_frequencies_are_slowed_as_llama_31_wants(tmp_path: Path) -> None:
     _, path, _ = exported("llama3", tmp_path)
     reader = gguf.GGUFReader(path)
     found = next(t.data for t in reader.tensors if t.name == "rope_freqs.weight")
-    inverse, _ = hf.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](model_of("llama3").config, "cpu")
+    inverse, _ = ROPE_INIT_FUNCTIONS["llama3"](model_of("llama3").config, "cpu")
     plain = 1 / ROPES["llama3"][1]["rope_theta"] ** (torch.arange(0, 8, 2) / 8)
     torch.testing.assert_close(plain / torch.from_numpy(np.array(found)), inverse, rtol=1e-5, atol=0)
 
@@ -104,7 +107,7 @@ def test_scaled_rotary_embeddings_are_told(name: str, tmp_path: Path) -> None:
 
 
 def test_an_untied_head_is_written_beside_the_embedding(tmp_path: Path) -> None:
-    model, path, _ = exported("llama-tied", tmp_path, target_modules=["lm_head"])
+    model, path, _ = exported("one-embedding", tmp_path, target_modules=["lm_head"])
     assert "output.weight" in {t.name for t in gguf.GGUFReader(path).tensors}
     found = hf.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-4)
@@ -153,9 +156,8 @@ def test_a_window_that_llama_cpp_ignores_is_said(tmp_path: Path) -> None:
     base, adapter = with_pieces(tmp_path / "base", model), adapter_of(model, tmp_path / "adapter")
     said: list[Any] = []
     export_adapter(adapter, "gguf-f16", tmp_path / "out.gguf", str(base), emit=said.append)
-    assert [e.text for e in said if isinstance(e, Warned)] == [
-        "llama.cpp knows no window of attention for llama: beyond 4 tokens its answers will differ"
-    ]
+    expected = "llama.cpp knows no window of attention for llama: beyond 4 tokens its answers will differ"
+    assert expected in [e.text for e in said if isinstance(e, Warned)]
 
 
 def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
