@@ -28,7 +28,6 @@ OF_PIECES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma", "gemma
 OF_BYTES = ["llama", "qwen2", "qwen3", "gemma3"]
 NAMED = {"general.name", "general.basename", "general.finetune", "general.size_label", "general.version"}
 """What their converter makes of the folder's name."""
-DEFAULTS = {"gemma2": {"rope.freq_base"}, "gemma": set()}
 
 
 def same_files(base: Path, adapter: Path, to: Format, tmp_path: Path) -> None:
