@@ -29,6 +29,8 @@ LLAMA_3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_fre
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+WITH_ROOM = {**GROUPED, "vocab_size": 72}
+"""Transformers' tokenizer for Qwen2 adds a token of its own to the 64."""
 ROPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": ("llama", LLAMA_3),
     "linear": ("llama", {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}),
@@ -82,7 +84,7 @@ def of_rope(name: str) -> Any:
     """A model whose rotary embedding is scaled."""
     family, rope = ROPES[name]
     kind = {"llama": (hf.LlamaForCausalLM, hf.LlamaConfig), "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config)}[family]
-    model = kind[0](kind[1](**GROUPED, rope_parameters=rope)).eval()
+    model = kind[0](kind[1](**WITH_ROOM, rope_parameters=rope)).eval()
     randomise(model.named_parameters())
     return model
 
@@ -91,6 +93,10 @@ def model_of(family: str) -> Any:
     """A model by its family's name, or by that of its rotary embedding; Gemmas scale attention as llama.cpp does."""
     if family == "one-embedding":
         model = hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, tie_word_embeddings=True)).eval()
+    elif family == "qwen2":
+        model = hf.Qwen2ForCausalLM(hf.Qwen2Config(**WITH_ROOM)).eval()
+    elif family == "qwen3":  # of a head's size transformers' reader of such files knows Qwen3's own alone
+        model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=128)).eval()
     elif family in ("gemma2", "gemma3"):
         small = build_model(family)
         model = type(small)(type(small.config)(**{**small.config.to_dict(), "query_pre_attn_scalar": 8})).eval()

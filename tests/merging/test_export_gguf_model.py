@@ -83,7 +83,7 @@ def test_matrices_are_rounded_once_to_the_type_asked_for(to: Format, kind: str, 
         assert torch.equal(values, expected.to(dtype).float())
     assert held["output_norm.weight"].tensor_type.name == "F32"
     assert told["largest_difference"] == pytest.approx(
-        0, abs={"F32": 0, "F16": 5e-4, "BF16": 2e-3, "Q8_0": 4.6e-3}[kind]
+        0, abs={"F32": 0, "F16": 5e-4, "BF16": 2**-8, "Q8_0": 4.6e-3}[kind]
     )
 
 
@@ -111,7 +111,7 @@ def test_an_untied_head_is_written_beside_the_embedding(tmp_path: Path) -> None:
     assert "output.weight" in {t.name for t in gguf.GGUFReader(path).tensors}
     found = hf.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
     torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ConfigError, match="output head is its embedding"):
+    with pytest.raises(ConfigError, match=r"llama\.cpp has no tensor for 'lm_head\.weight' in a gemma2 model"):
         exported("gemma2", tmp_path / "more", target_modules=["lm_head"])
 
 

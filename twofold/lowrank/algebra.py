@@ -255,8 +255,10 @@ def _orthonormal(block: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     lower, failed = torch.linalg.cholesky_ex(columns.T @ columns)
     sizes = lower.diagonal()
     if int(failed) or not bool(sizes.min() > DEPENDENT * sizes.max()):
-        return torch.linalg.qr(block).Q
-    return torch.linalg.solve_triangular(lower, columns.T, upper=False).T.to(block.dtype)
+        found: Tensor = torch.linalg.qr(block).Q
+    else:
+        found = torch.linalg.solve_triangular(lower, columns.T, upper=False).T.to(block.dtype)
+    return found
 
 
 def _typed(update: LowRank, dtype: torch.dtype) -> LowRank:

@@ -19,10 +19,11 @@ Directions of W whose values lie too close to be told apart count as one; so a m
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from twofold.lowrank.algebra import Bases
@@ -34,8 +35,8 @@ BLOCKS = 4
 """Of the Krylov space; twice as many where what it shows is not settled."""
 CONVERGED = 0.05
 """A Ritz vector is a direction of W, or of some whose squared values lie that close, if its residual is below this share of it."""
-STEPS = 32
-"""Of Lanczos at most."""
+STEPS = 48
+"""Of Lanczos at most; after 32, the tail of a steep spectrum still counts as one direction."""
 CHECKED_EVERY, STAYS = 4, 0.02
 """Of these steps: whether more are needed; and by how little a weight changes in them that stays."""
 ENDED, TINY = 1e-6, 1e-30
@@ -76,7 +77,7 @@ def spectral_norm(weight: Float[Tensor, "out in_"]) -> float:
 def frobenius_norm(weight: Float[Tensor, "out in_"]) -> float:
     """Some rows at a time: in float32 they stay in a core's cache, which is several times as fast as the norm of it all."""
     parts = weight.split(max(1, SUMMED_ELEMENTS // weight.shape[1]))
-    return sum(float(part.float().square().sum()) for part in parts) ** 0.5
+    return math.sqrt(sum(float(part.float().square().sum()) for part in parts))
 
 
 def _times(weight: Tensor, block: Tensor) -> Tensor:
@@ -101,7 +102,8 @@ def intruders_exactly(weight: Float[Tensor, "out in_"], update: LowRank, k: int)
 def intruders(weight: Float[Tensor, "out in_"], update: LowRank, k: int) -> Likeness:
     """The same without decomposing anything whole, to a few hundredths; of an intruder, at most this.
 
-    Products with W are made in its own type and summed in float32.
+    Products with W are made in its own type and summed in float32. In a 16-bit type, what W maps to nothing cannot be told from its
+    smallest directions, and may count as one of them.
     """
     k = min(k, *weight.shape)
     factors = update.A.float(), update.B.float() * update.scale
@@ -149,7 +151,8 @@ def _ritz(images: Float[Tensor, "in_ n"]) -> Float[Tensor, "n n"]:
         images: its transpose times a basis of the space.
     """
     wide = images.double()
-    return torch.linalg.eigh(wide.T @ wide).eigenvectors.flip(1).float()
+    vectors: Tensor = torch.linalg.eigh(wide.T @ wide).eigenvectors
+    return vectors.flip(1).float()
 
 
 def _converged(images: Tensor, vectors: Float[Tensor, "out n"], back: Float[Tensor, "in_ n"]) -> list[bool]:
@@ -185,9 +188,9 @@ def _cosines(weight: Tensor, starts: Float[Tensor, "out k"]) -> list[float]:
         beside.append(size)
         ended = bool((size <= ENDED * diagonal[0].clamp_min(TINY)).all())
         if step % CHECKED_EVERY == 0 or ended or step == steps:
-            weights = _quadratures(torch.stack(diagonal, 1), torch.stack(beside, 1)[:, :-1])
-            before, most = most, weights.amax(1)
-            if ended or bool((_spread(weights) | _settled(most, before)).all()):
+            found = _quadratures(torch.stack(diagonal, 1), torch.stack(beside, 1))
+            before, most = most, found.weights.amax(1)
+            if ended or bool((_spread(found.weights) | _settled(found, before)).all()):
                 break
         bases[:, step] = new / size.clamp_min(TINY)[:, None]
     return [float(w) for w in most.clamp(0, 1).sqrt()]
@@ -199,19 +202,38 @@ def _spread(weights: Float[Tensor, "k n"]) -> Tensor:
     return (ends[:, 1:] + ends[:, :-1]).amax(1) < ALIKE**2
 
 
-def _settled(most: Float[Tensor, " k"], before: Float[Tensor, " k"]) -> Tensor:
-    """Which starts are surely like some direction: their largest weight is large, and stays."""
-    return (most > SURELY**2) & ((most - before).abs() < STAYS)
+class Quadratures(NamedTuple):
+    """Of the runs' measures over the spectrum of W Wᵀ, by growing node.
+
+    Attributes:
+        weights: zero at nodes that are zero.
+        converged: whether a node is a direction of W, or some that lie close: the Ritz vector's residual tells.
+    """
+
+    weights: Float[Tensor, "k n"]
+    converged: Bool[Tensor, "k n"]
 
 
-def _quadratures(a: Float[Tensor, "k n"], b: Float[Tensor, "k m"]) -> Float[Tensor, "k n"]:
-    """The weights of the runs' Gauss quadratures, by growing node; zero at nodes that are zero.
+def _settled(found: Quadratures, before: Float[Tensor, " k"]) -> Tensor:
+    """Which starts are surely like some direction: their largest weight is large, stays, and lies on a direction of W.
+
+    Without the last, the node by which a run comes near to zero would do, which stands for all that W maps to nothing.
+    """
+    most, at = found.weights.max(1)
+    on_one = found.converged.gather(1, at[:, None])[:, 0]
+    return (most > SURELY**2) & ((most - before).abs() < STAYS) & on_one
+
+
+def _quadratures(a: Float[Tensor, "k n"], b: Float[Tensor, "k n"]) -> Quadratures:
+    """Gauss quadratures.
 
     Args:
-        a, b: the runs' tridiagonal matrices: diagonals, and what is beside them.
+        a, b: the runs' tridiagonal matrices: diagonals, and what is beside them, of which the last leads out of the matrix.
     """
     a, b = a.double(), b.double()
     alive = (b > ENDED * a.abs().amax(1, keepdim=True)).cumprod(1)  # beyond its end a run goes on with rounding
-    T = torch.diag_embed(a) + torch.diag_embed(b * alive, 1) + torch.diag_embed(b * alive, -1)
+    inner = (b * alive)[:, :-1]
+    T = torch.diag_embed(a) + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
     nodes, vectors = torch.linalg.eigh(T)
-    return torch.where(nodes > NULL * nodes.abs().amax(1, keepdim=True), vectors[:, 0].square(), 0.0)
+    weights = torch.where(nodes > NULL * nodes.abs().amax(1, keepdim=True), vectors[:, 0].square(), 0.0)
+    return Quadratures(weights, b[:, -1:] * vectors[:, -1].abs() <= CONVERGED * nodes)

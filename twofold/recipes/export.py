@@ -134,8 +134,8 @@ def _merged(files: AdapterFiles, values: Values, output: Path, base: str | None,
         ) from reason
     template = running.renderer.template
     changed = template if template != running.tokenizer.chat_template else None
-    _check_writes_text(running.model)
     source = Source.of(replay, running.model.config, running.tokenizer, changed)
+    _check_writes_text(running.model)
     difference = write_gguf_model(source, output, values, output.stem, emit)
     modelfile = output.with_suffix(".Modelfile")
     atomic.write_text(modelfile, f"FROM ./{output.name}\n")

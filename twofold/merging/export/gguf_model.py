@@ -34,7 +34,7 @@ TYPES: dict[Values, tuple[Type, gguf.LlamaFileType]] = {
     "bf16": (Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-ROUNDED = {Type.F32: 1e-7, Type.F16: 2.0**-11, Type.BF16: 2.0**-9, Type.Q8_0: 0.5 / 127 * 1.15}
+ROUNDED = {Type.F32: 1e-7, Type.F16: 2.0**-11, Type.BF16: 2.0**-8, Type.Q8_0: 0.5 / 127 * 1.15}
 """The largest error of a value as a share of the tensor's largest: half a step; of q8_0 also that of its steps, kept in float16."""
 AT_ONCE = 1 << 20
 """Values that are turned into another type at once."""

@@ -78,7 +78,8 @@ def _add_attention(writer: gguf.GGUFWriter, config: Settings, architecture: str)
 def _rope(config: Settings) -> Settings:
     """Of the layers that attend to everything, where layers differ."""
     found: Settings = config.get("rope_parameters") or {}
-    return found.get("full_attention", found)
+    of_all: Settings = found.get("full_attention", found)
+    return of_all
 
 
 def _add_rope_scaling(writer: gguf.GGUFWriter, rope: Settings, architecture: str) -> None:

@@ -111,8 +111,7 @@ def vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
         return _byte_level(folder, tokenizer, size)
     found = [(text, score, int(kind)) for text, score, kind in held.all_tokens()]
     found += [(_unused(i), NO_SCORE, int(TokenType.UNUSED)) for i in range(len(found), size)]
-    tokens, scores, types = ([one[i] for one in found] for i in range(3))
-    return Vocabulary("llama", "default", tokens, types, scores)
+    return Vocabulary("llama", "default", [t for t, _, _ in found], [k for _, _, k in found], [s for _, s, _ in found])
 
 
 def add_habits(writer: gguf.GGUFWriter, folder: Path, config: Mapping[str, Any], architecture: str) -> None:
