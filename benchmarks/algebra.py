@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,13 +27,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import PREFIX, open_adapter
 from twofold.adapter.plain import Kept, PlainAdapter
-from twofold.adapter.target import module_shapes
+from twofold.adapter.shapes import module_shapes
 from twofold.base.streamed import open_streamed
 from twofold.events import silent
 from twofold.inspection.against_base import beside_base as measured_beside
 from twofold.inspection.report import report_adapter
 from twofold.lowrank.algebra import concatenated, factored, truncated
 from twofold.lowrank.factors import LowRank
+from twofold.lowrank.intruders import intruders
 
 T = TypeVar("T")
 RANK = 16
@@ -130,24 +132,33 @@ def inspecting(width: int) -> str:
 def beside_base(width: int) -> str:
     """One layer of a base on disk: reading its file, and inspecting an adapter beside it, both with nothing in the page cache."""
     with tempfile.TemporaryDirectory() as folder:
-        base, path = stored_base(width, Path(folder)), written(width, Path(folder) / "adapter", layers=1)
-        streamed, files = open_streamed(str(base)), open_adapter(path)
+        base = stored_base(width, Path(folder))
+        streamed = open_streamed(str(base))
+        files, loud = (
+            open_adapter(written(width, Path(folder) / name, 1, size))
+            for name, size in (("usual", 0.0005), ("loud", 0.01))
+        )
         shapes = module_shapes(streamed.model)
         weights = base / "model.safetensors"
         forget(weights)
         read, _ = timed(lambda: len(weights.read_bytes()))
         forget(weights)
-        ours, _ = timed(lambda: measured_beside(files, shapes, streamed.read, 0, silent))
-        more, _ = timed(lambda: measured_beside(files, shapes, streamed.read, 10, silent))
+        ours, _ = timed(lambda: measured_beside(files, shapes, streamed, None, silent))
+        forget(weights)
+        look = partial(intruders, k=10)
+        more, _ = timed(lambda: measured_beside(files, shapes, streamed, look, silent))
+        forget(weights)
+        most, _ = timed(lambda: measured_beside(loud, shapes, streamed, look, silent))
         size = weights.stat().st_size
     return (
         f"\nBeside a base, one layer of {size / 1e6:,.0f} MB in bf16, r = {DETAIL}: reading the file {read:.2f} s, inspecting "
-        f"{ours:.2f} s ({ours / read:.1f} times), with intruders {more:.2f} s ({more / read:.1f} times)."
+        f"{ours:.2f} s ({ours / read:.1f} times), with intruders {more:.2f} s ({more / read:.1f} times), where there are some "
+        f"{most:.2f} s ({most / read:.1f} times)."
     )
 
 
 def stored_base(width: int, folder: Path) -> Path:
-    """A Llama of one layer and a small vocabulary, random, in bfloat16."""
+    """A Llama of one layer and a small vocabulary, random with falling singular values, in bfloat16."""
     config = LlamaConfig(
         hidden_size=width,
         intermediate_size=int(2.6875 * width),
@@ -155,7 +166,12 @@ def stored_base(width: int, folder: Path) -> Path:
         num_attention_heads=32,
         vocab_size=64,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "base")
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    for weight in (
+        p for p in model.parameters() if p.dim() == 2
+    ):  # singular values that fall off, as those of trained weights do
+        weight.data *= torch.arange(1, weight.shape[1] + 1.0).pow(-0.5).bfloat16() * weight.shape[1] ** 0.25
+    model.save_pretrained(folder / "base")
     return folder / "base"
 
 
@@ -166,8 +182,8 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def written(width: int, path: Path, layers: int = LAYERS) -> Path:
-    """An adapter of every linear module of a model with this width."""
+def written(width: int, path: Path, layers: int = LAYERS, size: float = 0.01) -> Path:
+    """An adapter of every linear module of a model with this width; `size` is that of B's values."""
     tensors = {}
     for layer in range(layers):
         for name, (out, in_) in SHAPES.items():
@@ -175,7 +191,7 @@ def written(width: int, path: Path, layers: int = LAYERS) -> Path:
             generator = torch.Generator().manual_seed(0)
             A = torch.randn(DETAIL, int(in_ * width), generator=generator) / (in_ * width) ** 0.5
             tensors[f"{key}.lora_A.weight"] = A
-            tensors[f"{key}.lora_B.weight"] = torch.randn(int(out * width), DETAIL, generator=generator) * 0.01
+            tensors[f"{key}.lora_B.weight"] = torch.randn(int(out * width), DETAIL, generator=generator) * size
     config = LoraConfig(r=DETAIL, lora_alpha=2 * DETAIL, target_modules=[n.split(".")[1] for n in SHAPES])
     return PlainAdapter(tensors, config, Kept()).write(path)
 

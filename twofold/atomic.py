@@ -6,6 +6,7 @@ a temporary name that starts with a dot, never something that looks finished.
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
 import os
@@ -88,27 +89,50 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 def resumed_folder(path: Path, job: str) -> Iterator[Path]:
     """As `new_folder`, but what was written stays where the work ends early, and the same `job` finds it there again.
 
-    Files in it must be written whole (`new_file`). What another job for the same `path` left is taken away.
+    Files in it must be written whole (`new_file`). What another job for the same `path` left is taken away; while one is at work,
+    a second is refused.
 
     Raises:
-        RunError: `path` exists, or the place cannot be written.
+        RunError: `path` exists or is being written, or the place cannot be written.
     """
     if path.exists():
         raise RunError(f"{path} exists already; choose another output or remove it first")
     temporary = path.parent / f".{path.name}.{job}.unfinished"
     try:
         for other in set(path.parent.glob(f".{glob.escape(path.name)}.*.unfinished")) - {temporary}:
-            _remove(other)
+            with _held(other, path):
+                _remove(other)
         temporary.mkdir(parents=True, exist_ok=True)
-        for half in temporary.rglob(".*.partial"):
-            _remove(half)
-        yield temporary
-        for entry in [*temporary.rglob("*"), temporary]:
-            sync(entry)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with _held(temporary, path):
+            for half in temporary.rglob(".*.partial"):
+                _remove(half)
+            yield temporary
+            for entry in [*temporary.rglob("*"), temporary]:
+                sync(entry)
+            os.replace(temporary, path)
+            sync(path.parent)
     except OSError as error:
         raise RunError(_cannot_write(path, error)) from error
+
+
+@contextmanager
+def _held(folder: Path, path: Path) -> Iterator[None]:
+    """A lock on a folder that is being filled, which ends with the process that holds it, however that ends.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"{path} is being written by another process; wait for it, or choose another output"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

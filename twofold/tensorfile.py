@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -83,6 +84,15 @@ class TensorFile:
         if (self._start + entry.begin) % entry.dtype.itemsize:  # old writers did not align
             raw = raw.clone()
         return raw.view(entry.dtype).view(entry.shape)
+
+    def expect(self, key: str) -> None:
+        """Let the system read one tensor ahead, while something else is computed; where it cannot, nothing happens."""
+        if hasattr(os, "posix_fadvise"):
+            entry = self._entries[key]
+            with self.path.open("rb") as file:
+                os.posix_fadvise(
+                    file.fileno(), self._start + entry.begin, entry.end - entry.begin, os.POSIX_FADV_WILLNEED
+                )
 
     def is_finite(self) -> bool:
         """Whether it certainly holds no NaN and no infinity, from one pass over the file.

@@ -16,7 +16,7 @@ import twofold
 from twofold.adapter.attach import attach, detach, merge, trainable_summary
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import load_adapter, open_adapter, save_adapter
-from twofold.adapter.target import module_shapes
+from twofold.adapter.shapes import module_shapes
 from twofold.errors import ConfigError
 from twofold.inspection.report import report_adapter
 from twofold.merging.checkpoint import merged_state

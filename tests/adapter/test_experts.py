@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from twofold.adapter.attach import activate, attach, detach, disabled, folding, merge, shares, unmerge
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import load_adapter, open_adapter, save_adapter
-from twofold.adapter.target import module_shapes
+from twofold.adapter.shapes import module_shapes
 from twofold.errors import ConfigError, TargetError
 from twofold.inspection.report import report_adapter
 from twofold.lowrank.standin import StandIn, Sum

@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from twofold.adapter.attach import adapter_layers, attach
 from twofold.adapter.config import LoraConfig, resolve
-from twofold.adapter.target import find_targets, module_shapes
+from twofold.adapter.shapes import module_shapes
+from twofold.adapter.target import find_targets
 from twofold.errors import ConfigError, TargetError
 
 ATTENTION = {

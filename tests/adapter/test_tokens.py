@@ -28,7 +28,7 @@ from twofold.adapter.attach import (
 )
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import load_adapter, save_adapter
-from twofold.adapter.target import module_shapes
+from twofold.adapter.shapes import module_shapes
 from twofold.base.blocks import Decoder, describe
 from twofold.errors import AdapterFileError, TargetError
 from twofold.layers.tokens import ROWS, TrainedTokens

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from twofold.adapter.attach import activate, adapter_layers, attach, detach, disabled, folding, merge, shares, unmerge
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import load_adapter, save_adapter
-from twofold.adapter.target import find_targets, module_shapes
+from twofold.adapter.shapes import module_shapes
+from twofold.adapter.target import find_targets
 from twofold.errors import ConfigError, TargetError
 from twofold.layers.conv import LoraConv
 from twofold.planning.parameters import plan_parameters

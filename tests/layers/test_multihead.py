@@ -26,7 +26,7 @@ from twofold.adapter.attach import (
 )
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import load_adapter, save_adapter
-from twofold.adapter.target import module_shapes
+from twofold.adapter.shapes import module_shapes
 from twofold.errors import TargetError
 from twofold.layers.attention import LoraAttention
 from twofold.planning.parameters import plan_parameters

@@ -206,3 +206,23 @@ def test_killed_it_goes_on_from_the_whole_shards(after: float, llama_base: Path,
     assert {n: (tmp_path / "merged" / n).stat().st_ino for n in whole} == whole
     assert differing(plan_replay(base.model, open_stored(str(folder))), found) == {}
     assert not list(tmp_path.glob(".merged*"))
+
+
+def test_two_merges_into_one_output_at_once_are_refused(llama_base: Path, tmp_path: Path) -> None:
+    folder = stored_as(llama_base, tmp_path / "base", "bfloat16", "20KB")
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    running = subprocess.Popen(
+        [sys.executable, "-c", SLOW, folder, tmp_path / "merged", *paths], stdout=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline() == "ready\n"
+    while not list(tmp_path.glob(".merged.*.unfinished/*")):
+        time.sleep(0.01)
+    same, other = adapted(folder, "bfloat16"), adapted(folder, "bfloat16", r=2)
+    for base in (same, other):
+        with pytest.raises(RunError, match=r"merged is being written by another process; wait for it"):
+            written(base, tmp_path / "merged")
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    written(other, tmp_path / "merged")
+    assert not list(tmp_path.glob(".merged*"))

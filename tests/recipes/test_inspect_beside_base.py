@@ -126,13 +126,15 @@ def test_a_sound_adapter_on_its_base_has_nothing_but_notes(llama_base: Path, oth
     [
         ({"r": 6}, "vllm-rank", "needs --max-lora-rank 8"),
         ({"use_dora": True}, "vllm-dora", "vLLM refuses adapters with DoRA"),
-        ({"use_dora": True}, "gguf-dora", "GGUF adapters know no DoRA"),
+        ({"use_dora": True}, "gguf-dora", "GGUF adapters hold no DoRA"),
         ({"lora_bias": True}, "vllm-bias", "with biases"),
-        ({"lora_bias": True}, "mlx-whole", "neither biases nor whole modules"),
+        ({"lora_bias": True}, "mlx-whole", "hold no biases or whole modules"),
         ({"modules_to_save": ["lm_head"]}, "vllm-whole-modules", "with modules_to_save"),
-        ({"modules_to_save": ["lm_head"]}, "gguf-whole", "hold factors alone"),
+        ({"modules_to_save": ["lm_head"]}, "gguf-whole", "GGUF adapters hold no biases or whole modules"),
         ({"use_rslora": True}, "gguf-scale", "GGUF holds one alpha and no rsLoRA"),
         ({"rank_pattern": {"q_proj": 2}}, "mlx-rank", "one rank and one scale"),
+        ({"target_modules": ["embed_tokens"]}, "gguf-embedding", "no factors of an embedding"),
+        ({"trainable_token_indices": [3]}, "mlx-tokens", "no tokens of its own"),
         ({"lora_alpha": 800}, "odd-scale", "has the scale 200"),
     ],
 )

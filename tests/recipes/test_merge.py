@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from twofold.adapter.attach import activate, attach, detach
 from twofold.adapter.config import LoraConfig
+from twofold.adapter.files import save_adapter
 from twofold.base.load import Base, load_base
 from twofold.errors import ConfigError, ProofError, RunError
 from twofold.merging.checkpoint import write_merged
-from twofold.recipes.merge import merge_checkpoint, verify_folder
+from twofold.recipes import adapters, merge
+from twofold.recipes.merge import merge_checkpoint, merge_from_disk, verify_folder
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -173,3 +176,22 @@ def test_what_cannot_be_merged_is_refused(llama_base: Path, tmp_path: Path) -> N
     with pytest.raises(RunError, match="exists already"):
         merge_checkpoint(base, tmp_path / "there")
     assert not list((tmp_path / "there").iterdir())
+
+
+def test_the_proof_holds_one_model_at_a_time(llama_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = adapted(llama_base)
+    save_adapter(base.model, tmp_path / "adapter")
+    alive: list[weakref.ref[Any]] = []
+    load = load_base
+
+    def counted(*given: Any, **named: Any) -> Base:
+        assert not any(model() is not None for model in alive)
+        found = load(*given, **named)
+        alive.append(weakref.ref(found.model))
+        return found
+
+    for module in (merge, adapters):
+        monkeypatch.setattr(module, "load_base", counted)
+    asked = adapters.Asked(base=str(llama_base), adapters=(str(tmp_path / "adapter"),), dtype="float32")
+    assert merge_from_disk(asked, tmp_path / "merged")["verification"]["passed"]
+    assert len(alive) == 2

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from twofold.adapter.attach import attach
 from twofold.adapter.config import LoraConfig
-from twofold.adapter.target import module_shapes
+from twofold.adapter.shapes import module_shapes
 from twofold.base.load import load_base
 from twofold.errors import BaseError, ConfigError, TargetError
 from twofold.planning.parameters import plan_parameters

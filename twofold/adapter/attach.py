@@ -11,7 +11,8 @@ from torch import nn
 
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.kinds import Part, parts_of
-from twofold.adapter.target import Targets, find_targets, module_shapes
+from twofold.adapter.shapes import module_shapes
+from twofold.adapter.target import Targets, find_targets
 from twofold.adapter.variants import check_variants
 from twofold.errors import ConfigError, did_you_mean
 from twofold.layers.linear import LinearShare

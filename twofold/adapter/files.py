@@ -24,13 +24,12 @@ from twofold.adapter.foreign import foreign_file, read_foreign
 from twofold.adapter.keys import PREFIX, says_nothing_new, split_key
 from twofold.adapter.names import matcher
 from twofold.adapter.peft_config import PAST_TENSORS, exceptions, names_in_full, parse_config, peft_config, with_changes
+from twofold.adapter.shapes import ModuleShape, module_shapes
 from twofold.adapter.target import (
-    ModuleShape,
     Targets,
     adapted_modules,
     adapted_names,
     adapted_parameters,
-    module_shapes,
     targets_of,
     token_rows,
     wrong_tokens,

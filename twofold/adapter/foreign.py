@@ -22,7 +22,8 @@ from twofold.adapter.attach import Made, made_shares
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.layouts import DIFFUSERS, Named, Role, by_module, module_of_part, resolved
 from twofold.adapter.peft_config import exceptions, names_in_full, parse_config
-from twofold.adapter.target import ModuleShape, module_shapes, targets_of
+from twofold.adapter.shapes import ModuleShape, module_shapes
+from twofold.adapter.target import targets_of
 from twofold.errors import AdapterFileError
 from twofold.lowrank.spectral_init import is_subtracted
 from twofold.tensorfile import TensorFile, nonfinite

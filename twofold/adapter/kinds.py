@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.parameters import ParameterShape
-from twofold.adapter.target import Kind, ModuleShape, Targets
+from twofold.adapter.shapes import Kind, ModuleShape
+from twofold.adapter.target import Targets
 from twofold.adapter.variants import LINEAR, like, linear_share, set_lengths
 from twofold.errors import ConfigError
 from twofold.layers.attention import AttentionShare, LoraAttention

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from twofold.adapter.target import ModuleShape
+from twofold.adapter.shapes import ModuleShape
 from twofold.errors import nearest
 
 Role = Literal["A", "mid", "B", "alpha", "magnitude", "bias"]

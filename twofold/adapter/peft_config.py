@@ -14,7 +14,8 @@ from torch import nn
 from twofold.adapter.attach import adapter_layers, config_of
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.names import matcher
-from twofold.adapter.target import adapted_modules, adapted_names, module_shapes
+from twofold.adapter.shapes import module_shapes
+from twofold.adapter.target import adapted_modules, adapted_names
 from twofold.config import build
 from twofold.errors import AdapterFileError
 from twofold.layers.linear import LoraConv1D

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -87,11 +87,12 @@ def plain_config(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
 
 
 def ranks_of(updates: Mapping[Pair, LowRank]) -> dict[str, int]:
-    """The rank of each module: the largest of its parts', which the others are filled up to."""
+    """The rank of each place: the largest of its parts', which the others are filled up to; the same for all experts."""
     ranks: dict[str, int] = {}
     for pair, update in updates.items():
-        ranks[pair.module] = max(update.rank, ranks.get(pair.module, 1))
-    return ranks
+        ranks[pair.place] = max(update.rank, ranks.get(pair.place, 1))
+    of_experts = {pair.place for pair in updates if pair.experts}
+    return ranks | dict.fromkeys(of_experts, max((ranks[place] for place in of_experts), default=1))
 
 
 def plain_tensors(
@@ -103,11 +104,18 @@ def plain_tensors(
         shapes: those of A and B as some adapter stores them, whose dimensions other than the rank are kept.
     """
     found = {}
+    of_experts: dict[Pair, list[LowRank]] = {}
     for pair, update in updates.items():
+        filled = _filled(update, ranks[pair.place])
+        if pair.experts:
+            of_experts.setdefault(replace(pair, name=pair.place, expert=0), []).append(filled)
+            continue
         of_a, of_b = shapes[pair]
-        filled = _filled(update, ranks[pair.module])
         found[f"{PREFIX}{pair.module}.{pair.a}"] = filled.A.reshape(filled.rank, *of_a[1:])
         found[f"{PREFIX}{pair.module}.{pair.b}"] = (filled.B * filled.scale).reshape(of_b[0], filled.rank, *of_b[2:])
+    for pair, experts in of_experts.items():  # A expert by expert; in B the expert varies fastest (`layers/experts.py`)
+        found[f"{PREFIX}{pair.module}.{pair.a}"] = torch.cat([update.A for update in experts])
+        found[f"{PREFIX}{pair.module}.{pair.b}"] = torch.stack([u.B * u.scale for u in experts], 2).flatten(1)
     return found
 
 

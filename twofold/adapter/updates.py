@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from twofold.adapter.config import resolve
 from twofold.adapter.experts import placed
 from twofold.adapter.files import AdapterFiles
-from twofold.adapter.target import Kind
+from twofold.adapter.shapes import Kind
 from twofold.errors import AdapterFileError
 from twofold.lowrank.factors import LowRank
 
@@ -24,18 +24,29 @@ TRANSPOSED: tuple[Kind, ...] = ("conv1d", "embedding")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two tensors of a file that make one update: of a module, or of a part of one, as attention has two.
+    """Two tensors of a file, or one expert's parts of them, that make one update: of a module, or of a part of one, of which
+    attention has two.
 
     Attributes:
         module: its path in the model.
         name: the path, and the part's behind it.
         a, b: what follows the path in their keys.
+        parameter: of the module, where it is one of its own that has the factors.
+        expert, experts: which one of how many this is; none for a module as a whole.
     """
 
     module: str
     name: str
     a: str
     b: str
+    parameter: str = ""
+    expert: int = 0
+    experts: int = 0
+
+    @property
+    def place(self) -> str:
+        """What ranks and scales go by: the module, or its parameter with all of its experts."""
+        return f"{self.module}.{self.parameter}" if self.parameter else self.module
 
     @property
     def bias(self) -> str:
@@ -44,36 +55,57 @@ class Pair:
 
 
 def pairs_of(files: AdapterFiles) -> Iterator[Pair]:
-    """Every pair of factors of an adapter; modules trained whole have none.
+    """Every pair of factors of an adapter, of experts one each; modules trained whole have none.
 
     Raises:
         AdapterFileError: one factor without the other.
     """
     for module, keys in files.modules().items():
-        for suffix in keys:
-            prefix, mark, rest = suffix.rpartition("lora_")
-            partner = PARTNERS.get(mark + rest)
-            if partner is None:
-                continue
-            if prefix + partner not in keys:
-                raise AdapterFileError(f"{files.path}: '{module}' has {suffix} without its partner")
-            if rest in ("A.weight", "embedding_A"):
-                part = prefix.removesuffix(".")
-                yield Pair(module, f"{module}.{part}" if part else module, suffix, prefix + partner)
+        yield from _by_expert(files, module, list(_pairs_in(files, module, keys)))
+
+
+def _pairs_in(files: AdapterFiles, module: str, keys: Collection[str]) -> Iterator[Pair]:
+    for suffix in keys:
+        prefix, mark, rest = suffix.rpartition("lora_")
+        partner = PARTNERS.get(mark + rest)
+        if partner is None:
+            continue
+        if prefix + partner not in keys:
+            raise AdapterFileError(f"{files.path}: '{module}' has {suffix} without its partner")
+        if rest in ("A.weight", "embedding_A"):
+            part = prefix.removesuffix(".")
+            yield Pair(module, f"{module}.{part}" if part else module, suffix, prefix + partner)
+
+
+def _by_expert(files: AdapterFiles, module: str, pairs: list[Pair]) -> Iterator[Pair]:
+    """The pairs of one module; those of experts, whose ranks lie side by side in a file, apart."""
+    inner_first = sorted(pairs, key=lambda pair: len(pair.a), reverse=True)
+    rows = [len(factors(files, pair)[0]) for pair in inner_first]
+    found = placed(files.config, module, rows) if pairs else None
+    if found is None:
+        yield from pairs
+        return
+    for pair, (parameter, experts) in zip(inner_first, found, strict=True):
+        for e in range(experts):  # one map alone has the parameter's own name
+            name = f"{module}.{parameter}" if experts == 1 else f"{module}.{parameter}[{e}]"
+            yield replace(pair, name=name, parameter=parameter, expert=e, experts=experts)
 
 
 def updates_of(files: AdapterFiles) -> dict[str, LowRank]:
     """Every update of an adapter, by name: of a module, or of a part of one."""
-    found: dict[str, list[Pair]] = {}
-    for pair in pairs_of(files):
-        found.setdefault(pair.module, []).append(pair)
-    return {name: update for pairs in found.values() for name, update in _updates(files, pairs)}
+    return {pair.name: low_rank(files, pair) for pair in pairs_of(files)}
 
 
 def low_rank(files: AdapterFiles, pair: Pair) -> LowRank:
-    """A pair as two matrices, at the scale of its module; of a convolution without groups, and not of experts."""
+    """A pair as two matrices, at the scale of its place."""
     a, b = (tensor.flatten(1) for tensor in factors(files, pair))
-    return LowRank(a, b, resolve(files.config, pair.module).scale)
+    r, _, scale = resolve(files.config, pair.place)
+    if pair.experts:
+        inside = b.view(len(b), r, pair.experts)[:, :, pair.expert]
+        return LowRank(a[pair.expert * r : (pair.expert + 1) * r], inside, scale)
+    if len(a) != b.shape[1]:  # a convolution with groups: each group of outputs has its own part of the rank
+        b = torch.block_diag(*b.chunk(len(a) // b.shape[1]))
+    return LowRank(a, b, scale)
 
 
 def factors(files: AdapterFiles, pair: Pair) -> tuple[Tensor, Tensor]:
@@ -86,31 +118,3 @@ def has_groups(files: AdapterFiles, pair: Pair) -> bool:
     """Whether it is of a convolution with groups: each group of outputs then has its own part of the rank."""
     keys = files.modules()[pair.module]
     return files.tensors.shapes[keys[pair.a]][0] != files.tensors.shapes[keys[pair.b]][1]
-
-
-def _updates(files: AdapterFiles, pairs: list[Pair]) -> Iterator[tuple[str, LowRank]]:
-    """The pairs of one module as matrices; of experts, whose ranks lie side by side in a file, a pair each."""
-    inner_first = sorted(pairs, key=lambda pair: len(pair.a), reverse=True)
-    rows = [len(factors(files, pair)[0]) for pair in inner_first]
-    found = placed(files.config, pairs[0].module, rows)
-    if found is None:
-        yield from ((pair.name, _of_module(files, pair)) for pair in pairs)
-        return
-    for pair, parameter in zip(inner_first, found, strict=True):
-        yield from _of_experts(files, pair, f"{pair.module}.{parameter.name}", parameter.experts)
-
-
-def _of_module(files: AdapterFiles, pair: Pair) -> LowRank:
-    a, b = (tensor.flatten(1) for tensor in factors(files, pair))
-    if len(a) != b.shape[1]:  # a convolution with groups: each group of outputs has its own part of the rank
-        b = torch.block_diag(*b.chunk(len(a) // b.shape[1]))
-    return LowRank(a, b, resolve(files.config, pair.module).scale)
-
-
-def _of_experts(files: AdapterFiles, pair: Pair, parameter: str, experts: int) -> Iterator[tuple[str, LowRank]]:
-    """An update for each expert; of one map, by the parameter's own name."""
-    a, b = factors(files, pair)
-    r, _, scale = resolve(files.config, parameter)
-    for e, inside in enumerate(a.chunk(experts)):
-        name = parameter if experts == 1 else f"{parameter}[{e}]"
-        yield name, LowRank(inside, b.view(len(b), r, experts)[:, :, e], scale)

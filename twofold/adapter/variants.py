@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.adapter.config import LoraConfig, resolve
-from twofold.adapter.target import ModuleShape, Targets
+from twofold.adapter.shapes import ModuleShape
+from twofold.adapter.target import Targets
 from twofold.errors import AdapterFileError, ConfigError
 from twofold.layers.dora import MatrixShare
 from twofold.layers.linear import LinearShare

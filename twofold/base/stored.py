@@ -49,6 +49,10 @@ class StoredBase:
         """One tensor, as a view of its file."""
         return self.shards[self.where[key]].read(key)
 
+    def expect(self, key: str) -> None:
+        """Let the system read one tensor ahead."""
+        self.shards[self.where[key]].expect(key)
+
     def dtype(self) -> torch.dtype | None:
         """The type of most of its values; None if none are floating."""
         counts: dict[torch.dtype, int] = {}

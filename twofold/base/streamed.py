@@ -43,6 +43,11 @@ class StreamedBase:
             )
         return self.stored.read(self.keys[name])
 
+    def expect(self, name: str) -> None:
+        """Say that a parameter is read next, so that it comes while something else is computed."""
+        if name in self.keys:
+            self.stored.expect(self.keys[name])
+
     def fingerprint(self) -> Fingerprint | None:
         """As `load_base` takes it; None where some parameters lie in the files in another form than in the model."""
         names = [name for name, _ in self.model.named_parameters()]

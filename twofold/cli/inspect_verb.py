@@ -1,4 +1,4 @@
-"""twofold inspect ADAPTER [--base B [--intruders]] [--html FILE]"""
+"""twofold inspect ADAPTER [--base B [--intruders [--exact]]] [--html FILE]"""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from twofold.recipes.inspect import DIRECTIONS, inspect_adapter
 
 DESCRIPTION = (
     "Norms, ranks and findings of an adapter, by module. With --base, also its size beside the weights, how much it amplifies "
-    "its own directions and, with --intruders, how many of the ten largest directions of each changed weight are new (which takes "
-    "longer)."
+    "its own directions and, with --intruders, how many of the ten largest directions of each changed weight are new; --exact "
+    "finds these by whole decompositions, which takes very long."
 )
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
@@ -43,10 +43,12 @@ class InspectFlags:
 def run(arguments: list[str]) -> int:
     arguments, as_json = take(arguments, "--json")
     arguments, new = take(arguments, "--intruders")
-    flags = parse(InspectFlags, arguments, verb="inspect", description=DESCRIPTION, bare=("--json", "--intruders"))
+    arguments, exact = take(arguments, "--exact")
+    bare = ("--json", "--intruders", "--exact")
+    flags = parse(InspectFlags, arguments, verb="inspect", description=DESCRIPTION, bare=bare)
     with Terminal() as terminal:
         directions = DIRECTIONS if new else 0
-        found = inspect_adapter(flags.adapter, flags.base, intruders=directions, emit=terminal)
+        found = inspect_adapter(flags.adapter, flags.base, intruders=directions, exact=exact, emit=terminal)
     if flags.html:
         write_inspection(flags.html, flags.adapter.name, found)
     print_json(found.as_json()) if as_json else _show(found)

@@ -10,18 +10,21 @@ import torch
 from torch import Tensor
 
 from twofold.adapter.files import AdapterFiles
-from twofold.adapter.target import ModuleShape, adapted_modules
+from twofold.adapter.shapes import ModuleShape
+from twofold.adapter.target import adapted_modules
 from twofold.adapter.updates import TRANSPOSED, updates_of
+from twofold.base.streamed import StreamedBase
 from twofold.errors import did_you_mean
 from twofold.events import Emit, Progress
 from twofold.inspection.lint import Finding
-from twofold.lowrank.algebra import decomposed
+from twofold.lowrank.algebra import bases_of
 from twofold.lowrank.factors import LowRank
-from twofold.lowrank.intruders import ALIKE, beside, intruders
+from twofold.lowrank.intruders import ALIKE, Likeness, amplification, frobenius_norm, spectral_norm
 from twofold.machine import fastest_dtype
 from twofold.tensorfile import nonfinite
 
-Read: TypeAlias = Callable[[str], Tensor]
+Look: TypeAlias = Callable[[Tensor, LowRank], Likeness]
+"""From a weight and its update to the likeness of the changed weight's largest directions (`lowrank.intruders`)."""
 MATRICES = ("linear", "conv1d", "embedding", "convolution")
 
 
@@ -46,33 +49,34 @@ class BesideBase:
 
 @torch.no_grad()
 def beside_base(
-    files: AdapterFiles, shapes: Mapping[str, ModuleShape], read: Read, directions: int, emit: Emit
+    files: AdapterFiles, shapes: Mapping[str, ModuleShape], base: StreamedBase, look: Look | None, emit: Emit
 ) -> dict[str, BesideBase]:
     """By name, every update that fits a linear map, a convolution or an embedding of the base.
 
     Args:
-        directions: of how many of the largest directions to ask whether they are new; 0 for none.
+        look: finds how like W's own the largest directions of the changed weight are; None if that is not asked.
     """
     updates = {n: u for n, u in updates_of(files).items() if fits(u, shapes.get(n))}
     found = {}
+    following = [*updates, ""][1:]
     for i, (name, update) in enumerate(updates.items(), 1):
+        base.expect(f"{following[i - 1]}.weight")
         if not nonfinite({"A": update.A, "B": update.B}):
-            weight = _quick(read(f"{name}.weight")).flatten(1)
-            found[name] = _beside(weight.T if shapes[name].kind in TRANSPOSED else weight, update, directions)
+            weight = _quick(base.read(f"{name}.weight")).flatten(1)
+            found[name] = _beside(weight.T if shapes[name].kind in TRANSPOSED else weight, update, look)
         emit(Progress(task="reading the base", done=i, total=len(updates)))
     return found
 
 
-def _beside(weight: Tensor, update: LowRank, directions: int) -> BesideBase:
-    likeness = intruders(weight.float(), update, directions) if directions else None
-    found = decomposed(update)
-    size, (largest, amplification) = float(weight.norm(dtype=torch.float32)), beside(weight, found)
+def _beside(weight: Tensor, update: LowRank, look: Look | None) -> BesideBase:
+    found, size, likeness = bases_of(update), frobenius_norm(weight), look(weight, update) if look else None
+    largest = likeness.spectral_norm if likeness else spectral_norm(weight)
     return BesideBase(
         relative_norm=float(found.values.norm()) / size if size else float("inf"),
         relative_spectral_norm=float(found.values[0]) / largest if largest else float("inf"),
-        amplification=amplification,
-        intruders=None if likeness is None else sum(cosine < ALIKE for cosine in likeness),
-        likeness=likeness,
+        amplification=amplification(weight, found),
+        intruders=None if likeness is None else sum(cosine < ALIKE for cosine in likeness.cosines),
+        likeness=None if likeness is None else likeness.cosines,
     )
 
 

@@ -67,7 +67,7 @@ def lint_config(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator
         yield from _ranks(files, updates)
     yield from _vllm(config, updates)
     yield from _gguf(files, updates)
-    yield from _mlx(config, updates)
+    yield from _mlx(files, updates)
 
 
 def _targets(files: AdapterFiles) -> Iterator[Finding]:
@@ -104,6 +104,7 @@ def _vllm(config: LoraConfig, updates: Mapping[str, LowRank]) -> Iterator[Findin
         ("vllm-bias", config.bias != "none" or config.lora_bias, "biases"),
         ("vllm-whole-modules", bool(config.modules_to_save), "modules_to_save"),
         ("vllm-tokens", bool(config.trainable_token_indices), "trainable_token_indices"),
+        ("vllm-experts", bool(config.target_parameters), "target_parameters"),
     ]
     for code, is_held, what in held:
         if is_held:
@@ -119,21 +120,31 @@ def _gguf(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator[Findi
     if wrong:
         said = (
             f"GGUF holds one alpha and no rsLoRA, so llama.cpp's own converter would scale '{wrong[0]}' and {len(wrong) - 1} more "
-            "wrongly; fold the scale in first (twofold combine ADAPTER, twofold resize)"
+            "wrongly; twofold export folds the scale in"
         )
         yield Finding("note", "gguf-scale", said)
-    if config.use_dora:
-        yield Finding("note", "gguf-dora", "GGUF adapters know no DoRA; merge it instead (twofold merge)")
-    if config.modules_to_save or config.bias != "none" or config.lora_bias:
-        yield Finding(
-            "note", "gguf-whole", "GGUF adapters hold factors alone, neither biases nor whole modules; merge it instead"
-        )
+    for kind, what in _beside_factors(files):
+        yield Finding("note", f"gguf-{kind}", f"GGUF adapters hold no {what}; merge it instead (twofold merge)")
 
 
-def _mlx(config: LoraConfig, updates: Mapping[str, LowRank]) -> Iterator[Finding]:
+def _mlx(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator[Finding]:
     if len({(u.rank, round(u.scale, 9)) for u in updates.values()}) > 1:
         yield Finding(
             "note", "mlx-rank", "MLX has one rank and one scale for all modules; smaller ranks need filling up"
         )
-    if config.modules_to_save or config.bias != "none" or config.lora_bias:
-        yield Finding("note", "mlx-whole", "MLX adapters hold factors alone, neither biases nor whole modules")
+    for kind, what in _beside_factors(files):
+        yield Finding("note", f"mlx-{kind}", f"MLX adapters hold no {what}; merge it instead (twofold merge)")
+
+
+def _beside_factors(files: AdapterFiles) -> Iterator[tuple[str, str]]:
+    """What an adapter is besides factors of linear layers, with its code."""
+    config = files.config
+    suffixes = {suffix for keys in files.modules().values() for suffix in keys}
+    held = [
+        ("dora", config.use_dora, "DoRA"),
+        ("whole", bool(config.modules_to_save) or config.bias != "none" or config.lora_bias, "biases or whole modules"),
+        ("embedding", any("lora_embedding" in suffix for suffix in suffixes), "factors of an embedding"),
+        ("tokens", bool(config.trainable_token_indices), "tokens of its own"),
+        ("experts", bool(config.target_parameters), "factors of stacked experts (target_parameters)"),
+    ]
+    yield from ((kind, what) for kind, is_held, what in held if is_held)

@@ -24,6 +24,8 @@ from twofold.lowrank.factors import LowRank
 
 OVERSAMPLED, POWERS = 16, 3
 """Directions beyond the rank, and passes, of the sampled decomposition (Halko, Martinsson and Tropp 2011)."""
+DEPENDENT = 1e-5
+"""A column of which the ones before leave less than this share is left to a QR decomposition."""
 ROUNDING = 1e-12
 """Singular values below this share of the largest are no directions."""
 FIRST_GUESS = 32
@@ -67,6 +69,25 @@ def decomposed(update: LowRank) -> Decomposition:
     u, values, vh = torch.linalg.svd(r_b @ r_a.T * update.scale)
     k = len(values)
     return Decomposition(q_b @ u[:, :k], values, q_a @ vh[:k].T)
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Orthonormal bases of the spaces that a delta maps into and from, in float64, and its singular values, largest first."""
+
+    out: Float[Tensor, "out k"]
+    in_: Float[Tensor, "in_ k"]
+    values: Float[Tensor, " k"]
+
+
+def bases_of(update: LowRank) -> Bases:
+    """Of all directions that are no rounding; several times as fast as `decomposed`, which says them one by one."""
+    out, in_ = _orthonormal(update.B.double()), _orthonormal(update.A.double().T)
+    values = torch.linalg.svdvals((out.T @ update.B.double()) @ (update.A.double() @ in_)) * abs(update.scale)
+    if bool(values[-1] > ROUNDING * values[0]) and len(values) == out.shape[1] == in_.shape[1]:
+        return Bases(out, in_, values)
+    found = decomposed(update)
+    return Bases(found.U[:, : found.rank], found.V[:, : found.rank], found.values)
 
 
 def truncated(update: LowRank, r: int) -> Reduced:
@@ -215,7 +236,29 @@ def _largest(wide: Float[Tensor, "out in_"], r: int, *, exact: bool) -> Decompos
     if exact or 4 * (r + OVERSAMPLED) >= min(wide.shape):
         u, values, vh = torch.linalg.svd(wide.double(), full_matrices=False)
         return Decomposition(u, values, vh.T)
-    return Decomposition(*torch.svd_lowrank(wide, q=r + OVERSAMPLED, niter=POWERS))
+    return _sampled(wide, r + OVERSAMPLED)
+
+
+def _sampled(wide: Float[Tensor, "out in_"], q: int) -> Decomposition:
+    """About the q largest directions: those within the space that some passes make of random columns."""
+    y = _orthonormal(wide @ torch.randn(wide.shape[1], q, dtype=wide.dtype))
+    for _ in range(POWERS):
+        y = _orthonormal(wide @ _orthonormal(wide.T @ y))
+    u, values, vh = torch.linalg.svd(y.T @ wide, full_matrices=False)
+    return Decomposition(y @ u, values, vh.T)
+
+
+def _orthonormal(block: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """A basis of a few columns' space, by Cholesky's decomposition of their products in float64: several times as fast as a QR
+    decomposition, which is made where they are so nearly dependent that this would lose them."""
+    columns = block.double()
+    lower, failed = torch.linalg.cholesky_ex(columns.T @ columns)
+    sizes = lower.diagonal()
+    if int(failed) or not bool(sizes.min() > DEPENDENT * sizes.max()):
+        found: Tensor = torch.linalg.qr(block).Q
+    else:
+        found = torch.linalg.solve_triangular(lower, columns.T, upper=False).T.to(block.dtype)
+    return found
 
 
 def _typed(update: LowRank, dtype: torch.dtype) -> LowRank:

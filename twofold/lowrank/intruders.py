@@ -3,104 +3,237 @@
 *Amplification* (arXiv 2106.09685, section 7.3) is ‖delta‖_F / ‖Uᵀ W V‖_F with U, V the update's own singular directions: how much
 louder than in W they are.
 An *intruder* (arXiv 2410.21228) is one of the k largest left singular vectors y of W + delta that is like none of W's: max_i
-|cos(y, u_i)| < epsilon. The y come from a few block iterations with W x + scale·B(A x). Their cosines need no decomposition of W
-either: Lanczos on W Wᵀ started at y gives the weights cos²(y, u_i) as those of a Gauss quadrature, directions of W
-whose values lie too close to be told apart counted as one; so a mixture of such neighbours is not called an intruder.
+|cos(y, u_i)| < epsilon. By definition that takes two whole decompositions of W's size (`intruders_exactly`). `intruders` reads W a
+few times instead, each step only for the y that the one before left open:
+
+1. The y are the largest Ritz vectors of W + delta in a block Krylov space (Musco and Musco 2015), of eight products with W.
+2. The same space gives Ritz vectors of W itself without another product, since (W + delta)ᵀ Q is known and deltaᵀ Q cheap. A y that
+   is like one of these is no intruder, if that one is a direction of W, which one more product tells: ‖W Wᵀ u - lambda u‖ is small
+   beside lambda.
+3. For the others, Lanczos on W Wᵀ started at y gives cos²(y, u_i) as the weights of Gauss quadratures. By the separation theorem of
+   Chebyshev, Markov and Stieltjes no u_i has more than two neighbouring weights together; once these are below epsilon² for all
+   neighbours, y is an intruder, and more steps would tell nothing new.
+
+Directions of W whose values lie too close to be told apart count as one; so a mixture of such neighbours is not called an intruder.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from twofold.lowrank.algebra import Decomposition
-from twofold.lowrank.factors import LowRank
+from twofold.lowrank.algebra import Bases
+from twofold.lowrank.factors import SUMMED_ELEMENTS, LowRank
 
 COLUMNS = 16
 """Of a block: torch multiplies a large matrix with sixteen columns many times faster than with ten."""
-PASSES, OVERSAMPLED = 8, 4
-"""Block iterations for the k largest directions of the changed weight, and columns beyond k at least."""
-STEPS = 32
-"""Of Lanczos: a direction that is like none of W's spreads over so many nodes, and must not seem to lie in a few."""
+BLOCKS = 4
+"""Of the Krylov space; twice as many where what it shows is not settled."""
+CONVERGED = 0.05
+"""A Ritz vector is a direction of W, or of some whose squared values lie that close, if its residual is below this share of it."""
+STEPS = 48
+"""Of Lanczos at most; after 32, the tail of a steep spectrum still counts as one direction."""
+CHECKED_EVERY, STAYS = 4, 0.02
+"""Of these steps: whether more are needed; and by how little a weight changes in them that stays."""
+ENDED, TINY = 1e-6, 1e-30
+"""A run is over where what is new is below this share of its first value; and what is divided by instead of zero."""
 ALIKE = 0.5
 """The cosine below which a direction is new: the paper's epsilon."""
+SURELY = 0.6
+"""The cosine with a Ritz vector that is taken for the one with W's own direction."""
 NULL = 1e-6
 """Squared singular values below this share of the largest are no directions of W, and what lies there is new."""
 
 
-class Beside(NamedTuple):
-    """The spectral norm of W, and how much louder an update's directions are in it than in W."""
+class Likeness(NamedTuple):
+    """Of the k largest left singular vectors y of W + delta, the largest first, max_i |cos(y, u_i)|: below ALIKE are intruders.
 
-    spectral_norm: float
-    amplification: float
-
-
-def beside(weight: Float[Tensor, "out in_"], found: Decomposition) -> Beside:
-    """A weight beside a decomposed update, from three passes over the weight in its own type.
-
-    The spectral norm comes from one block iteration, from below, by a few per cent at most. The amplification is infinite where W
-    does nothing in the update's directions, and zero for a zero update.
+    The spectral norm of W comes along.
     """
-    real = found.rank
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(weight.shape[1], COLUMNS, generator=generator)
-    image = _times(weight, torch.cat([found.V[:, :real].float(), start], 1))
-    own = float((found.U[:, :real].float().T @ image[:, :real]).norm())
-    back = _times(weight.T, torch.linalg.qr(image[:, real:]).Q)
-    largest = torch.linalg.matrix_norm(_times(weight, torch.linalg.qr(back).Q), 2)
-    size = float(found.values.norm())
-    return Beside(float(largest), 0.0 if not real else size / own if own else float("inf"))
+
+    cosines: list[float]
+    spectral_norm: float
+
+
+def amplification(weight: Float[Tensor, "out in_"], update: Bases) -> float:
+    """How much louder an update's directions are in it than in W: infinite where W does nothing in them, zero for a zero update."""
+    if not update.out.shape[1]:
+        return 0.0
+    own = float((update.out.float().T @ _times(weight, update.in_.float())).norm())
+    return float(update.values.norm()) / own if own else float("inf")
+
+
+def spectral_norm(weight: Float[Tensor, "out in_"]) -> float:
+    """From one block iteration, from below, by a few per cent at most."""
+    start = torch.randn(weight.shape[1], COLUMNS, generator=torch.Generator().manual_seed(0))
+    back = _times_transposed(weight, torch.linalg.qr(_times(weight, start)).Q)
+    return float(torch.linalg.matrix_norm(_times(weight, torch.linalg.qr(back).Q), 2))
+
+
+def frobenius_norm(weight: Float[Tensor, "out in_"]) -> float:
+    """Some rows at a time: in float32 they stay in a core's cache, which is several times as fast as the norm of it all."""
+    parts = weight.split(max(1, SUMMED_ELEMENTS // weight.shape[1]))
+    return math.sqrt(sum(float(part.float().square().sum()) for part in parts))
 
 
 def _times(weight: Tensor, block: Tensor) -> Tensor:
     return (weight @ block.to(weight)).float()
 
 
-def intruders(weight: Float[Tensor, "out in_"], update: LowRank, k: int) -> list[float]:
-    """max_i |cos(y, u_i)| for the k largest left singular vectors y of W + delta, the largest first; below ALIKE are intruders."""
-    k = min(k, *weight.shape)
-    A, B = update.A.to(weight), update.B.to(weight) * update.scale
-    generator = torch.Generator().manual_seed(0)
-    columns = min(-(-(k + OVERSAMPLED) // COLUMNS) * COLUMNS, *weight.shape)
-    y = torch.randn(len(weight), columns, generator=generator).to(weight)
-    for _ in range(PASSES):
-        x = torch.linalg.qr(weight.T @ y + A.T @ (B.T @ y)).Q
-        y = weight @ x + B @ (A @ x)
-    u, _, _ = torch.linalg.svd(y, full_matrices=False)
-    return [_largest_cosine(w) for w in _quadratures(weight, u)[:k]]
+def _times_transposed(weight: Tensor, block: Tensor) -> Tensor:
+    """Wᵀ times a block: half the time of the same with a transposed view of W."""
+    return (block.T.to(weight) @ weight).T.float()
 
 
-def _largest_cosine(weights: Tensor) -> float:
-    return float(weights.max().clamp(0, 1).sqrt()) if len(weights) else 0.0
+def intruders_exactly(weight: Float[Tensor, "out in_"], update: LowRank, k: int) -> Likeness:
+    """By whole decompositions in float32 or wider."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    own, values, _ = torch.linalg.svd(wide, full_matrices=False)
+    changed = torch.linalg.svd(wide + update.delta().to(wide), full_matrices=False).U[:, :k]
+    real = values.square() > NULL * values[0].square()
+    cosines = (own * real).T @ changed
+    return Likeness([float(x) for x in cosines.abs().amax(0)], float(values[0]))
 
 
-def _quadratures(weight: Tensor, starts: Float[Tensor, "out k"]) -> list[Tensor]:
-    """For each start, the weights of the Gauss quadrature of its measure over the spectrum of W Wᵀ.
+def intruders(weight: Float[Tensor, "out in_"], update: LowRank, k: int) -> Likeness:
+    """The same without decomposing anything whole, to a few hundredths; of an intruder, at most this.
 
-    The runs go side by side, so that W is read twice a step for all of them.
+    Products with W are made in its own type and summed in float32. In a 16-bit type, what W maps to nothing cannot be told from its
+    smallest directions, and may count as one of them.
     """
-    k, bases = starts.shape[1], [starts / starts.norm(dim=0)]
-    diagonal, beside = [], []
-    for step in range(min(STEPS, len(weight))):
-        last = bases[-1]
-        new = weight @ (weight.T @ last)
-        diagonal.append((new * last).sum(0))
-        for basis in [*bases, *bases]:  # twice, for float32 loses what once leaves
-            new = new - basis * (basis * new).sum(0)
-        size = new.norm(dim=0)
+    k = min(k, *weight.shape)
+    factors = update.A.float(), update.B.float() * update.scale
+    found, sure = _look(weight, *factors, k, BLOCKS)
+    return found if sure else _look(weight, *factors, k, 2 * BLOCKS)[0]
+
+
+def _look(weight: Tensor, A: Tensor, B: Tensor, k: int, blocks: int) -> tuple[Likeness, bool]:
+    """In a Krylov space of so many blocks; and whether all that seem to be intruders are directions of W + B A indeed."""
+    space, images = _krylov(weight, A, B, blocks)
+    of_weight = images - A.T @ (B.T @ space)
+    y, u = (_ritz(z)[:, :count] for z, count in ((images, k), (of_weight, COLUMNS)))
+    cosines, best = (y.T @ u).abs().max(1)
+    found = [min(float(c), 1.0) for c in cosines]
+    back = of_weight @ u
+    converged = _converged(_times(weight, back), space @ u, back)
+    left = [i for i, cosine in enumerate(found) if cosine < SURELY or not converged[int(best[i])]]
+    if left:
+        for i, cosine in zip(left, _cosines(weight, space @ y[:, left]), strict=True):
+            found[i] = cosine
+    new = y[:, [i for i in left if found[i] < ALIKE]]
+    back = images @ new
+    sure = not new.shape[1] or all(_converged(_times(weight, back) + B @ (A @ back), space @ new, back))
+    return Likeness(found, float((of_weight @ u[:, :1]).norm())), sure
+
+
+def _krylov(weight: Tensor, A: Tensor, B: Tensor, blocks: int) -> tuple[Float[Tensor, "out n"], Float[Tensor, "in_ n"]]:
+    """An orthonormal basis of the space of (M Mᵀ)^j M x for random x, M being W + B A; and Mᵀ times it."""
+    width = min(COLUMNS, *weight.shape)
+    x = torch.randn(weight.shape[1], width, generator=torch.Generator().manual_seed(0))
+    basis, images = torch.empty(len(weight), 0), torch.empty(weight.shape[1], 0)
+    for _ in range(min(blocks, max(1, min(weight.shape) // width))):
+        y = _times(weight, x) + B @ (A @ x)
+        for _ in range(2):  # once loses what rounding brings back
+            y = torch.linalg.qr(y - basis @ (basis.T @ y)).Q
+        x = _times_transposed(weight, y) + A.T @ (B.T @ y)
+        basis, images = torch.cat([basis, y], 1), torch.cat([images, x], 1)
+    return basis, images
+
+
+def _ritz(images: Float[Tensor, "in_ n"]) -> Float[Tensor, "n n"]:
+    """The left singular vectors of a matrix in a space, by their coordinates there, the largest first.
+
+    Args:
+        images: its transpose times a basis of the space.
+    """
+    wide = images.double()
+    vectors: Tensor = torch.linalg.eigh(wide.T @ wide).eigenvectors
+    return vectors.flip(1).float()
+
+
+def _converged(images: Tensor, vectors: Float[Tensor, "out n"], back: Float[Tensor, "in_ n"]) -> list[bool]:
+    """Which Ritz vectors of a matrix M are directions of it.
+
+    Args:
+        back: Mᵀ times the vectors.
+        images: M times that.
+    """
+    values = back.square().sum(0)
+    residuals = (images - vectors * values).norm(dim=0)
+    return [bool(x) for x in (residuals <= CONVERGED * values) & (values > 0)]
+
+
+def _cosines(weight: Tensor, starts: Float[Tensor, "out k"]) -> list[float]:
+    """The largest cosine of each start with a left singular vector of W, or with several that lie too close to be told apart.
+
+    Lanczos runs go side by side, so that W is read twice a step for all of them, until each is known to be an intruder.
+    """
+    steps = min(STEPS, len(weight))
+    bases = torch.zeros(starts.shape[1], steps + 1, len(weight))
+    bases[:, 0] = (starts / starts.norm(dim=0)).T
+    diagonal: list[Tensor] = []
+    beside: list[Tensor] = []
+    most = torch.zeros(starts.shape[1], dtype=torch.float64)
+    for step in range(1, steps + 1):
+        last, held = bases[:, step - 1].T, bases[:, :step]
+        new = _times(weight, _times_transposed(weight, last)).T
+        diagonal.append((new * last.T).sum(1))
+        for _ in range(2):  # once loses what rounding brings back
+            new = new - ((held @ new[:, :, None]).mT @ held)[:, 0]
+        size = new.norm(dim=1)
         beside.append(size)
-        bases.append(new / size.clamp_min(torch.finfo(new.dtype).tiny))
-        if step and bool((size <= 1e-6 * diagonal[0].abs().clamp_min(1e-30)).all()):
-            break
-    found = []
-    for i in range(k):
-        a = torch.stack([d[i] for d in diagonal]).double()
-        b = torch.stack([s[i] for s in beside[:-1]]).double() if len(beside) > 1 else a.new_zeros(0)
-        stop = next((j + 1 for j, s in enumerate(b) if s <= 1e-6 * a.abs().max()), len(a))
-        T = torch.diag(a[:stop]) + torch.diag(b[: stop - 1], 1) + torch.diag(b[: stop - 1], -1)
-        nodes, vectors = torch.linalg.eigh(T)
-        found.append(vectors[0].square()[nodes > NULL * nodes.abs().max()])
-    return found
+        ended = bool((size <= ENDED * diagonal[0].clamp_min(TINY)).all())
+        if step % CHECKED_EVERY == 0 or ended or step == steps:
+            found = _quadratures(torch.stack(diagonal, 1), torch.stack(beside, 1))
+            before, most = most, found.weights.amax(1)
+            if ended or bool((_spread(found.weights) | _settled(found, before)).all()):
+                break
+        bases[:, step] = new / size.clamp_min(TINY)[:, None]
+    return [float(w) for w in most.clamp(0, 1).sqrt()]
+
+
+def _spread(weights: Float[Tensor, "k n"]) -> Tensor:
+    """For which starts no direction can have a cosine of ALIKE: it has at most two neighbouring weights together."""
+    ends = torch.nn.functional.pad(weights, (1, 1))
+    return (ends[:, 1:] + ends[:, :-1]).amax(1) < ALIKE**2
+
+
+class Quadratures(NamedTuple):
+    """Of the runs' measures over the spectrum of W Wᵀ, by growing node.
+
+    Attributes:
+        weights: zero at nodes that are zero.
+        converged: whether a node is a direction of W, or some that lie close: the Ritz vector's residual tells.
+    """
+
+    weights: Float[Tensor, "k n"]
+    converged: Bool[Tensor, "k n"]
+
+
+def _settled(found: Quadratures, before: Float[Tensor, " k"]) -> Tensor:
+    """Which starts are surely like some direction: their largest weight is large, stays, and lies on a direction of W.
+
+    Without the last, the node by which a run comes near to zero would do, which stands for all that W maps to nothing.
+    """
+    most, at = found.weights.max(1)
+    on_one = found.converged.gather(1, at[:, None])[:, 0]
+    return (most > SURELY**2) & ((most - before).abs() < STAYS) & on_one
+
+
+def _quadratures(a: Float[Tensor, "k n"], b: Float[Tensor, "k n"]) -> Quadratures:
+    """Gauss quadratures.
+
+    Args:
+        a, b: the runs' tridiagonal matrices: diagonals, and what is beside them, of which the last leads out of the matrix.
+    """
+    a, b = a.double(), b.double()
+    alive = (b > ENDED * a.abs().amax(1, keepdim=True)).cumprod(1)  # beyond its end a run goes on with rounding
+    inner = (b * alive)[:, :-1]
+    T = torch.diag_embed(a) + torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
+    nodes, vectors = torch.linalg.eigh(T)
+    weights = torch.where(nodes > NULL * nodes.abs().amax(1, keepdim=True), vectors[:, 0].square(), 0.0)
+    return Quadratures(weights, b[:, -1:] * vectors[:, -1].abs() <= CONVERGED * nodes)

@@ -10,7 +10,7 @@ from torch import nn
 from twofold.adapter.attach import adapter_layers, attach, attached, shares
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.peft_config import exceptions, names_in_full
-from twofold.adapter.target import module_shapes
+from twofold.adapter.shapes import module_shapes
 from twofold.errors import ConfigError
 from twofold.layers.embedding import EmbeddingShare
 from twofold.layers.linear import LinearShare

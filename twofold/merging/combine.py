@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twofold.adapter.config import LoraConfig
+from twofold.adapter.experts import parameters_named
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.keys import PREFIX
 from twofold.adapter.names import matcher, tails
@@ -63,7 +64,7 @@ def _widened(update: LowRank) -> LowRank:
 
 def rank_for(given: Sequence[Weighed], how: Combination) -> int:
     """The largest rank that comes out, where the method brings it down to one."""
-    return how.r or max(len(factors(one.files, pair)[0]) for one in given for pair in pairs_of(one.files))
+    return how.r or max(low_rank(one.files, pair).rank for one in given for pair in pairs_of(one.files))
 
 
 @torch.no_grad()
@@ -91,7 +92,8 @@ def put_together(
     if any(one.files.config.lora_bias for one in given):
         mapped = [pair for pair in updates if pair.a.endswith("lora_A.weight")]
         tensors |= {f"{PREFIX}{p.module}.{p.bias}": _summed_bias(given, p, len(updates[p].B)) for p in mapped}
-    return tensors, plain_config(_common_config(given, list(ranks)), ranks)
+    modules = list(dict.fromkeys(pair.module for pair in updates if not pair.experts))
+    return tensors, plain_config(_common_config(given, modules), ranks)
 
 
 def _stored_shapes(given: Sequence[Weighed], pair: Pair) -> tuple[torch.Size, torch.Size]:
@@ -128,8 +130,13 @@ def _inseparable(files: AdapterFiles) -> Iterator[str]:
             f"{files.path} is DoRA, which sets the lengths of the weight's rows beside B·A, and lengths do not add up; merge it "
             "into the base, and extract a plain update from the result (twofold merge, twofold extract)"
         )
-    elif files.config.target_parameters:
-        yield f"{files.path} adapts target_parameters, whose factors lie stacked over experts; merge it into the base instead"
+    elif stacked := next(
+        (p for p in pairs_of(files) if not p.experts and parameters_named(files.config, p.module)), None
+    ):
+        yield (
+            f"{files.path} adapts parameters of '{stacked.module}' (target_parameters), but nothing tells which factors are whose; "
+            "merge it into the base instead"
+        )
     else:
         groups = [pair.name for pair in pairs_of(files) if has_groups(files, pair)]
         if groups:
@@ -146,6 +153,12 @@ def _clashes(given: Sequence[Weighed]) -> Iterator[str]:
         if len(found) > 1:
             shapes = " and ".join(f"{o} x {i}" for o, i in sorted(found))
             yield f"'{pair.name}' is {shapes}: the adapters were trained on different bases"
+    for module in {p.module for p in pairs_in(given) if p.experts}:
+        if len({_parameters(one.files, module) for one in given} - {frozenset()}) > 1:
+            yield (
+                f"they adapt different parameters of '{module}' (target_parameters), which a file tells apart by position alone; "
+                "merge them into the base together (twofold merge)"
+            )
     whole = matcher([entry for c in configs for entry in c.modules_to_save or ()])
     twice = sorted({p.module for p in pairs_in(given) if any(whole(n) for n in _parents(p.module))})
     if twice:
@@ -156,6 +169,11 @@ def _clashes(given: Sequence[Weighed]) -> Iterator[str]:
         yield f"they train different biases (bias {', '.join(sorted({c.bias for c in configs}))}), and only equal ones add up"
     if len({str(c.trainable_token_indices) for c in configs if c.trainable_token_indices}) > 1:
         yield "they train different tokens (trainable_token_indices), and only equal ones add up"
+
+
+def _parameters(files: AdapterFiles, module: str) -> frozenset[tuple[str, str, int]]:
+    """What of a module's own parameters an adapter changes, and where its file keeps that."""
+    return frozenset((p.parameter, p.a, p.experts) for p in pairs_of(files) if p.module == module and p.experts)
 
 
 def _parents(module: str) -> list[str]:
@@ -240,12 +258,14 @@ def _common_config(given: Sequence[Weighed], modules: list[str]) -> LoraConfig:
     """One config for what any of them changes; its ranks are still to come."""
     configs = [one.files.config for one in given]
     saved = sorted({entry for c in configs for entry in c.modules_to_save or ()})
+    parameters = list(dict.fromkeys(entry for c in configs for entry in c.target_parameters or ()))
     return with_changes(
         configs[0],
         **_targets(configs, modules),
         lora_dropout=configs[0].lora_dropout if len({c.lora_dropout for c in configs}) == 1 else 0.0,
         lora_bias=any(c.lora_bias for c in configs),
         modules_to_save=saved or None,
+        target_parameters=parameters or None,
         trainable_token_indices=next((c.trainable_token_indices for c in configs if c.trainable_token_indices), None),
         ensure_weight_tying=any(c.ensure_weight_tying for c in configs),
     )

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from twofold.adapter.target import ModuleShape
+from twofold.adapter.shapes import ModuleShape
 from twofold.adapter.updates import TRANSPOSED, Pair
 from twofold.errors import ConfigError
 from twofold.events import Emit, Progress

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.parameters import ParameterShape
-from twofold.adapter.target import ModuleShape, find_targets
+from twofold.adapter.shapes import ModuleShape
+from twofold.adapter.target import find_targets
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from twofold.adapter.config import LoraConfig, Names
 from twofold.adapter.files import Provenance
 from twofold.adapter.peft_config import shortest_names, task_of, with_changes
 from twofold.adapter.plain import Kept, PlainAdapter, plain_config, plain_tensors, ranks_of
-from twofold.adapter.target import find_targets, module_shapes
+from twofold.adapter.shapes import module_shapes
+from twofold.adapter.target import find_targets
 from twofold.base.load import load_renderer, public_name
 from twofold.base.streamed import StreamedBase, open_streamed
 from twofold.errors import BaseError, ConfigError, RunError

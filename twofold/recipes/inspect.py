@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from twofold.adapter.files import AdapterFiles, open_adapter
-from twofold.adapter.target import module_shapes
+from twofold.adapter.shapes import module_shapes
 from twofold.base.fingerprint import check_same_base
 from twofold.base.streamed import StreamedBase, open_streamed
 from twofold.errors import ForeignBaseError
@@ -14,19 +15,27 @@ from twofold.inspection.against_base import beside_base, lint_against
 from twofold.inspection.compare import Comparison, compare_adapters
 from twofold.inspection.lint import Finding
 from twofold.inspection.report import AdapterReport, report_adapter
+from twofold.lowrank.intruders import intruders as intruders_in_few_passes
+from twofold.lowrank.intruders import intruders_exactly
 
 DIRECTIONS = 10
 """How many of the largest directions of a changed weight are looked at for intruders (arXiv 2410.21228)."""
 
 
 def inspect_adapter(
-    path: Path | str, base: str | None = None, *, intruders: int = 0, emit: Emit = silent
+    path: Path | str,
+    base: str | None = None,
+    *,
+    intruders: int = 0,
+    exact: bool = False,
+    emit: Emit = silent,
 ) -> AdapterReport:
     """Norms, ranks and findings of an adapter folder, and what they are beside a base.
 
     Args:
         base: a reference of the base, read one weight at a time; without one, the adapter alone speaks.
         intruders: of how many of each changed weight's largest directions to ask whether they are new; 0 for none.
+        exact: find them by whole decompositions of every weight.
 
     Raises:
         AdapterFileError: the folder is damaged or not understood.
@@ -38,7 +47,9 @@ def inspect_adapter(
     streamed = open_streamed(base)
     shapes = module_shapes(streamed.model)
     findings = [*_known_base(files, streamed), *lint_against(files, shapes)]
-    return report_adapter(files, beside_base(files, shapes, streamed.read, intruders, emit), findings)
+    search = intruders_exactly if exact else intruders_in_few_passes
+    look = partial(search, k=intruders) if intruders else None
+    return report_adapter(files, beside_base(files, shapes, streamed, look, emit), findings)
 
 
 def _known_base(files: AdapterFiles, base: StreamedBase) -> list[Finding]:

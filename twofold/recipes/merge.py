@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,8 +25,16 @@ from twofold.machine import checked_device, peak_memory_bytes
 from twofold.merging.checkpoint import check_mergeable, write_merged
 from twofold.merging.disk import ROUNDING, NotStreamed, differing, plan_replay, write_replay
 from twofold.merging.requantised import write_requantised
-from twofold.recipes.adapters import Asked
-from twofold.recipes.proof import Verification, pad_token, proof_batch, verify_merge, within_memory
+from twofold.recipes.adapters import Asked, parse_adapter, recorded_head
+from twofold.recipes.proof import (
+    Verification,
+    both_logits,
+    compare,
+    pad_token,
+    proof_batch,
+    verify_merge,
+    within_memory,
+)
 
 PROMPTS = ("What is the capital of France?", "Name three fruits.", "Write one sentence about the sea.", "2 + 2 =")
 """What a merge is proved on when no data is given."""
@@ -45,7 +54,9 @@ def merge_checkpoint(
     with working(f"merging into {output}", emit):
         write(base, output, emit)
     seconds = time.perf_counter() - started
-    return _told(output, seconds, base.device) | _proved(lambda: base, output, examples, emit)
+    return _told(output, seconds, base.device) | _proved(
+        lambda: verify_folder(base, output, examples, emit), output, emit
+    )
 
 
 def merge_from_disk(asked: Asked, output: Path, emit: Emit = silent, *, verify: bool = True) -> dict[str, Any]:
@@ -72,7 +83,10 @@ def merge_from_disk(asked: Asked, output: Path, emit: Emit = silent, *, verify: 
     told = _told(output, ended - started, checked_device("cpu")) | {"writing_seconds": ended - writing}
     if not verify:
         return told | {"proof_seconds": 0.0, "verification": None, "verification_skipped": "it was not asked for"}
-    return told | _proved(lambda: loaded or as_stored(asked).load(emit), output, None, emit)
+    if loaded is not None:
+        held = loaded
+        return told | _proved(lambda: verify_folder(held, output, None, emit), output, emit)
+    return told | _proved(lambda: _verify_apart(as_stored(asked), output, emit), output, emit)
 
 
 def as_stored(asked: Asked) -> Asked:
@@ -93,10 +107,10 @@ def _told(output: Path, seconds: float, device: torch.device) -> dict[str, Any]:
     return {"output": str(output), "seconds": seconds, "peak_memory_bytes": peak_memory_bytes(device)}
 
 
-def _proved(running: Callable[[], Base], output: Path, examples: list[Example] | None, emit: Emit) -> dict[str, Any]:
+def _proved(verify: Callable[[], Verification], output: Path, emit: Emit) -> dict[str, Any]:
     """The proof of a folder, and what it cost."""
     started = time.perf_counter()
-    verification, skipped = within_memory(lambda: verify_folder(running(), output, examples, emit), emit)
+    verification, skipped = within_memory(verify, emit)
     if verification:
         verification.require(str(output), emit)
     return {
@@ -239,6 +253,22 @@ def verify_folder(base: Base, folder: Path, examples: list[Example] | None, emit
     move_buffers(merged.model, base.device)
     batch = proof_batch(examples or prompts(base), base.device)
     return verify_merge(base.model, batch, pad_token(base), merged.model)
+
+
+def _verify_apart(asked: Asked, folder: Path, emit: Emit) -> Verification:
+    """The same where nothing is loaded yet: one model after the other, so that the memory for one suffices.
+
+    The merged folder has the tokenizer and the template that the adapter answers with, so that it gives the prompts too.
+    """
+    device = checked_device(asked.device)
+    head = recorded_head([parse_adapter(a)[0] for a in asked.adapters])
+    merged = load_base(str(folder), asked.dtype, "cpu", emit, head=head)
+    move_buffers(merged.model, device)
+    batch, pad_id = proof_batch(prompts(merged), device), pad_token(merged)
+    found = both_logits(merged.model, batch, pad_id)
+    del merged
+    gc.collect()  # a model and its layers point at each other
+    return compare(asked.load(emit).model, found, batch, pad_id)
 
 
 def prompts(base: Base) -> list[Example]:

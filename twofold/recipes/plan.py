@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from twofold.adapter.config import LoraConfig
-from twofold.adapter.target import ModuleShape, module_shapes
+from twofold.adapter.shapes import ModuleShape, module_shapes
 from twofold.base.blocks import Decoder, describe
 from twofold.base.load import DEFAULT_BASE
 from twofold.base.shapes import meta_model

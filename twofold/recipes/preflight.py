@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from twofold.adapter.config import LoraConfig
-from twofold.adapter.target import module_shapes
+from twofold.adapter.shapes import module_shapes
 from twofold.base.batch import Example, PackedBatch, pack
 from twofold.base.blocks import Decoder, NotDescribed, describe
 from twofold.base.load import Base

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from twofold.adapter.config import LoraConfig, resolve
-from twofold.adapter.target import ModuleShape, find_targets, module_shapes
+from twofold.adapter.shapes import ModuleShape, module_shapes
+from twofold.adapter.target import find_targets
 from twofold.base.batch import Example, pack
 from twofold.base.blocks import NotDescribed
 from twofold.base.load import locate

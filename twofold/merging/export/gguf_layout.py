@@ -91,6 +91,17 @@ class Layout:
         heads = self._heads(key)
         return tensor if heads is None else _swapped(tensor, heads, len(tensor) // heads // 2)
 
+    def stored(self, key: str, tensor: Tensor) -> Tensor:
+        """A tensor of the model as llama.cpp keeps it; norms that are kept as their difference from one come whole, in float32."""
+        return tensor.float() + 1 if self._from_one(key) else self.rows(key, tensor)
+
+    def stored_back(self, key: str, tensor: Tensor) -> Tensor:
+        """The reverse of `stored`."""
+        return tensor.float() - 1 if self._from_one(key) else self.rows_back(key, tensor)
+
+    def _from_one(self, key: str) -> bool:
+        return self.family.from_one and key.endswith("norm.weight")
+
     def _heads(self, key: str) -> int | None:
         if not self.family.turned:
             return None
