@@ -51,7 +51,7 @@ def parameters(rows: int, columns: int, r: int) -> dict[str, Any]:
 
 
 def scales(alpha: float, r: int) -> dict[str, Any]:
-    plain, stabilised = (scale_of(alpha, r, rank_stabilised=rs) for rs in (False, True))
+    plain, stabilised = (scale_of(float(alpha), r, rank_stabilised=rs) for rs in (False, True))
     return {"alpha": alpha, "r": r, "plain": plain, "stabilised": stabilised}
 
 

@@ -15,7 +15,7 @@ from twofold.engine.request import Request
 from twofold.engine.scheduler import Ended, Made
 from twofold.errors import ConfigError
 from twofold.server.errors import ApiError
-from twofold.server.worker import EngineThread, Worker
+from twofold.server.worker import Admitted, EngineThread, Event, Worker
 
 pytest_plugins = ("tiny_fixtures",)
 ASKED = Request(token_ids=[5, 6, 7], max_new_tokens=200, ignore_stop=True)
@@ -34,11 +34,13 @@ async def worker_over(base: Path) -> AsyncIterator[Worker]:
 def test_tokens_come_in_their_order_and_the_end_comes_once(llama_base: Path) -> None:
     async def scene() -> None:
         async with worker_over(llama_base) as worker:
-            heard: list[Made | Ended] = []
+            heard: list[Event] = []
             await worker.submit([Request(token_ids=[5, 6, 7], max_new_tokens=6, ignore_stop=True)], [heard.append])
             await eventually(lambda: heard and isinstance(heard[-1], Ended))
-            assert [type(e) for e in heard] == [Made] * 6 + [Ended]
-            assert heard[-1] == (heard[0].stream, "length", None)
+            admitted, *made, ended = heard
+            assert isinstance(admitted, Admitted)
+            assert len(made) == 6
+            assert all(isinstance(m, Made) and ended == (m.stream, "length", None) for m in made)
 
     asyncio.run(scene())
 

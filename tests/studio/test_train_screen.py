@@ -44,7 +44,8 @@ def fill(page: Page, live: Live | Alone, name: str, **settings: str) -> None:
 
 def points(page: Page) -> int:
     """How many steps the loss curve says it has."""
-    said = page.get_by_role("slider", name=re.compile("Mean loss")).get_attribute("aria-label") or ""
+    curve = page.get_by_role("slider", name=re.compile("Mean loss"))
+    said = (curve.get_attribute("aria-label") or "") if curve.count() else ""  # there is none before the first step
     found = re.search(r"([\d,]+) points", said)
     return int(found[1].replace(",", "")) if found else 0
 

@@ -50,8 +50,12 @@ def fused_kernels(device: torch.device) -> Iterator[None]:
             f"torch.compile makes no kernels for {device.type} here ({_first_line(error)}); it needs a C++ compiler on a CPU "
             "and triton on a GPU; install that, or set training.compile to false"
         ) from error
-    with replaced({run: _compiled(run) for run in _fusible}):
+    with replaced({run: functools.partial(_run_compiled, run) for run in _fusible}):
         yield
+
+
+def _run_compiled(run: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    return _compiled(run)(*args, **named)
 
 
 def _first_line(error: Exception) -> str:
