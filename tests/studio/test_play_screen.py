@@ -81,7 +81,7 @@ def test_scale_zero_is_the_base_and_nothing_is_loaded_again(lanes: Page, play: L
     lanes.get_by_role("button", name="Begin anew").click()
     ask(lanes)
     loud = alone(play.root, f"{play.root / 'red'}:2")
-    assert text(lanes, "red × 2.00") == loud != text(lanes, "base")  # near-ties may fall otherwise later on
+    assert text(lanes, "red × 2.00") == loud != text(lanes, "base")
 
 
 def test_probabilities_are_there_for_mouse_and_keyboard(lanes: Page) -> None:
