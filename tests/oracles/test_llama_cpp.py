@@ -93,7 +93,8 @@ def made(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     folder = tmp_path_factory.mktemp("adapters")
     for name, settings in ADAPTERS.items():
         attach(base.model, LoraConfig(**settings), name)
-    randomise(learned(base.model), scale=0.02)
+        activate(base.model, name)
+        randomise(learned(base.model), scale=0.02)
     for name in ADAPTERS:
         save_adapter(base.model, folder / name, name)
     yield folder
