@@ -25,11 +25,9 @@ from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
 from twofold.lowrank.products import Term, crossed, sum_of_products
 from twofold.native.build import NotBuilt, library
+from twofold.native.kernels import DTYPES, WIDTH
 from twofold.replaceable import original, replaced
 
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-WIDTH = 16
-"""Values of a vector."""
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _DOORS: dict[str, list[Any]] = {
     "product": [ctypes.c_char_p, _I, _P, _P, _I, _I, _I],
