@@ -25,7 +25,7 @@ from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
 from twofold.lowrank.products import Term, crossed, sum_of_products
 from twofold.native.build import NotBuilt, library
-from twofold.native.kernels import DTYPES, WIDTH
+from twofold.native.packed import DTYPES, WIDTH
 from twofold.replaceable import original, replaced
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
