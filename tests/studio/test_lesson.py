@@ -99,6 +99,7 @@ def test_the_picture_is_the_delta_cut_to_the_rank(lesson: Page, live: Live) -> N
     shown.get_by_label("Adapter").select_option("work/red")
     shown.get_by_label("Module").select_option(module)
     slide(shown.get_by_label(re.compile("Rank kept")), 2)
+    expect(shown.get_by_text("a weight of 32 × 32")).to_be_visible()  # the one looked at before is gone
     expect(shown.get_by_role("img", name="The update cut to rank 2")).to_be_visible()
     red_over_blue = """canvas => { const { width, height } = canvas;
       const { data } = canvas.getContext('2d').getImageData(0, 0, width, height);

@@ -42,6 +42,12 @@ def fill(page: Page, live: Live | Alone, name: str, **settings: str) -> None:
         field(page, labels[key]).fill(value)
 
 
+def start(page: Page) -> None:
+    """Start what is filled in; once the data is shown, for then what is below it moves, and a click on its way would miss."""
+    expect(page.get_by_role("group", name="Example 1, token by token")).to_be_visible(timeout=60_000)
+    page.get_by_role("button", name="Start training").click()
+
+
 def points(page: Page) -> int:
     """How many steps the loss curve says it has."""
     curve = page.get_by_role("slider", name=re.compile("Mean loss"))
@@ -75,7 +81,7 @@ def test_a_run_is_started_followed_through_a_reload_stopped_and_resumed(page: Pa
     fill(page, live, "followed", **STEPS)
     page.get_by_role("button", name="Check the run").click()
     expect(page.get_by_text("on this machine, estimated")).to_be_visible(timeout=60_000)
-    page.get_by_role("button", name="Start training").click()
+    start(page)
 
     card = page.get_by_role("region", name="followed")
     eventually(lambda: points(page) > 30)
@@ -128,7 +134,7 @@ def test_runs_are_laid_over_each_other_with_what_differs(page: Page, live: Live)
 
 def test_a_killed_training_is_said_and_gone_on_with(page: Page, live: Live) -> None:
     fill(page, live, "killed", **STEPS)
-    page.get_by_role("button", name="Start training").click()
+    start(page)
     card = page.get_by_role("region", name="killed")
     eventually(lambda: points(page) > 25)
     noted = json.loads((live.root / "runs" / "killed" / "studio" / "process.json").read_text())
@@ -142,7 +148,7 @@ def test_a_killed_training_is_said_and_gone_on_with(page: Page, live: Live) -> N
 def test_a_killed_server_is_said_and_recovered_from(page: Page, live: Live, studio_root: Path) -> None:
     with alone_at(studio_root) as studio:
         fill(page, studio, "alone", **STEPS)
-        page.get_by_role("button", name="Start training").click()
+        start(page)
         eventually(lambda: points(page) > 5)
         studio.kill()
         expect(page.get_by_text("Connection lost")).to_be_visible(timeout=30_000)
