@@ -35,6 +35,12 @@ def fresh(page: Page, address: str) -> None:
     page.goto(address)
 
 
+def start(page: Page) -> None:
+    """Start what is filled in; once the data is shown, for then what is below it moves, and a click on its way would miss."""
+    expect(page.get_by_role("group", name="Example 1, token by token")).to_be_visible(timeout=60_000)
+    page.get_by_role("button", name="Start training").click()
+
+
 def everywhere(page: Page) -> Iterator[None]:
     """On a phone and on a wide screen, light and dark."""
     for size in (PHONE, WIDE):

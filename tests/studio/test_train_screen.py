@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
-from screens import Alone, accessible, alone_at, everywhere, field, fresh, make_run
+from screens import Alone, accessible, alone_at, everywhere, field, fresh, make_run, start
 from studio_app import Live, eventually
 from tiny_base import chats, write_jsonl
 
@@ -40,12 +40,6 @@ def fill(page: Page, live: Live | Alone, name: str, **settings: str) -> None:
     }
     for key, value in settings.items():
         field(page, labels[key]).fill(value)
-
-
-def start(page: Page) -> None:
-    """Start what is filled in; once the data is shown, for then what is below it moves, and a click on its way would miss."""
-    expect(page.get_by_role("group", name="Example 1, token by token")).to_be_visible(timeout=60_000)
-    page.get_by_role("button", name="Start training").click()
 
 
 def points(page: Page) -> int:

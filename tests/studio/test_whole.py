@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from playwright.sync_api import Page, expect
+from screens import field, start
 from studio_app import SECONDS, Live, eventually
 
 pytest_plugins = ("tiny_fixtures",)
@@ -20,10 +20,6 @@ SETTINGS = {
 }
 
 
-def field(page: Page, label: str) -> Any:
-    return page.get_by_role("textbox", name=label, exact=True).or_(page.get_by_role("combobox", name=label, exact=True))
-
-
 def test_smollm2_is_trained_from_the_page(page: Page, live: Live) -> None:
     page.goto(f"{live.url}/#/train/new")
     field(page, "Base model").fill("smollm2-135m-instruct")
@@ -32,7 +28,7 @@ def test_smollm2_is_trained_from_the_page(page: Page, live: Live) -> None:
     page.get_by_text("More settings").click()
     for label, value in SETTINGS.items():
         field(page, label).fill(value)
-    page.get_by_role("button", name="Start training").click()
+    start(page)
 
     card = page.get_by_role("region", name="smollm2")
     expect(card).to_be_visible(timeout=PATIENCE)
