@@ -95,7 +95,7 @@ def faked(plan: AttentionPlan) -> AttentionPlan:
         )
         for b in plan.buckets
     ]
-    return AttentionPlan(plan.heads, tuple(buckets), like_it(plan.outputs), like_it(plan.own_keys))
+    return AttentionPlan(plan.heads, tuple(buckets), like_it(plan.outputs), like_it(plan.own_keys), plan.spans)
 
 
 def a_layout() -> Layout:

@@ -32,6 +32,7 @@ class Scoring(NamedTuple):
     softcap: float | None = None
 
 
+@replaceable
 def attention_forward(
     q: Float[Tensor, "queries heads d"],
     k: Float[Tensor, "rows kv_heads d"],
@@ -39,7 +40,7 @@ def attention_forward(
     plan: AttentionPlan,
     scoring: Scoring,
 ) -> tuple[Float[Tensor, "queries heads d"], list[Tensor | None]]:
-    """Each query's output, filler's too, and the probabilities that are kept for the backward, chunk by chunk."""
+    """Each query's output, filler's of no meaning, and the probabilities that are kept for the backward, chunk by chunk."""
     found: list[Tensor] = []
     kept: list[Tensor | None] = []
     for bucket in plan.buckets:
@@ -53,6 +54,7 @@ def attention_forward(
     return _from_places(found, plan.outputs, q), kept
 
 
+@replaceable
 def attention_backward(
     do: Float[Tensor, "queries heads d"],
     q: Float[Tensor, "queries heads d"],

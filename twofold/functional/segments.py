@@ -93,6 +93,20 @@ class Bucket:
         return int(self.prefix.stop - self.prefix.start)
 
 
+class Spans(NamedTuple):
+    """The segments as they lie, for a kernel that brings nothing side by side; on the CPU.
+
+    Attributes:
+        table: (segments, 6) where each starts and its length, both of its prefix, the number of its first query, how many it has.
+        asking: the row of each query.
+        window: a query sees so many keys.
+    """
+
+    table: Int[Tensor, "segments 6"]
+    asking: Int[Tensor, " query_rows"]
+    window: int | None
+
+
 @dataclass(frozen=True)
 class AttentionPlan:
     """The buckets of a batch, and where each row is found in their results, laid end to end.
@@ -106,6 +120,7 @@ class AttentionPlan:
     buckets: tuple[Bucket, ...]
     outputs: Int[Tensor, " row_heads"]
     own_keys: Int[Tensor, " row_key_heads"]
+    spans: Spans
 
 
 class _Member(NamedTuple):
@@ -145,7 +160,12 @@ def plan_attention(
         tuple(Bucket(b.segments, b.queries.to(device), b.keys.to(device), b.prefix, b.chunks) for b in laid),
         outputs.to(device),
         _inverse(own, rows * heads.keys).to(device),
+        Spans(_table(members), asking, window),
     )
+
+
+def _table(members: Sequence[_Member]) -> Tensor:
+    return torch.tensor([[*m.segment, int(m.numbers[0]), len(m.numbers)] for m in members], dtype=torch.long).view(-1, 6)
 
 
 def _member(segment: Segment, queries: Tensor) -> _Member:

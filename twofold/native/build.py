@@ -64,7 +64,8 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
 def _digest(compiler: str, source: Path) -> str:
     """Of whatever the compiled code depends on."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = (source.read_text(), *FLAGS, version, platform.machine(), _processor())
+    headers = (h.read_text() for h in sorted(source.parent.glob("*.hpp")))
+    parts = (source.read_text(), *headers, *FLAGS, version, platform.machine(), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -19,10 +19,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from twofold.functional import attention, gated, loss, norm, rope
+from twofold.functional.attention import Scoring
 from twofold.functional.gated import ACTIVATIONS, Activation
 from twofold.functional.loss import HeadLoss
 from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
+from twofold.functional.segments import AttentionPlan
 from twofold.lowrank.products import Term, crossed, sum_of_products
 from twofold.native.build import NotBuilt, library
 from twofold.native.packed import DTYPES, WIDTH
@@ -41,6 +43,8 @@ _DOORS: dict[str, list[Any]] = {
     "softmax": [_P, _P, _I, _I, _I, _I],
     "softmax_backward": [_P, _P, _I, _I],
     "loss": [_P, _P, _I, _I, _I, _P, _P],
+    "attention": [ctypes.c_char_p, _P],
+    "attention_backward": [ctypes.c_char_p, _P, _P, _P, _P],
 }
 
 
@@ -224,6 +228,51 @@ def _chunk_loss(logits: Tensor, labels: Tensor, softcap: float | None, *, gradie
     return HeadLoss(losses.sum(), right.sum())
 
 
+def _attention_kernels(plan: AttentionPlan, scoring: Scoring, *tensors: Tensor) -> SimpleNamespace | None:
+    heads_side_by_side = all(t.stride(1) == t.shape[2] and t.shape[2] % 2 == 0 for t in tensors)
+    return _of(*tensors) if heads_side_by_side and scoring.softcap is None else None
+
+
+def _attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Scoring
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Instead of probabilities, the logarithm of each row's sum is kept, behind the None of each chunk that are not."""
+    kernels = _attention_kernels(plan, scoring, q, k, v)
+    if kernels is None:
+        return original(attention.attention_forward)(q, k, v, plan, scoring)
+    out, sums = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+    kernels.attention(_attention(q, k, v, plan, scoring, sums), out.data_ptr())
+    return out, [*(None for bucket in plan.buckets for _ in bucket.chunks), sums]
+
+
+def _attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor | None], plan: AttentionPlan, scoring: Scoring
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = kept[-1] if len(kept) > sum(len(bucket.chunks) for bucket in plan.buckets) else None
+    kernels = _attention_kernels(plan, scoring, q, k, v, do)
+    if sums is None or kernels is None or not do.is_contiguous():
+        return original(attention.attention_backward)(do, q, k, v, kept, plan, scoring)
+    found = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    kernels.attention_backward(
+        _attention(q, k, v, plan, scoring, sums), do.data_ptr(), *(gradient.data_ptr() for gradient in found)
+    )
+    return found
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Scoring, sums: Tensor) -> bytes:
+    """As the kernels read it."""
+    table, asking, window = plan.spans
+    (queries, heads, d), (rows, key_heads, _) = q.shape, k.shape
+    return struct.pack(
+        "=QQQqqqQqQqqqqqqdQ",
+        *(t.data_ptr() for t in (q, k, v)),
+        *(t.stride(0) for t in (q, k, v)),
+        *(table.data_ptr(), len(table), asking.data_ptr()),
+        *(queries, rows, window or 0, heads, key_heads, d),
+        *(scoring.scale, sums.data_ptr()),
+    )
+
+
 KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {
     sum_of_products: _sum_of_products,
     crossed: _crossed,
@@ -233,6 +282,8 @@ KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {
     gated.gated: _gated,
     gated.gated_backward: _gated_backward,
     rope.rotate: _rotate,
+    attention.attention_forward: _attention_forward,
+    attention.attention_backward: _attention_backward,
     attention.probabilities: _probabilities,
     attention.scores_gradient: _scores_gradient,
     loss.chunk_loss: _chunk_loss,

@@ -1,0 +1,360 @@
+// Causal attention over the segments of a packed batch, forward and backward, with no padding, no copies of keys for their query
+// heads and no scores kept: the softmax of a row is found again from its logarithm of a sum.
+//
+// A unit is one segment's key head with some of the queries that share it; its *places* are those queries, heads side by side.
+// Its keys and values, prefix first, are brought together and laid out once. Twelve places at a time meet the keys up to the
+// last that one of them may see. What a unit adds to the gradients of its keys is summed apart, and units in their order.
+
+#pragma once
+
+#include <vector>
+
+#include "tiles.hpp"
+
+struct Span {
+  int64_t start, length, prefix_start, prefix_length, first_query, queries;
+};
+
+template <class T> struct Attention {
+  const T *q, *k, *v;          // (queries, heads, d), (rows, key heads, d) twice, heads without gaps
+  int64_t q_stride, k_stride, v_stride;
+  const Span* spans;
+  int64_t count;
+  const int64_t* asking;       // each query's row
+  int64_t queries, rows, window, heads, key_heads, d;  // window 0: as far back as there are keys
+  double scale;
+  float* lse;                  // (queries, heads) log of the sum of a row's exponentials
+
+  int64_t group() const { return heads / key_heads; }
+};
+
+static const int64_t PANEL = 32;        // keys side by side
+static const int64_t BLOCK = 4 * R;     // places whose gradients of keys are summed at once
+static const int64_t PART = 32 * BLOCK; // places of a unit at least, and a quarter of its segment's
+static const int64_t PARTS = 4;
+
+static inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline __mmask16 between(int64_t at, int64_t from, int64_t to) { return first(to - at) & ~first(from - at); }
+template <class V> static V* aligned(int64_t n) { return (V*)std::aligned_alloc(64, up(std::max<int64_t>(1, n) * sizeof(V), 64)); }
+template <class V> using Own = std::unique_ptr<V, decltype(&std::free)>;
+template <class V> static Own<V> own(int64_t n) { return Own<V>(aligned<V>(n), std::free); }
+
+struct Unit {
+  Span span;
+  int64_t head, from, to;  // places
+  int64_t keys;            // that its last place may see
+  int64_t slab;            // where its keys' gradients are summed
+};
+
+template <class T> struct Places {  // of one unit
+  const Attention<T>& a;
+  const Unit& u;
+  int64_t query(int64_t p) const { return u.span.first_query + p / a.group(); }
+  int64_t head(int64_t p) const { return u.head * a.group() + p % a.group(); }
+  int64_t last(int64_t p) const { return u.span.prefix_length + a.asking[query(p)] - u.span.start; }
+  int64_t first_key(int64_t p) const { return a.window ? std::max<int64_t>(0, last(p) - a.window + 1) : 0; }
+  int64_t row(int64_t key) const { return key < u.span.prefix_length ? u.span.prefix_start + key : u.span.start + key - u.span.prefix_length; }
+  int64_t at(int64_t p) const { return (query(p) * a.heads + head(p)) * a.d; }  // where there are no gaps between rows
+};
+
+template <class T> static std::vector<Unit> units(const Attention<T>& a) {
+  std::vector<Unit> found;
+  int64_t slab = 0;
+  for (int64_t s = 0; s < a.count; s++) {
+    const int64_t places = a.spans[s].queries * a.group();
+    const int64_t each = std::max(PART, up((places + PARTS - 1) / PARTS, BLOCK));
+    for (int64_t head = 0; head < a.key_heads; head++)
+      for (int64_t from = 0; from < places; from += each) {
+        Unit u{a.spans[s], head, from, std::min(places, from + each), 0, slab};
+        u.keys = Places<T>{a, u}.last(u.to - 1) + 1;
+        slab += 2 * up(a.d, 16) * up(u.keys, PANEL);
+        found.push_back(u);
+      }
+  }
+  return found;
+}
+
+// The longest first, so that threads end together.
+static std::vector<int64_t> order(const std::vector<Unit>& found) {
+  std::vector<int64_t> at(found.size());
+  for (size_t i = 0; i < at.size(); i++) at[i] = i;
+  std::stable_sort(at.begin(), at.end(), [&](int64_t i, int64_t j) { return found[i].keys * (found[i].to - found[i].from) > found[j].keys * (found[j].to - found[j].from); });
+  return at;
+}
+
+// One head of a unit's keys or values: together, then laid out by key (inputs along d) or along the keys (columns along d).
+template <class T> struct Laid {
+  int64_t d, panels, words;  // words: of all keys
+  Own<T> together;
+  Own<__m512i> by_key, along;
+
+  Laid(int64_t d, int64_t most) : d(d), panels(0), words(0), together(own<T>(up(most, PANEL) * d)), by_key(nullptr, std::free), along(nullptr, std::free) {
+    by_key = own<__m512i>(up(most, PANEL) / PANEL * d * 2);
+    along = own<__m512i>(up(d, PANEL) / PANEL * up(most, PANEL) * 2);
+  }
+  void bring(const T* x, int64_t stride, const Places<T>& places) {
+    panels = up(places.u.keys, PANEL) / PANEL;
+    words = panels * PANEL / Word<T>::inputs;
+    for (int64_t j = 0; j < places.u.keys; j++) std::memcpy(together.get() + j * d, x + places.row(j) * stride + places.u.head * d, d * sizeof(T));
+    std::memset((void*)(together.get() + places.u.keys * d), 0, (panels * PANEL - places.u.keys) * d * sizeof(T));
+  }
+  void lay_by_key() {
+    const Term<T> t{nullptr, 0, together.get(), d, d, 0, 1};
+    for (int64_t p = 0; p < panels; p++) lay<T, 2>(t, p * PANEL, panels * PANEL, 0, d / Word<T>::inputs, panel(p));
+  }
+  void lay_along() {
+    const Term<T> t{nullptr, 0, together.get(), d, panels * PANEL, 1, 1};
+    for (int64_t n = 0; n < d; n += PANEL) lay<T, 2>(t, n, d, 0, words, column(n, 0));
+  }
+  __m512i* panel(int64_t p) { return by_key.get() + p * (d / Word<T>::inputs) * 2; }
+  __m512i* column(int64_t n, int64_t key) { return along.get() + (n / PANEL * words + key / Word<T>::inputs) * 2; }
+};
+
+// Products of up to 12 rows with the panels of keys [base, end), into rows of `to` with room for `width` keys.
+template <class T> static void meet(const T* const* x, int rows, Laid<T>& keys, int64_t base, int64_t end, float* to, int64_t width) {
+  for (int64_t at = base; at < end; at += PANEL) {
+    __m512 sums[R][2] = {};
+    tiles<T, 2>(rows, x, keys.panel(at / PANEL), keys.d / Word<T>::inputs, sums);
+    for (int r = 0; r < rows; r++) EACH(b, 2) _mm512_store_ps(to + r * width + at + 16 * b, sums[r][b]);
+  }
+}
+
+// Products of up to 12 rows over the keys [base, end) with what lies along them, each row times its `by`, into rows of d values.
+template <class T>
+static void gather(const T* p, int64_t width, int rows, Laid<T>& values, int64_t base, int64_t end, const float* by, T* const* to) {
+  const T* x[R];
+  for (int r = 0; r < rows; r++) x[r] = p + r * width + base;
+  for (int64_t n = 0; n < values.d; n += PANEL) {
+    __m512 sums[R][2] = {};
+    tiles<T, 2>(rows, x, values.column(n, base), (end - base) / Word<T>::inputs, sums);
+    for (int r = 0; r < rows; r++) EACH(b, 2) put(_mm512_mul_ps(sums[r][b], all(by[r])), to[r] + n + 16 * b, first(values.d - n - 16 * b));
+  }
+}
+
+// Which keys some places may see, to whole panels.
+template <class T> static void seen(const Places<T>& places, int64_t from, int64_t to, int64_t& base, int64_t& end) {
+  base = places.first_key(from) / PANEL * PANEL, end = places.last(to - 1) / PANEL * PANEL + PANEL;
+}
+
+template <class T> static void attend(const Attention<T>& a, const Unit& u, T* out, Laid<T>& keys, Laid<T>& values, float* scores, T* p) {
+  const Places<T> places{a, u};
+  keys.bring(a.k, a.k_stride, places), keys.lay_by_key();
+  values.bring(a.v, a.v_stride, places), values.lay_along();
+  const int64_t width = keys.panels * PANEL;
+  const __m512 scale = all(float(a.scale));
+  for (int64_t from = u.from; from < u.to; from += R) {
+    const int rows = int(std::min<int64_t>(R, u.to - from));
+    int64_t base, end;
+    seen(places, from, from + rows, base, end);
+    const T* x[R];
+    T* y[R];
+    float by[R];
+    for (int r = 0; r < rows; r++) x[r] = a.q + places.query(from + r) * a.q_stride + places.head(from + r) * a.d, y[r] = out + places.at(from + r);
+    meet(x, rows, keys, base, end, scores, width);
+    for (int r = 0; r < rows; r++) {
+      const int64_t begin = places.first_key(from + r), stop = places.last(from + r) + 1;
+      __m512 top = all(-INFINITY), total = _mm512_setzero_ps();
+      for (int64_t at = base; at < end; at += 16) {
+        const __mmask16 m = between(at, begin, stop);
+        top = _mm512_mask_max_ps(top, m, top, _mm512_load_ps(scores + r * width + at));
+      }
+      const float most = _mm512_reduce_max_ps(top);
+      for (int64_t at = base; at < end; at += 16) {
+        __m512 s = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(scores + r * width + at), all(most)), scale);
+        __m512 e = _mm512_maskz_mov_ps(between(at, begin, stop), exp16(s));
+        total = _mm512_add_ps(total, e);
+        put(e, p + r * width + at, 0xffff);
+      }
+      const float sum = _mm512_reduce_add_ps(total);
+      by[r] = 1 / sum;
+      a.lse[places.query(from + r) * a.heads + places.head(from + r)] = most * float(a.scale) + std::log(sum);
+    }
+    gather(p, width, rows, values, base, end, by, y);
+  }
+}
+
+// Rows side by side, two to a word in bfloat16; a missing one is zero.
+static inline __m512i word(__m512 v, __m512, float) { return _mm512_castps_si512(v); }
+#if defined(__AVX512BF16__)
+static inline __m512i word(__m512 low, __m512 high, bf16) { return Word<bf16>::together(narrowed(low), narrowed(high)); }
+#endif
+
+// What the backward of a unit works in.
+template <class T> struct Desk {
+  int64_t width;
+  Laid<T> keys, values;
+  Own<float> scores, dp;            // (12, keys)
+  Own<T> ds;                        // (12, keys)
+  Own<__m512i> p_words, ds_words;   // [panel of keys][word of places][2]
+  Own<T> q_turned, do_turned;       // (d, places of a block)
+
+  Desk(int64_t d, int64_t most)
+      : width(up(most, PANEL)), keys(d, most), values(d, most), scores(own<float>(R * width)), dp(own<float>(R * width)), ds(own<T>(R * width)),
+        p_words(own<__m512i>(width / PANEL * BLOCK * 2)), ds_words(own<__m512i>(width / PANEL * BLOCK * 2)), q_turned(own<T>(d * BLOCK)), do_turned(own<T>(d * BLOCK)) {}
+};
+
+// x^T of a block's rows, filled up with zeros.
+template <class T> static void turn(const T* const* x, int64_t rows, int64_t d, T* to) {
+  std::memset((void*)to, 0, d * BLOCK * sizeof(T));
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < d; i++) to[i * BLOCK + r] = x[r][i];
+}
+
+// sums (d, keys) += x (d, places) w (places, keys).
+template <class T> static void add_block(const T* x, int64_t d, const __m512i* words, int64_t count, int64_t base, int64_t end, float* sums, int64_t width) {
+  for (int64_t at = base; at < end; at += PANEL)
+    for (int64_t i = 0; i < d; i += R) {
+      const int rows = int(std::min<int64_t>(R, d - i));
+      const T* from[R];
+      __m512 s[R][2];
+      for (int r = 0; r < rows; r++) {
+        from[r] = x + (i + r) * BLOCK;
+        EACH(b, 2) s[r][b] = _mm512_load_ps(sums + (i + r) * width + at + 16 * b);
+      }
+      tiles<T, 2>(rows, from, words + at / PANEL * BLOCK * 2, count, s);
+      for (int r = 0; r < rows; r++) EACH(b, 2) _mm512_store_ps(sums + (i + r) * width + at + 16 * b, s[r][b]);
+    }
+}
+
+// Probabilities and gradients of the scores of up to 12 places, which are the block's from the `word`-th word on.
+template <class T>
+static void scores_backward(const Attention<T>& a, const Places<T>& places, int64_t from, int rows, int64_t base, int64_t end, int64_t at_word, int64_t wide_base, int64_t wide_end, Desk<T>& desk) {
+  const int64_t width = desk.width;
+  const __m512 scale = all(float(a.scale));
+  float* p = desk.scores.get();
+  float* ds = desk.dp.get();
+  for (int r = 0; r < rows; r++) {
+    const int64_t begin = places.first_key(from + r), stop = places.last(from + r) + 1;
+    const __m512 lse = all(a.lse[places.query(from + r) * a.heads + places.head(from + r)]);
+    __m512 shared = _mm512_setzero_ps();
+    for (int64_t at = base; at < end; at += 16) {
+      const __mmask16 m = between(at, begin, stop);
+      __m512 e = _mm512_maskz_mov_ps(m, exp16(_mm512_fmsub_ps(_mm512_load_ps(p + r * width + at), scale, lse)));
+      shared = _mm512_mask3_fmadd_ps(e, _mm512_load_ps(ds + r * width + at), shared, m);
+      _mm512_store_ps(p + r * width + at, e);
+    }
+    const __m512 mean = all(_mm512_reduce_add_ps(shared));
+    for (int64_t at = base; at < end; at += 16) {
+      const __mmask16 m = between(at, begin, stop);
+      __m512 e = _mm512_mul_ps(_mm512_load_ps(p + r * width + at), scale);
+      __m512 g = _mm512_maskz_mul_ps(m, e, _mm512_sub_ps(_mm512_load_ps(ds + r * width + at), mean));
+      _mm512_store_ps(ds + r * width + at, g);
+      put(g, desk.ds.get() + r * width + at, 0xffff);
+    }
+  }
+  const int in_word = Word<T>::inputs;
+  const __m512 none = _mm512_setzero_ps();
+  for (int r = 0; r < rows; r += in_word)
+    for (int64_t at = wide_base; at < wide_end; at += 16) {
+      const bool inside = at >= base && at < end, pair = inside && r + 1 < rows;
+      const int64_t to = (at / PANEL * BLOCK + at_word + r / in_word) * 2 + at / 16 % 2;
+      const int64_t one = r * width + at, two = one + width;
+      desk.p_words.get()[to] = word(inside ? _mm512_load_ps(p + one) : none, pair ? _mm512_load_ps(p + two) : none, T{});
+      desk.ds_words.get()[to] = word(inside ? _mm512_load_ps(ds + one) : none, pair ? _mm512_load_ps(ds + two) : none, T{});
+    }
+}
+
+template <class T> static void attend_backward(const Attention<T>& a, const Unit& u, const T* dout, T* dq, float* slab, Desk<T>& desk) {
+  const Places<T> places{a, u};
+  desk.keys.bring(a.k, a.k_stride, places), desk.keys.lay_by_key(), desk.keys.lay_along();
+  desk.values.bring(a.v, a.v_stride, places), desk.values.lay_by_key();
+  const int64_t keys = up(u.keys, PANEL);
+  float *dk = slab, *dv = slab + up(a.d, 16) * keys;
+  std::memset(slab, 0, 2 * up(a.d, 16) * keys * sizeof(float));
+  const float ones[R] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  for (int64_t begin = u.from; begin < u.to; begin += BLOCK) {
+    const int64_t count = std::min(BLOCK, u.to - begin);
+    const T *x[BLOCK], *g[BLOCK];
+    for (int64_t r = 0; r < count; r++) {
+      x[r] = a.q + places.query(begin + r) * a.q_stride + places.head(begin + r) * a.d;
+      g[r] = dout + places.at(begin + r);
+    }
+    int64_t wide_base, wide_end;
+    seen(places, begin, begin + count, wide_base, wide_end);
+    for (int64_t from = 0; from < count; from += R) {
+      const int rows = int(std::min<int64_t>(R, count - from));
+      int64_t base, end;
+      seen(places, begin + from, begin + from + rows, base, end);
+      meet(x + from, rows, desk.keys, base, end, desk.scores.get(), desk.width);
+      meet(g + from, rows, desk.values, base, end, desk.dp.get(), desk.width);
+      scores_backward(a, places, begin + from, rows, base, end, from / Word<T>::inputs, wide_base, wide_end, desk);
+      T* to[R];
+      for (int r = 0; r < rows; r++) to[r] = dq + places.at(begin + from + r);
+      gather(desk.ds.get(), desk.width, rows, desk.keys, base, end, ones, to);
+    }
+    const int64_t words = (count + Word<T>::inputs - 1) / Word<T>::inputs;
+    turn(x, count, a.d, desk.q_turned.get()), turn(g, count, a.d, desk.do_turned.get());
+    add_block(desk.q_turned.get(), a.d, desk.ds_words.get(), words, wide_base, wide_end, dk, keys);
+    add_block(desk.do_turned.get(), a.d, desk.p_words.get(), words, wide_base, wide_end, dv, keys);
+  }
+}
+
+// 16 columns of one key head's gradient, of all rows: what every unit adds to it, in their order.
+template <class T> static void collect(const Attention<T>& a, const std::vector<Unit>& all_units, const float* slabs, int64_t head, int64_t which, int64_t n, T* to) {
+  std::vector<__m512> sums(a.rows, _mm512_setzero_ps());
+  for (const Unit& u : all_units) {
+    if (u.head != head) continue;
+    const Places<T> places{a, u};
+    const int64_t keys = up(u.keys, PANEL);
+    const float* from = slabs + u.slab + (which * up(a.d, 16) + n) * keys;
+    for (int64_t j = 0; j < u.keys; j += 16) {
+      __m512i r[16];
+      EACH(i, 16) r[i] = _mm512_load_si512(from + i * keys + j);
+      transpose(r);
+      for (int64_t i = 0; i < std::min<int64_t>(16, u.keys - j); i++) {
+        __m512& sum = sums[places.row(j + i)];
+        sum = _mm512_add_ps(sum, _mm512_castsi512_ps(r[i]));
+      }
+    }
+  }
+  for (int64_t row = 0; row < a.rows; row++) put(sums[row], to + (row * a.key_heads + head) * a.d + n, first(a.d - n));
+}
+
+// Queries of no span are filler: nothing comes of them.
+template <class T> static void clear_others(const Attention<T>& a, T* of_queries) {
+  std::vector<char> covered(a.queries, 0);
+  for (int64_t s = 0; s < a.count; s++) std::fill_n(covered.begin() + a.spans[s].first_query, a.spans[s].queries, 1);
+  for (int64_t i = 0; i < a.queries; i++)
+    if (!covered[i]) std::memset((void*)(of_queries + i * a.heads * a.d), 0, a.heads * a.d * sizeof(T));
+}
+
+static int64_t most_keys(const std::vector<Unit>& found) {
+  int64_t most = 0;
+  for (const Unit& u : found) most = std::max(most, u.keys);
+  return most;
+}
+
+template <class T> static void attention_forward(const Attention<T>& a, T* out) {
+  const std::vector<Unit> found = units(a);
+  const std::vector<int64_t> turns = order(found);
+  const int64_t most = most_keys(found);
+  clear_others(a, out);
+#pragma omp parallel
+  {
+    Laid<T> keys(a.d, most), values(a.d, most);
+    const Own<float> scores = own<float>(R * up(most, PANEL));
+    const Own<T> p = own<T>(R * up(most, PANEL));
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < turns.size(); i++) attend(a, found[turns[i]], out, keys, values, scores.get(), p.get());
+  }
+}
+
+template <class T> static void attention_backward(const Attention<T>& a, const T* dout, T* dq, T* dk, T* dv) {
+  const std::vector<Unit> found = units(a);
+  const std::vector<int64_t> turns = order(found);
+  const int64_t most = most_keys(found);
+  const Own<float> slabs = own<float>(found.empty() ? 0 : found.back().slab + 2 * up(a.d, 16) * up(found.back().keys, PANEL));
+  clear_others(a, dq);
+#pragma omp parallel
+  {
+    Desk<T> desk(a.d, most);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < turns.size(); i++) attend_backward(a, found[turns[i]], dout, dq, slabs.get() + found[turns[i]].slab, desk);
+    const int64_t columns = up(a.d, 16) / 16;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < a.key_heads * 2 * columns; i++) {
+      const int64_t which = i % 2, n = i / 2 % columns * 16, head = i / 2 / columns;
+      collect(a, found, slabs.get(), head, which, n, which ? dv : dk);
+    }
+  }
+}
