@@ -165,7 +165,9 @@ def plan_attention(
 
 
 def _table(members: Sequence[_Member]) -> Tensor:
-    return torch.tensor([[*m.segment, int(m.numbers[0]), len(m.numbers)] for m in members], dtype=torch.long).view(-1, 6)
+    return torch.tensor([[*m.segment, int(m.numbers[0]), len(m.numbers)] for m in members], dtype=torch.long).view(
+        -1, 6
+    )
 
 
 def _member(segment: Segment, queries: Tensor) -> _Member:

@@ -232,7 +232,7 @@ def _rank_gradient(gradients: Sequence[Tensor], group: Group) -> Float[Tensor, "
 def _learned_gradients(dy: Tensor, du: Tensor, h: Tensor | None, dA: Tensor | None, m: Member) -> list[Tensor]:
     found = [dA[m.columns]] if m.learns_A and dA is not None else []
     if m.learns_B and h is not None:
-        found.append(crossed(h[:, m.columns], du, m.scale).T)
+        found.append(crossed(du, h[:, m.columns], m.scale))
     if m.learns_bias:
         found.append(dy.sum(0))
     if m.learns_stretch and m.stretch is not None and h is not None:

@@ -62,6 +62,6 @@ def _product(term: Term, bias: Tensor | None = None) -> Tensor:
 
 @replaceable
 def crossed(left: Float[Tensor, "rows m"], right: Float[Tensor, "rows n"], scale: float = 1.0) -> Float[Tensor, "m n"]:
-    """scale · leftᵀ right, in their type or a wider one: the gradient of a factor."""
-    found = left.T @ right
+    """scale · leftᵀ right, in their type or a wider one: the gradient of a factor. The wider of the two is streamed through."""
+    found = left.T @ right if left.shape[1] <= right.shape[1] else (right.T @ left).T
     return found if scale == 1 else found.mul_(scale)

@@ -12,11 +12,11 @@
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-template <class T, class O> struct Product {
+template <class T> struct Product {
   const Term<T>* terms;
   int64_t count;
   const T* bias;  // null for none
-  O* y;
+  T* y;
   int64_t y_stride, rows, width;
 };
 
@@ -36,8 +36,8 @@ static void add_term(const Term<T>& t, int64_t begin, int64_t words, int64_t row
   tiles<T, B>(rows, x, laid, words, sums);
 }
 
-template <class T, class O, int B>
-static void finish(const Product<T, O>& p, int64_t n, int64_t row, int rows, const __m512 (&sums)[R][B]) {
+template <class T, int B>
+static void finish(const Product<T>& p, int64_t n, int64_t row, int rows, const __m512 (&sums)[R][B]) {
   for (int r = 0; r < rows; r++)
     for (int b = 0; b < B; b++) {
       const int64_t at = n + b * 16;
@@ -47,7 +47,7 @@ static void finish(const Product<T, O>& p, int64_t n, int64_t row, int rows, con
 }
 
 // B blocks of columns from the n-th on, of some rows.
-template <class T, class O, int B> static void columns(const Product<T, O>& p, int64_t n, int64_t from, int64_t to, Room& room) {
+template <class T, int B> static void columns(const Product<T>& p, int64_t n, int64_t from, int64_t to, Room& room) {
   const int64_t passes = (to - from + R - 1) / R;
   for (int64_t i = 0; i < p.count; i++) {
     const int64_t all = p.terms[i].inputs / Word<T>::inputs;
@@ -68,7 +68,7 @@ template <class T, class O, int B> static void columns(const Product<T, O>& p, i
   }
 }
 
-template <class T, class O> static void product(const Product<T, O>& p) {
+template <class T> static void product(const Product<T>& p) {
   int64_t words = 1;
   for (int64_t i = 0; i < p.count; i++) words = std::max(words, std::min(LAID, p.terms[i].inputs / Word<T>::inputs));
   const int64_t pieces = (p.width + 31) / 32, enough = 4 * omp_get_max_threads();
@@ -83,10 +83,84 @@ template <class T, class O> static void product(const Product<T, O>& p) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < pieces * parts; task++) {
       const int64_t n = task % pieces * 32, from = task / pieces * each, to = std::min(p.rows, from + each);
-      if (p.width - n > 16) columns<T, O, 2>(p, n, from, to, *(Room*)room.get());
-      else columns<T, O, 1>(p, n, from, to, *(Room*)room.get());
+      if (p.width - n > 16) columns<T, 2>(p, n, from, to, *(Room*)room.get());
+      else columns<T, 1>(p, n, from, to, *(Room*)room.get());
     }
   }
+}
+
+// ---- crossed products: of all rows, for the gradient of a factor ----------------------------------------------------
+
+// Two rows' 32 values as the words of two blocks, in an order of their own, or one row's.
+static inline void words_of(const float* x, int64_t, int64_t, __mmask16 low, __mmask16 high, __m512i (&w)[2]) {
+  w[0] = _mm512_maskz_loadu_epi32(low, x), w[1] = _mm512_maskz_loadu_epi32(high, x + 16);
+}
+static inline void in_order(__m512 (&)[2], float) {}
+#if defined(__AVX512BF16__)
+static inline void words_of(const bf16* x, int64_t stride, int64_t rows, __mmask16 low, __mmask16 high, __m512i (&w)[2]) {
+  const __mmask32 m = __mmask32(high) << 16 | low;
+  __m512i one = _mm512_maskz_loadu_epi16(m, x), two = _mm512_maskz_loadu_epi16(rows > 1 ? m : 0, x + stride);
+  w[0] = _mm512_unpacklo_epi16(one, two), w[1] = _mm512_unpackhi_epi16(one, two);
+}
+static inline void in_order(__m512 (&v)[2], bf16) {
+  const __m512i early = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i late = _mm512_add_epi32(early, _mm512_set1_epi32(8));
+  __m512 a = _mm512_permutex2var_ps(v[0], early, v[1]), b = _mm512_permutex2var_ps(v[0], late, v[1]);
+  v[0] = a, v[1] = b;
+}
+#endif
+
+// scale * narrow^T wide in float32, (m, n), or (n, m) where `turned`.
+template <class T> struct Crossed {
+  const T* narrow;  // (rows, m)
+  int64_t narrow_stride;
+  const T* wide;    // (rows, n)
+  int64_t wide_stride;
+  int64_t rows, m, n, turned;
+  double scale;
+  float* y;
+};
+
+// M rows from the i-th on, of the 32 columns from the at-th on; `left` holds the narrow one's words, m side by side.
+template <class T, int M> static void crossed_tile(const Crossed<T>& c, const T* left, int64_t i, int64_t at) {
+  const int inputs = Word<T>::inputs;
+  const __mmask16 low = first(c.n - at), high = first(c.n - at - 16);
+  __m512 sums[M][2] = {};
+  for (int64_t row = 0; row < c.rows;) {
+    __m512 a[M][2];
+    EACH(r, M) EACH(b, 2) a[r][b] = _mm512_setzero_ps();
+    for (const int64_t end = std::min(c.rows, row + STRETCH * inputs); row < end; row += inputs) {
+      __m512i w[2];
+      words_of(c.wide + row * c.wide_stride + at, c.wide_stride, c.rows - row, low, high, w);
+      EACH(r, M) EACH(b, 2) a[r][b] = Word<T>::add(a[r][b], w[b], left + (row / inputs * c.m + i + r) * inputs);
+    }
+    EACH(r, M) EACH(b, 2) sums[r][b] = _mm512_add_ps(sums[r][b], a[r][b]);
+  }
+  EACH(r, M) {
+    in_order(sums[r], T{});
+    EACH(b, 2) {
+      const __m512 v = _mm512_mul_ps(sums[r][b], all(float(c.scale)));
+      if (!c.turned) put(v, c.y + (i + r) * c.n + at + 16 * b, b ? high : low);
+      else _mm512_mask_i32scatter_ps(c.y + (at + 16 * b) * c.m + i + r, b ? high : low, _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(int(c.m))), v, 4);
+    }
+  }
+}
+
+template <class T> static void crossed(const Crossed<T>& c) {
+  const int inputs = Word<T>::inputs;
+  const std::unique_ptr<T[]> left(new T[up(c.rows, inputs) * c.m]());
+  for (int64_t row = 0; row < c.rows; row++)
+    for (int64_t i = 0; i < c.m; i++) left[(row / inputs * c.m + i) * inputs + row % inputs] = c.narrow[row * c.narrow_stride + i];
+  const int64_t panels = (c.n + 31) / 32, passes = (c.m + R - 1) / R;
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int64_t at = 0; at < panels * 32; at += 32)
+    for (int64_t pass = 0, i = 0; pass < passes; pass++) {
+      const int64_t rows = (c.m - i + passes - pass - 1) / (passes - pass);
+#define ROWS(M) case M: crossed_tile<T, M>(c, left.get(), i, at); break;
+      switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) }
+#undef ROWS
+      i += rows;
+    }
 }
 
 // ---- between the products -------------------------------------------------------------------------------------------
@@ -250,10 +324,10 @@ static void loss(T* logits, const int64_t* labels, int64_t gradient, int64_t row
 
 #define DOORS(name, T) \
   void product_##name(const Term<T>* terms, int64_t count, const T* bias, T* y, int64_t y_stride, int64_t rows, int64_t width) { \
-    product<T, T>({terms, count, bias, y, y_stride, rows, width}); \
+    product<T>({terms, count, bias, y, y_stride, rows, width}); \
   } \
-  void wide_product_##name(const Term<T>* terms, int64_t count, const T* bias, float* y, int64_t y_stride, int64_t rows, int64_t width) { \
-    product<T, float>({terms, count, bias, y, y_stride, rows, width}); \
+  void crossed_##name(const T* narrow, int64_t ns, const T* wide, int64_t ws, int64_t rows, int64_t m, int64_t n, int64_t turned, double scale, float* y) { \
+    crossed<T>({narrow, ns, wide, ws, rows, m, n, turned, scale, y}); \
   } \
   void reciprocal_rms_##name(const T* x, double eps, int64_t rows, int64_t d, float* rho) { reciprocal_rms(x, eps, rows, d, rho); } \
   void norm_##name(const T* x, const float* rho, const void* w, int64_t wide, int64_t rows, int64_t d, T* y) { \

@@ -33,7 +33,7 @@ from twofold.replaceable import original, replaced
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _DOORS: dict[str, list[Any]] = {
     "product": [ctypes.c_char_p, _I, _P, _P, _I, _I, _I],
-    "wide_product": [ctypes.c_char_p, _I, _P, _P, _I, _I, _I],
+    "crossed": [_P, _I, _P, _I, _I, _I, _I, _I, _F, _P],
     "reciprocal_rms": [_P, _F, _I, _I, _P],
     "norm": [_P, _P, _P, _I, _I, _I, _P],
     "norm_backward": [_P, _P, _P, _P, _I, _I, _I, _P],
@@ -46,6 +46,9 @@ _DOORS: dict[str, list[Any]] = {
     "attention": [ctypes.c_char_p, _P],
     "attention_backward": [ctypes.c_char_p, _P, _P, _P, _P],
 }
+
+_TERM = struct.Struct("=QqQqqqd")
+_ATTENTION = struct.Struct("=QQQqqqQqQqqqqqqdQ")
 
 
 def _typed(dtype: torch.dtype) -> SimpleNamespace:
@@ -111,18 +114,20 @@ def _sum_of_products(terms: Sequence[Term], bias: Tensor | None = None) -> Tenso
 
 def _crossed(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     k = _of(left, right)
-    if k is None or len(left) % 2:
+    if k is None:
         return original(crossed)(left, right, scale)
     y = left.new_empty(left.shape[1], right.shape[1], dtype=torch.float32)
-    term = Term(left.T.contiguous(), right, as_read=True, scale=scale)
-    k.wide_product(_packed([term]), 1, None, y.data_ptr(), y.stride(0), *y.shape)
+    turned = left.shape[1] > right.shape[1]
+    narrow, wide = (right, left) if turned else (left, right)
+    read = (narrow.data_ptr(), narrow.stride(0), wide.data_ptr(), wide.stride(0))
+    k.crossed(*read, len(narrow), narrow.shape[1], wide.shape[1], turned, scale, y.data_ptr())
     return y
 
 
 def _packed(terms: Sequence[Term]) -> bytes:
     """As the kernels read terms."""
     return b"".join(
-        struct.pack("=QqQqqqd", x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), x.shape[1], as_read, scale)
+        _TERM.pack(x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), x.shape[1], as_read, scale)
         for x, w, as_read, scale in terms
         if isinstance(w, Tensor)
     )
@@ -263,8 +268,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Sc
     """As the kernels read it."""
     table, asking, window = plan.spans
     (queries, heads, d), (rows, key_heads, _) = q.shape, k.shape
-    return struct.pack(
-        "=QQQqqqQqQqqqqqqdQ",
+    return _ATTENTION.pack(
         *(t.data_ptr() for t in (q, k, v)),
         *(t.stride(0) for t in (q, k, v)),
         *(table.data_ptr(), len(table), asking.data_ptr()),

@@ -153,7 +153,7 @@ def _group_products(group: Group, rows: int, some: _Operands, *, input_gradient:
         into.append(Term(dy, m.weight, as_read=True))
         if m.B is not None and h is not None:
             sum_of_products([Term(dy, m.B, as_read=True)])
-            crossed(h, dy)
+            crossed(dy, h)
     if group.A is not None and ranks is not None:
         crossed(ranks, x)
         into.append(Term(ranks, group.A, as_read=True))
