@@ -79,8 +79,7 @@ def operations_of_the_floor(
 def test_the_floor_has_the_operations_of_a_step(
     family: str, share: bool, keep: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (attention, floor):
-        monkeypatch.setattr(module, "KEEP_UP_TO", keep)
+    monkeypatch.setattr(attention, "KEEP_UP_TO", keep)
     decoder, batch = decoder_of(family), a_batch()
     expected = operations_of_a_step(decoder, batch, share=share)
     assert operations_of_the_floor(decoder, batch, monkeypatch, share=share) == expected

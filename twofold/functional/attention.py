@@ -12,6 +12,7 @@ dV = Pᵀ dO, dP = dO Vᵀ, dS = P ⊙ (dP - rowsum(dP ⊙ P)), dQ = s dS K, dK 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -98,7 +99,6 @@ def _bucket_backward(
     return _joined(dqs, 1), _summed(dks, bucket, k), _summed(dvs, bucket, v)
 
 
-@replaceable
 def probabilities(
     scores: Float[Tensor, "batch places keys"], mask: Float[Tensor, "_ places masked"]
 ) -> Float[Tensor, "batch places keys"]:
@@ -108,7 +108,6 @@ def probabilities(
     return torch.softmax(scores, -1)
 
 
-@replaceable
 def scores_gradient(
     dp: Float[Tensor, "batch places keys"], p: Float[Tensor, "batch places keys"]
 ) -> Float[Tensor, "batch places keys"]:
@@ -166,6 +165,32 @@ def _summed(parts: list[Tensor], bucket: Bucket, like: Tensor) -> Tensor:
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+@replaceable
+def attention_products(
+    plan: AttentionPlan, d: int, scoring: Scoring, operand: Callable[..., Tensor], *, backward: bool
+) -> None:
+    """The products of a forward, and of a backward, and nothing else: for a floor under their time.
+
+    Args:
+        operand: makes a matrix of a shape.
+    """
+    for bucket in plan.buckets:
+        batch = bucket.segments * plan.heads.keys
+        for chunk in bucket.chunks:
+            q = operand(batch, chunk.queries.stop - chunk.queries.start, d)
+            k = operand(batch, chunk.keys.stop - chunk.keys.start, d)
+            scores = torch.bmm(q, k.transpose(1, 2))
+            torch.bmm(scores, k)
+            if not backward:
+                continue
+            again = k.shape[1] > KEEP_UP_TO or scoring.softcap
+            for _ in range(2 if again else 1):  # dP, and the scores again where they were not kept, or not unbent
+                torch.bmm(q, k.transpose(1, 2))
+            torch.bmm(scores, k)  # dQ
+            for _ in range(2):  # dK, dV
+                torch.bmm(scores.transpose(1, 2), q)
 
 
 def cached_attention(

@@ -106,6 +106,15 @@ class Spans(NamedTuple):
     asking: Int[Tensor, " query_rows"]
     window: int | None
 
+    @property
+    def keys_seen(self) -> int:
+        """By all queries together."""
+        found = 0
+        for start, _, _, prefix_length, first, queries in self.table.tolist():
+            seen = prefix_length + 1 + self.asking[first : first + queries] - start
+            found += int(seen.clamp_max(self.window or int(seen.max())).sum())
+        return found
+
 
 @dataclass(frozen=True)
 class AttentionPlan:

@@ -22,7 +22,7 @@ template <class T> struct Attention {
   int64_t count;
   const int64_t* asking;       // each query's row
   int64_t queries, rows, window, heads, key_heads, d;  // window 0: as far back as there are keys
-  double scale;
+  double scale, cap;           // scores are scaled, then cap tanh(score / cap); cap 0: as they are
   float* lse;                  // (queries, heads) log of the sum of a row's exponentials
 
   int64_t group() const { return heads / key_heads; }
@@ -110,12 +110,23 @@ template <class T> struct Laid {
   __m512i* column(int64_t n, int64_t key) { return along.get() + (n / PANEL * words + key / Word<T>::inputs) * 2; }
 };
 
-// Products of up to 12 rows with the panels of keys [base, end), into rows of `to` with room for `width` keys.
-template <class T> static void meet(const T* const* x, int rows, Laid<T>& keys, int64_t base, int64_t end, float* to, int64_t width) {
+static inline __m512 tanh16(__m512 x) {
+  __m512 e = exp16(_mm512_mul_ps(_mm512_abs_ps(x), all(-2)));
+  __m512 t = _mm512_div_ps(_mm512_sub_ps(all(1), e), _mm512_add_ps(all(1), e));
+  return _mm512_mask_sub_ps(t, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps(), t);
+}
+static inline __m512 bent(__m512 x, float scale, float cap) {
+  x = _mm512_mul_ps(x, all(scale));
+  return cap ? _mm512_mul_ps(all(cap), tanh16(_mm512_div_ps(x, all(cap)))) : x;
+}
+
+// Products of up to 12 rows with the panels of keys [base, end), scaled and bent, into rows of `to` with room for `width` keys.
+template <class T>
+static void meet(const T* const* x, int rows, Laid<T>& keys, int64_t base, int64_t end, float scale, float cap, float* to, int64_t width) {
   for (int64_t at = base; at < end; at += PANEL) {
     __m512 sums[R][2] = {};
     tiles<T, 2>(rows, x, keys.panel(at / PANEL), keys.d / Word<T>::inputs, sums);
-    for (int r = 0; r < rows; r++) EACH(b, 2) _mm512_store_ps(to + r * width + at + 16 * b, sums[r][b]);
+    for (int r = 0; r < rows; r++) EACH(b, 2) _mm512_store_ps(to + r * width + at + 16 * b, bent(sums[r][b], scale, cap));
   }
 }
 
@@ -141,7 +152,6 @@ template <class T> static void attend(const Attention<T>& a, const Unit& u, T* o
   keys.bring(a.k, a.k_stride, places), keys.lay_by_key();
   values.bring(a.v, a.v_stride, places), values.lay_along();
   const int64_t width = keys.panels * PANEL;
-  const __m512 scale = all(float(a.scale));
   for (int64_t from = u.from; from < u.to; from += R) {
     const int rows = int(std::min<int64_t>(R, u.to - from));
     int64_t base, end;
@@ -150,7 +160,7 @@ template <class T> static void attend(const Attention<T>& a, const Unit& u, T* o
     T* y[R];
     float by[R];
     for (int r = 0; r < rows; r++) x[r] = a.q + places.query(from + r) * a.q_stride + places.head(from + r) * a.d, y[r] = out + places.at(from + r);
-    meet(x, rows, keys, base, end, scores, width);
+    meet(x, rows, keys, base, end, float(a.scale), float(a.cap), scores, width);
     for (int r = 0; r < rows; r++) {
       const int64_t begin = places.first_key(from + r), stop = places.last(from + r) + 1;
       __m512 top = all(-INFINITY), total = _mm512_setzero_ps();
@@ -160,14 +170,13 @@ template <class T> static void attend(const Attention<T>& a, const Unit& u, T* o
       }
       const float most = _mm512_reduce_max_ps(top);
       for (int64_t at = base; at < end; at += 16) {
-        __m512 s = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(scores + r * width + at), all(most)), scale);
-        __m512 e = _mm512_maskz_mov_ps(between(at, begin, stop), exp16(s));
+        __m512 e = _mm512_maskz_mov_ps(between(at, begin, stop), exp16(_mm512_sub_ps(_mm512_load_ps(scores + r * width + at), all(most))));
         total = _mm512_add_ps(total, e);
         put(e, p + r * width + at, 0xffff);
       }
       const float sum = _mm512_reduce_add_ps(total);
       by[r] = 1 / sum;
-      a.lse[places.query(from + r) * a.heads + places.head(from + r)] = most * float(a.scale) + std::log(sum);
+      a.lse[places.query(from + r) * a.heads + places.head(from + r)] = most + std::log(sum);
     }
     gather(p, width, rows, values, base, end, by, y);
   }
@@ -183,13 +192,13 @@ static inline __m512i word(__m512 low, __m512 high, bf16) { return Word<bf16>::t
 template <class T> struct Desk {
   int64_t width;
   Laid<T> keys, values;
-  Own<float> scores, dp;            // (12, keys)
+  Own<float> scores, dp, slopes;    // (12, keys)
   Own<T> ds;                        // (12, keys)
   Own<__m512i> p_words, ds_words;   // [panel of keys][word of places][2]
   Own<T> q_turned, do_turned;       // (d, places of a block)
 
   Desk(int64_t d, int64_t most)
-      : width(up(most, PANEL)), keys(d, most), values(d, most), scores(own<float>(R * width)), dp(own<float>(R * width)), ds(own<T>(R * width)),
+      : width(up(most, PANEL)), keys(d, most), values(d, most), scores(own<float>(R * width)), dp(own<float>(R * width)), slopes(own<float>(R * width)), ds(own<T>(R * width)),
         p_words(own<__m512i>(width / PANEL * BLOCK * 2)), ds_words(own<__m512i>(width / PANEL * BLOCK * 2)), q_turned(own<T>(d * BLOCK)), do_turned(own<T>(d * BLOCK)) {}
 };
 
@@ -220,23 +229,24 @@ template <class T> static void add_block(const T* x, int64_t d, const __m512i* w
 template <class T>
 static void scores_backward(const Attention<T>& a, const Places<T>& places, int64_t from, int rows, int64_t base, int64_t end, int64_t at_word, int64_t wide_base, int64_t wide_end, Desk<T>& desk) {
   const int64_t width = desk.width;
-  const __m512 scale = all(float(a.scale));
-  float* p = desk.scores.get();
-  float* ds = desk.dp.get();
+  float *p = desk.scores.get(), *ds = desk.dp.get(), *slopes = desk.slopes.get();
   for (int r = 0; r < rows; r++) {
     const int64_t begin = places.first_key(from + r), stop = places.last(from + r) + 1;
     const __m512 lse = all(a.lse[places.query(from + r) * a.heads + places.head(from + r)]);
     __m512 shared = _mm512_setzero_ps();
     for (int64_t at = base; at < end; at += 16) {
       const __mmask16 m = between(at, begin, stop);
-      __m512 e = _mm512_maskz_mov_ps(m, exp16(_mm512_fmsub_ps(_mm512_load_ps(p + r * width + at), scale, lse)));
+      const __m512 s = _mm512_load_ps(p + r * width + at), over = _mm512_div_ps(s, all(float(a.cap)));
+      const __m512 e = _mm512_maskz_mov_ps(m, exp16(_mm512_sub_ps(s, lse)));
+      if (a.cap) _mm512_store_ps(slopes + r * width + at, _mm512_fnmadd_ps(over, over, all(1)));
       shared = _mm512_mask3_fmadd_ps(e, _mm512_load_ps(ds + r * width + at), shared, m);
       _mm512_store_ps(p + r * width + at, e);
     }
     const __m512 mean = all(_mm512_reduce_add_ps(shared));
     for (int64_t at = base; at < end; at += 16) {
       const __mmask16 m = between(at, begin, stop);
-      __m512 e = _mm512_mul_ps(_mm512_load_ps(p + r * width + at), scale);
+      __m512 e = _mm512_mul_ps(_mm512_load_ps(p + r * width + at), all(float(a.scale)));
+      if (a.cap) e = _mm512_mul_ps(e, _mm512_load_ps(slopes + r * width + at));
       __m512 g = _mm512_maskz_mul_ps(m, e, _mm512_sub_ps(_mm512_load_ps(ds + r * width + at), mean));
       _mm512_store_ps(ds + r * width + at, g);
       put(g, desk.ds.get() + r * width + at, 0xffff);
@@ -275,8 +285,8 @@ template <class T> static void attend_backward(const Attention<T>& a, const Unit
       const int rows = int(std::min<int64_t>(R, count - from));
       int64_t base, end;
       seen(places, begin + from, begin + from + rows, base, end);
-      meet(x + from, rows, desk.keys, base, end, desk.scores.get(), desk.width);
-      meet(g + from, rows, desk.values, base, end, desk.dp.get(), desk.width);
+      meet(x + from, rows, desk.keys, base, end, float(a.scale), float(a.cap), desk.scores.get(), desk.width);
+      meet(g + from, rows, desk.values, base, end, 1, 0, desk.dp.get(), desk.width);
       scores_backward(a, places, begin + from, rows, base, end, from / Word<T>::inputs, wide_base, wide_end, desk);
       T* to[R];
       for (int r = 0; r < rows; r++) to[r] = dq + places.at(begin + from + r);

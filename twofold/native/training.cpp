@@ -257,45 +257,6 @@ static void rotate(const T* x, int64_t stride, const T* cos, const T* sin, int64
   }
 }
 
-// In place; the mask of the r-th row is the (r % mask_rows)-th, over the last `masked` keys.
-template <class T> static void softmax(T* scores, const T* mask, int64_t mask_rows, int64_t masked, int64_t rows, int64_t keys) {
-  OVER_ROWS {
-    T* row = scores + r * keys;
-    const T* hidden = mask + r % mask_rows * masked;
-    const int64_t free = keys - masked;
-    for (int64_t i = 0; i < masked; i += 16) {
-      const __mmask16 m = first(masked - i);
-      put(_mm512_add_ps(get(row + free + i, m), get(hidden + i, m)), row + free + i, m);
-    }
-    __m512 top = all(-INFINITY), total = _mm512_setzero_ps();
-    OVER(i, keys) top = _mm512_mask_max_ps(top, first(keys - i), top, get(row + i, first(keys - i)));
-    const __m512 most = all(_mm512_reduce_max_ps(top));
-    OVER(i, keys) {
-      const __mmask16 m = first(keys - i);
-      total = _mm512_mask_add_ps(total, m, total, exp16(_mm512_sub_ps(get(row + i, m), most)));
-    }
-    const __m512 by = all(1 / _mm512_reduce_add_ps(total));
-    OVER(i, keys) {
-      const __mmask16 m = first(keys - i);
-      put(_mm512_mul_ps(exp16(_mm512_sub_ps(get(row + i, m), most)), by), row + i, m);
-    }
-  }
-}
-
-template <class T> static void softmax_backward(T* dp, const T* p, int64_t rows, int64_t keys) {
-  OVER_ROWS {
-    T* row = dp + r * keys;
-    const T* of = p + r * keys;
-    __m512 shared = _mm512_setzero_ps();
-    OVER(i, keys) shared = _mm512_fmadd_ps(get(row + i, first(keys - i)), get(of + i, first(keys - i)), shared);
-    const __m512 mean = all(_mm512_reduce_add_ps(shared));
-    OVER(i, keys) {
-      const __mmask16 m = first(keys - i);
-      put(_mm512_mul_ps(get(of + i, m), _mm512_sub_ps(get(row + i, m), mean)), row + i, m);
-    }
-  }
-}
-
 // -log softmax at each row's label, whether no other logit is larger, and with `gradient` softmax - onehot in place.
 template <class T>
 static void loss(T* logits, const int64_t* labels, int64_t gradient, int64_t rows, int64_t vocabulary, float* losses, int64_t* right) {
@@ -343,8 +304,6 @@ static void loss(T* logits, const int64_t* labels, int64_t gradient, int64_t row
   void rotate_##name(const T* x, int64_t stride, const T* cos, const T* sin, int64_t rows, int64_t heads, int64_t d, int64_t turned, T* y) { \
     rotate(x, stride, cos, sin, rows, heads, d, turned, y); \
   } \
-  void softmax_##name(T* scores, const T* mask, int64_t mask_rows, int64_t masked, int64_t rows, int64_t keys) { softmax(scores, mask, mask_rows, masked, rows, keys); } \
-  void softmax_backward_##name(T* dp, const T* p, int64_t rows, int64_t keys) { softmax_backward(dp, p, rows, keys); } \
   void loss_##name(T* logits, const int64_t* labels, int64_t gradient, int64_t rows, int64_t vocabulary, float* losses, int64_t* right) { \
     loss(logits, labels, gradient, rows, vocabulary, losses, right); \
   } \

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from twofold.functional import attention, gated, loss, norm, rope
-from twofold.functional.attention import Scoring
+from twofold.functional.attention import KEEP_UP_TO, Scoring
 from twofold.functional.gated import ACTIVATIONS, Activation
 from twofold.functional.loss import HeadLoss
 from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
-from twofold.functional.segments import AttentionPlan
+from twofold.functional.segments import AttentionPlan, rounded_up
 from twofold.lowrank.products import Term, crossed, sum_of_products
 from twofold.native.build import NotBuilt, library
 from twofold.native.packed import DTYPES, WIDTH
@@ -40,15 +40,13 @@ _DOORS: dict[str, list[Any]] = {
     "gated": [_P, _I, _P, _I, _I, _I, _I, _P],
     "gated_backward": [_P, _P, _I, _P, _I, _I, _I, _I, _P, _P],
     "rotate": [_P, _I, _P, _P, _I, _I, _I, _I, _P],
-    "softmax": [_P, _P, _I, _I, _I, _I],
-    "softmax_backward": [_P, _P, _I, _I],
     "loss": [_P, _P, _I, _I, _I, _P, _P],
     "attention": [ctypes.c_char_p, _P],
     "attention_backward": [ctypes.c_char_p, _P, _P, _P, _P],
 }
 
 _TERM = struct.Struct("=QqQqqqd")
-_ATTENTION = struct.Struct("=QQQqqqQqQqqqqqqdQ")
+_ATTENTION = struct.Struct("=QQQqqqQqQqqqqqqddQ")
 
 
 def _typed(dtype: torch.dtype) -> SimpleNamespace:
@@ -206,23 +204,6 @@ def _rotate(x: Tensor, angles: Angles) -> Tensor:
     return y
 
 
-def _probabilities(scores: Tensor, mask: Tensor) -> Tensor:
-    k = _of(scores, mask) if scores.is_contiguous() and mask.is_contiguous() else None
-    if k is None:
-        return original(attention.probabilities)(scores, mask)
-    rows = scores.shape[0] * scores.shape[1]
-    k.softmax(scores.data_ptr(), mask.data_ptr(), mask.shape[0] * mask.shape[1], mask.shape[2], rows, scores.shape[2])
-    return scores
-
-
-def _scores_gradient(dp: Tensor, p: Tensor) -> Tensor:
-    k = _of(dp, p) if dp.is_contiguous() and p.is_contiguous() else None
-    if k is None:
-        return original(attention.scores_gradient)(dp, p)
-    k.softmax_backward(dp.data_ptr(), p.data_ptr(), dp.shape[0] * dp.shape[1], dp.shape[2])
-    return dp
-
-
 def _chunk_loss(logits: Tensor, labels: Tensor, softcap: float | None, *, gradient: bool) -> HeadLoss:
     k = _of(logits) if softcap is None and logits.is_contiguous() and labels.is_contiguous() else None
     if k is None:
@@ -233,16 +214,16 @@ def _chunk_loss(logits: Tensor, labels: Tensor, softcap: float | None, *, gradie
     return HeadLoss(losses.sum(), right.sum())
 
 
-def _attention_kernels(plan: AttentionPlan, scoring: Scoring, *tensors: Tensor) -> SimpleNamespace | None:
+def _attention_kernels(*tensors: Tensor) -> SimpleNamespace | None:
     heads_side_by_side = all(t.stride(1) == t.shape[2] and t.shape[2] % 2 == 0 for t in tensors)
-    return _of(*tensors) if heads_side_by_side and scoring.softcap is None else None
+    return _of(*tensors) if heads_side_by_side else None
 
 
 def _attention_forward(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Scoring
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Instead of probabilities, the logarithm of each row's sum is kept, behind the None of each chunk that are not."""
-    kernels = _attention_kernels(plan, scoring, q, k, v)
+    kernels = _attention_kernels(q, k, v)
     if kernels is None:
         return original(attention.attention_forward)(q, k, v, plan, scoring)
     out, sums = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
@@ -254,7 +235,7 @@ def _attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor | None], plan: AttentionPlan, scoring: Scoring
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = kept[-1] if len(kept) > sum(len(bucket.chunks) for bucket in plan.buckets) else None
-    kernels = _attention_kernels(plan, scoring, q, k, v, do)
+    kernels = _attention_kernels(q, k, v, do)
     if sums is None or kernels is None or not do.is_contiguous():
         return original(attention.attention_backward)(do, q, k, v, kept, plan, scoring)
     found = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -262,6 +243,25 @@ def _attention_backward(
         _attention(q, k, v, plan, scoring, sums), do.data_ptr(), *(gradient.data_ptr() for gradient in found)
     )
     return found
+
+
+def _attention_products(
+    plan: AttentionPlan, d: int, scoring: Scoring, operand: Callable[..., Tensor], *, backward: bool
+) -> None:
+    """Over as many keys as a query sees on average: nothing is padded, and nothing that is masked is computed."""
+    queries = int(plan.spans.table[:, 5].sum())
+    keys = rounded_up(-(-plan.spans.keys_seen // max(1, queries)), 2)
+    q, k, p = (
+        operand(*shape)
+        for shape in ((queries * plan.heads.queries, d), (keys, d), (queries * plan.heads.queries, keys))
+    )
+    if _attention_kernels(q[None], k[None]) is None:
+        return original(attention.attention_products)(plan, d, scoring, operand, backward=backward)
+    scores, mixed, turned = [Term(q, k)], [Term(p, k, as_read=True)], [Term(operand(keys, len(q)), q, as_read=True)]
+    again = keys > KEEP_UP_TO
+    for terms in (scores, mixed, *((scores, *((scores,) if again else ()), mixed, turned, turned) if backward else ())):
+        sum_of_products(terms)
+    return None
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Scoring, sums: Tensor) -> bytes:
@@ -273,7 +273,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Sc
         *(t.stride(0) for t in (q, k, v)),
         *(table.data_ptr(), len(table), asking.data_ptr()),
         *(queries, rows, window or 0, heads, key_heads, d),
-        *(scoring.scale, sums.data_ptr()),
+        *(scoring.scale, scoring.softcap or 0.0, sums.data_ptr()),
     )
 
 
@@ -288,8 +288,7 @@ KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {
     rope.rotate: _rotate,
     attention.attention_forward: _attention_forward,
     attention.attention_backward: _attention_backward,
-    attention.probabilities: _probabilities,
-    attention.scores_gradient: _scores_gradient,
+    attention.attention_products: _attention_products,
     loss.chunk_loss: _chunk_loss,
 }
 """What takes the place of which function."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from twofold.base.batch import PackedBatch
 from twofold.base.blocks import Decoder
 from twofold.events import Event, Step
-from twofold.functional.attention import KEEP_UP_TO
+from twofold.functional.attention import attention_products
 from twofold.functional.loss import chunk_rows
 from twofold.functional.segments import AttentionPlan
 from twofold.layers.block import BlockTensors
@@ -134,7 +134,7 @@ def _block_products(
     ):
         _group_products(group, count, some, input_gradient=input_gradient)
     into_attention = input_gradient or t.qkv.learns
-    _attention_products(plan, t, some, backward=into_attention)
+    attention_products(plan, t.head_dim, t.scoring, some, backward=into_attention)
     below = into_attention
     for group in (t.o, t.gate_up, t.down):
         _group_products(group, asked, some, input_gradient=below)
@@ -159,21 +159,3 @@ def _group_products(group: Group, rows: int, some: _Operands, *, input_gradient:
         into.append(Term(ranks, group.A, as_read=True))
     if input_gradient:
         sum_of_products(into)
-
-
-def _attention_products(plan: AttentionPlan, t: BlockTensors, some: _Operands, *, backward: bool) -> None:
-    for bucket in plan.buckets:
-        batch = bucket.segments * plan.heads.keys
-        for chunk in bucket.chunks:
-            q = some(batch, chunk.queries.stop - chunk.queries.start, t.head_dim)
-            k = some(batch, chunk.keys.stop - chunk.keys.start, t.head_dim)
-            scores = torch.bmm(q, k.transpose(1, 2))
-            torch.bmm(scores, k)
-            if not backward:
-                continue
-            again = k.shape[1] > KEEP_UP_TO or t.scoring.softcap
-            for _ in range(2 if again else 1):  # dP, and the scores again where they were not kept, or not unbent
-                torch.bmm(q, k.transpose(1, 2))
-            torch.bmm(scores, k)  # dQ
-            for _ in range(2):  # dK, dV
-                torch.bmm(scores.transpose(1, 2), q)
