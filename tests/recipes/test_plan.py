@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +18,9 @@ from twofold.adapter.config import LoraConfig
 from twofold.adapter.shapes import module_shapes
 from twofold.base.load import load_base
 from twofold.errors import BaseError, ConfigError, TargetError
+from twofold.native.training import fast_training, why_not
 from twofold.planning.parameters import plan_parameters
+from twofold.recipes import plan as plan_module
 from twofold.recipes.measure import measure, synthetic_batch
 from twofold.recipes.plan import PlanSettings, bytes_in, compare, plan
 from twofold.training.objective import objective_for
@@ -125,8 +128,15 @@ def kept_for_the_backward(folder: Path, settings: PlanSettings) -> int:
 
 
 @pytest.mark.parametrize(("length", "use_dora"), [(192, False), (448, False), (704, False), (192, True), (448, True)])
-def test_the_fast_path_keeps_what_the_formula_says(llama_base: Path, length: int, use_dora: bool) -> None:
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels of our own", "PyTorch's operations"])
+def test_the_fast_path_keeps_what_the_formula_says(
+    llama_base: Path, length: int, use_dora: bool, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Examples so long that filler hardly counts, and supervised as a whole, so that the last layer computes all rows."""
+    if kernels and (why := why_not(torch.float32, torch.device("cpu"))):
+        pytest.skip(f"no kernels here: {why}")
+    if not kernels:
+        monkeypatch.setattr(plan_module, "why_not", lambda *_: "switched off")
     settings = PlanSettings(
         base=str(llama_base),
         dtype="float32",
@@ -138,7 +148,9 @@ def test_the_fast_path_keeps_what_the_formula_says(llama_base: Path, length: int
         use_dora=use_dora,
     )
     found = plan(settings)["memory"]
-    assert kept_for_the_backward(llama_base, settings) == pytest.approx(found["activations"], rel=0.1)
+    with fast_training() if kernels else contextlib.nullcontext():
+        kept = kept_for_the_backward(llama_base, settings)
+    assert kept == pytest.approx(found["activations"], rel=0.1)
 
 
 def test_a_quantised_base_keeps_its_embeddings_and_head_in_16_bits() -> None:

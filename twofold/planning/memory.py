@@ -63,7 +63,7 @@ SYMBOLS = {
     "T": "tokens in one forward pass",
     "Y": "of these, supervised",
     "S": "tokens of the longest example",
-    "s": "keys whose probabilities attention keeps, for each query on average",
+    "s": "values that attention keeps of a query's head: probabilities of the keys it sees on average; with our kernels 4 bytes",
     "d_raw": "widths of products that a norm follows, so that they are kept before and after it",
     "casts": "bytes of the factors in the base's type, kept with the layers; 0 where that is float32",
     "e": "bytes of a value in the base's type",
@@ -150,6 +150,7 @@ class Setup:
         held: bytes that the process holds without a base.
         devices: how many hold parts of the model.
         shapes: numbers of rows that occur in a run.
+        kernels: whether the fast path runs on our own (`native/training.py`).
     """
 
     loop: Loop
@@ -159,6 +160,7 @@ class Setup:
     held: int = 0
     devices: int = 1
     shapes: int = 1
+    kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ def symbol_values(parameters: ParameterPlan, shape: Architecture, step: StepShap
         "T": step.tokens,
         "Y": step.supervised_tokens,
         "S": step.length,
-        "s": kept_keys(step, shape.heads),
+        "s": 4 / e if setup.kernels else kept_keys(step, shape.heads),
         "d_raw": shape.normed_twice,
         "casts": e * parameters.trainable if e < 4 else 0,
         "e": e,
@@ -272,7 +274,7 @@ def symbol_values(parameters: ParameterPlan, shape: Architecture, step: StepShap
         "held": setup.held if setup.device == "cpu" else 0,
         "kernels": KERNELS[setup.device] + (PACKING[setup.quantization] if setup.device == "cpu" else 0),
         "shapes": setup.shapes,
-        "k_shape": SHAPE_KERNELS[setup.device],
+        "k_shape": 0 if setup.kernels and not quantized else SHAPE_KERNELS[setup.device],
         "f": SLACK[setup.device],
         "N": setup.devices,
     }

@@ -17,6 +17,7 @@ from twofold.base.load import DEFAULT_BASE
 from twofold.base.shapes import meta_model
 from twofold.errors import ConfigError
 from twofold.machine import memory_bytes, memory_capacity, pick_device
+from twofold.native.training import why_not
 from twofold.planning import advice
 from twofold.planning.architecture import Architecture, StepShape, architecture
 from twofold.planning.memory import (
@@ -187,13 +188,15 @@ def step(settings: PlanSettings) -> StepShape:
 
 def setup(base: Outline, settings: PlanSettings) -> Setup:
     """The loop and what surrounds it."""
+    loop = LOOPS[path(base, settings)]
     return Setup(
-        loop=LOOPS[path(base, settings)],
+        loop=loop,
         method=settings.trained,
         quantization=settings.quantized,
         device=settings.target,
         held=HELD_BYTES,
         devices=settings.devices,
+        kernels=loop is FAST and why_not(settings.element_type, torch.device(settings.target)) is None,
     )
 
 
@@ -292,7 +295,7 @@ def _devices(base: Outline, settings: PlanSettings) -> dict[str, Any]:
     """What each device holds when each has the whole model, and when they share it, for which the fast path is not made."""
     parameters, whole = costs(base, settings)
     alone = setup(base, settings)
-    together = replace(alone, loop=PLAIN) if alone.loop is FAST else alone
+    together = replace(alone, loop=PLAIN, kernels=False) if alone.loop is FAST else alone
     sharded = plan_sharded(parameters, base.sizes, step(settings), together)
     return {"count": settings.devices, "data_parallel": whole.as_json(), "sharded": sharded.as_json()}
 

@@ -109,7 +109,8 @@ def preflight(
     scheme = packed_as(base.model)
     packed = "none" if scheme is None else scheme.kind
     shapes = numbers_of_rows(train, training, base.dtype, loop)
-    setup = Setup(loop=loop, quantization=packed, device=base.device.type, held=held, shapes=shapes)
+    kernels = loop is FAST and not training.compile and why_not(base.dtype, base.device) is None
+    setup = Setup(loop=loop, quantization=packed, device=base.device.type, held=held, shapes=shapes, kernels=kernels)
     batch = first_batch(train, training)
     first = _shape(batch, training, base.dtype, loop)
     of_first = plan_memory(parameters, sizes, first, setup)
