@@ -13,6 +13,7 @@ import pytest
 from tiny_server import Running, eventually, in_process, lines, question, running, served, write_adapter
 
 from twofold.recipes.serve import ServeConfig
+from twofold.server import layout
 from twofold.server.layout import CURRENT, content_hash
 from twofold.server.publishing import publish
 
@@ -210,6 +211,9 @@ def test_adapters_that_appear_are_served_and_those_that_vanish_are_not(llama_bas
             await eventually(lambda: "red" not in service.registry.names())
             assert (await client.post("/v1/chat/completions", json=question("red"))).status_code == 404
             await eventually(lambda: [g.name for g in service.registry.loaded] == ["twin"])
+            page = (await client.get("/metrics")).text
+            assert 'lora_name="twin"' in page
+            assert 'lora_name="red"' not in page
 
     asyncio.run(scene())
 
@@ -235,6 +239,21 @@ def test_generations_lie_side_by_side_and_an_alias_says_which_counts(
             assert await say(client, "bot") == red
 
     asyncio.run(scene())
+
+
+def test_an_alias_that_moves_while_the_folder_is_listed_is_never_away(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(adapters / "red", tmp_path, "bot")
+    listed = layout._entries
+
+    def and_then_published(root: Path) -> list[os.DirEntry[str]]:
+        found = list(listed(root))
+        publish(adapters / "green", tmp_path, "bot")
+        return found
+
+    monkeypatch.setattr(layout, "_entries", and_then_published)
+    assert layout.scan(tmp_path)["bot"].digest == content_hash(adapters / "green")
 
 
 def test_a_generation_that_is_not_what_its_name_says_is_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from tiny_server import CONTEXT, Running, lines, question
@@ -239,3 +240,13 @@ def test_models_lists_names_and_no_paths(client: openai.OpenAI, live: Running, a
     assert red.generation.startswith("red@")
     assert str(adapters.parent) not in live.get("/v1/models").text
     assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_a_body_that_is_no_json_and_a_route_that_is_none_are_told_so(live: Running) -> None:
+    headers = {"content-type": "application/json"}
+    broken = httpx.post(f"{live.url}/v1/chat/completions", content=b'{"model"', headers=headers)
+    assert broken.status_code == 400
+    assert broken.json()["error"]["message"].startswith("the body is no JSON: ")
+    lost = live.get("/v1/chat")
+    assert (lost.status_code, lost.json()["error"]["code"]) == (404, None)
+    assert "no /v1/chat here" in lost.json()["error"]["message"]

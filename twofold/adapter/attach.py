@@ -15,6 +15,7 @@ from twofold.adapter.shapes import module_shapes
 from twofold.adapter.target import Targets, find_targets
 from twofold.adapter.variants import check_variants
 from twofold.errors import ConfigError, did_you_mean
+from twofold.events import Pieces, finished
 from twofold.layers.linear import LinearShare
 from twofold.layers.protocol import (
     AdapterLayer,
@@ -105,6 +106,13 @@ def made_shares(
     Raises:
         ConfigError: as `attach`.
     """
+    return finished(making_shares(model, targets, config, name, factors))
+
+
+def making_shares(
+    model: nn.Module, targets: Targets, config: LoraConfig, name: str, factors: Mapping[str, Factors] | None = None
+) -> Pieces[dict[str, Made]]:
+    """`made_shares` in pieces."""
     check_variants(config, targets, factors)
     modules, made, clashes = dict(bare_modules(model)), {}, []
     layers = [m for m in modules.values() if isinstance(m, AdapterLayer)]
@@ -112,6 +120,7 @@ def made_shares(
         raise ConfigError(f"an adapter named '{name}' is attached already; detach it or choose another name")
     _check_unmerged(layers, "attaching another")
     for part in parts_of(config, targets, factors):
+        yield
         held = modules[part.module]
         layer = held if isinstance(held, AdapterLayer) else part.wrap(held)
         share = part.make(layer.base)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from twofold import atomic
 from twofold.adapter import folder
-from twofold.adapter.attach import DEFAULT_NAME, Made, adapter_layers, config_of, made_shares, put_on, shares
+from twofold.adapter.attach import DEFAULT_NAME, Made, adapter_layers, config_of, making_shares, put_on, shares
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.foreign import foreign_file, read_foreign
 from twofold.adapter.keys import PREFIX, says_nothing_new, split_key
@@ -175,6 +175,7 @@ def reading_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME
         config, made = read_foreign(model, file, name)
         return Fitted(AdapterFiles(file, config, TensorFile(file), None, None), config, made)
     files = _open(Path(path))
+    yield
     shapes = module_shapes(model)
     yield
     claimed = adapted_modules(files.config, shapes)
@@ -188,7 +189,7 @@ def reading_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME
     if beyond := wrong_tokens(config, shapes, targets.tokens):
         raise AdapterFileError(_mismatch(files.path, beyond))
     yield
-    made = made_shares(model, targets, config, name, _places(config, targets))
+    made = yield from making_shares(model, targets, config, name, _places(config, targets))
     problems = [*wrong.values(), *(yield from _fill(model, files, made, set(wrong)))]
     if problems:
         raise AdapterFileError(_mismatch(files.path, problems))

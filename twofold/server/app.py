@@ -114,8 +114,9 @@ def _add_errors(app: FastAPI) -> None:
         return await api(_, _readable(error))
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
-        return await api(_, ApiError(error.status_code, str(error.detail)))
+    async def http(request: Request, error: HTTPException) -> Response:
+        lost = f"there is no {request.url.path[:200]} here; GET /openapi.json lists all routes"
+        return await api(request, ApiError(error.status_code, lost if error.status_code == 404 else str(error.detail)))
 
     @app.exception_handler(Exception)
     async def ours(_: Request, error: Exception) -> Response:
@@ -125,6 +126,8 @@ def _add_errors(app: FastAPI) -> None:
 def _readable(error: RequestValidationError) -> ApiError:
     """The first few mistakes of a request in one sentence, each with its place."""
     found = error.errors()
+    if found and found[0]["type"] == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {found[0]['ctx']['error']}, at character {found[0]['loc'][-1]}")
     said = [f"{_place(e['loc'])}: {e['msg'].removeprefix('Value error, ')}" for e in found[:4]]
     return ApiError(400, "; ".join(said), param=_place(found[0]["loc"]) if found else None)
 
@@ -286,7 +289,6 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
     async def unload_lora_adapter(asked: UnloadAdapter) -> PlainTextResponse:
         """Serve an adapter no longer, and free its memory."""
         await registry.unload(asked.lora_name)
-        service.metrics.forget(asked.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
 
     @app.get("/v1/lora_adapters")

@@ -15,12 +15,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from twofold.adapter.folder import CONFIG, OURS, TENSORS
 from twofold.errors import AdapterFileError
@@ -85,10 +84,17 @@ def scan(root: Path) -> dict[str, Source]:
     aliases = [e.name for e in entries if e.name.endswith(CURRENT)]
     for alias in aliases:
         name = alias.removesuffix(CURRENT)
-        chosen = named.get(_pointed_at(root / alias))
+        chosen = _generation(root, named, _pointed_at(root / alias))
         if chosen is not None and chosen.name == name:
             named[name] = chosen
     return named
+
+
+def _generation(root: Path, named: dict[str, Source], name: str) -> Source | None:
+    """One that an alias points to; looked for once more if it has come after the folder was listed."""
+    if name in named or not GENERATION.fullmatch(name):
+        return named.get(name)
+    return _source(root, (root / name).resolve())
 
 
 def _entries(root: Path) -> Iterator[os.DirEntry[str]]:
@@ -149,8 +155,11 @@ def _state(root: Path, path: str) -> FileState | None:
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def snapshot(source: Source, root: Path, to: Path, limits: Limits) -> str:
+def snapshot(source: Source, root: Path, to: Path, limits: Limits, rest: Callable[[], None] = lambda: None) -> str:
     """Copy an adapter's files into an empty folder; the hash of what was copied.
+
+    Args:
+        rest: called after each megabyte.
 
     Raises:
         AdapterFileError: it is gone, too large, or not what its folder's name says.
@@ -163,26 +172,33 @@ def snapshot(source: Source, root: Path, to: Path, limits: Limits) -> str:
     for name, most in ((CONFIG, MAX_TEXT_BYTES), (TENSORS, limits.bytes), (OURS, MAX_TEXT_BYTES)):
         path = (source.folder / name).resolve()
         if root in path.parents and (name != OURS or path.exists()):
-            _copy(path, to / name, most, source.name)
-    found = content_hash(to)
+            _copy(path, to / name, most, source.name, rest)
+    found = content_hash(to, rest)
     if source.digest is not None and not found.startswith(source.digest[:DIGITS]):
         raise AdapterFileError(f"the files of '{source.name}@{source.digest}' are not those that its name promises")
     return found
 
 
-def _copy(path: Path, to: Path, most: int, name: str) -> None:
+def _copy(path: Path, to: Path, most: int, name: str, rest: Callable[[], None]) -> None:
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             there = os.fstat(file.fileno())
             if not stat.S_ISREG(there.st_mode) or there.st_size > most:
                 raise AdapterFileError(f"{path.name} of adapter '{name}' is no file of at most {most} bytes")
             with to.open("wb") as copy:
-                shutil.copyfileobj(file, copy, 1 << 20)
+                for piece in _pieces(file, rest):
+                    copy.write(piece)
     except OSError as error:
         raise AdapterFileError(f"cannot read {path.name} of adapter '{name}': {error.strerror}") from error
 
 
-def content_hash(folder: Path) -> str:
+def _pieces(file: BinaryIO, rest: Callable[[], None]) -> Iterator[bytes]:
+    while piece := file.read(1 << 20):
+        yield piece
+        rest()
+
+
+def content_hash(folder: Path, rest: Callable[[], None] = lambda: None) -> str:
     """The hash that names a generation: SHA-256 over an adapter's files, their names and lengths, shortened."""
     digest = hashlib.sha256()
     for name in (CONFIG, TENSORS, OURS):
@@ -190,6 +206,6 @@ def content_hash(folder: Path) -> str:
         if path.exists():
             digest.update(f"{name} {path.stat().st_size}\n".encode())
             with path.open("rb") as file:
-                while piece := file.read(1 << 20):
+                for piece in _pieces(file, rest):
                     digest.update(piece)
     return digest.hexdigest()[:DIGITS]

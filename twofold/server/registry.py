@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,12 +78,14 @@ class Registry:
     Attributes:
         loads: adapters read since the start.
         evictions: those dropped because the budget was needed.
+        gone: is told each name that is served no longer.
     """
 
     def __init__(self, config: RegistryConfig, base: Base, base_names: tuple[str, ...], worker: Worker) -> None:
         self.config, self.base, self.worker = config, base, worker
         self.base_names = base_names
         self.loads = self.evictions = 0
+        self.gone: Callable[[str], None] = lambda _: None
         self._renderers = Renderers(base)
         self._found: dict[str, Source] = {}
         self._called: dict[str, Source] = {}  # by the load endpoint, under names of their own
@@ -210,12 +214,12 @@ class Registry:
             raise AdapterFileError(
                 f"adapter '{name}' is larger than all the memory for adapters; raise --adapter-memory-mb"
             )
-        with tempfile.TemporaryDirectory(prefix="twofold-") as folder:
+        async with _temporary_folder() as folder:
             await self._reserve(source.bytes)
             try:
-                return await self._put(source, name, Path(folder))
+                return await self._put(source, name, folder)
             except UserError as error:
-                raise AdapterFileError(without_paths(str(error), Path(folder), f"adapter '{name}'")) from error
+                raise AdapterFileError(without_paths(str(error), folder, f"adapter '{name}'")) from error
             finally:
                 self._reserved -= source.bytes
                 async with self._room:
@@ -225,7 +229,8 @@ class Registry:
         """The generation in memory, with a lease on it, so that nobody drops it before those who wait have theirs."""
         config = self.config
         assert config.root is not None
-        digest = await asyncio.to_thread(snapshot, source, config.root, folder, config.limits)
+        rest = self.worker.give_way
+        digest = await asyncio.to_thread(snapshot, source, config.root, folder, config.limits, rest)
         key = self._keys[source] = f"{source.name if source.digest else name}@{digest}"
         if key in self._loaded:  # touched, but the same
             self._loaded[key].leases += 1
@@ -310,6 +315,7 @@ class Registry:
             raise ApiError(404, f"no adapter {name[:200]!r} here{hint}", code="model_not_found", param="lora_name")
         self._called.pop(name, None)
         self._hidden |= {n: s for n, s in self._found.items() if n.partition("@")[0] == name}
+        self.gone(name)
         await self._forget_stale()
 
     async def refresh(self) -> None:
@@ -322,8 +328,11 @@ class Registry:
         seen = await asyncio.to_thread(lambda: {n: self._seen_again(s) for n, s in before.items()})
         moved = {n: s for n, s in seen.items() if s != before[n] and self._called.get(n) == before[n]}
         if moved or found != self._found:
+            vanished = self._found.keys() - found.keys() - self._called.keys()
             self._found = found
             self._called |= moved
+            for name in vanished:
+                self.gone(name)
             await self._forget_stale()
 
     def _seen_again(self, source: Source) -> Source:
@@ -366,6 +375,16 @@ class Registry:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None and self.worker.healthy:
             log.error("an adapter could not be dropped", exc_info=task.exception())
+
+
+@asynccontextmanager
+async def _temporary_folder() -> AsyncIterator[Path]:
+    """Made and removed off the event loop: either takes its time where the disk is busy."""
+    folder = await asyncio.to_thread(tempfile.mkdtemp, prefix="twofold-")
+    try:
+        yield Path(folder)
+    finally:
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _refusal(reason: str) -> ApiError:

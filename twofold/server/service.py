@@ -88,6 +88,7 @@ class Service:
             self.worker,
         )
         self.metrics.watch(self.worker, self.registry)
+        self.registry.gone = self.metrics.forget
         self._texts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="texts")  # tokenizers are not for several
         self._grammars: dict[tuple[int, ...], Grammars] = {}
         self._watching: asyncio.Task[None] | None = None

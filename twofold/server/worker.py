@@ -33,6 +33,8 @@ class Admitted(NamedTuple):
 
 Event = Admitted | Made | Ended
 Sink = Callable[[Event], None]
+GIVEN_WAY = 0.004
+"""Seconds."""
 FAILURES = 3
 """So many failed steps in a row, and the engine no longer counts as healthy."""
 log = logging.getLogger("twofold.server")
@@ -139,6 +141,11 @@ class Worker:
 
         await self.call(lambda scheduler: scheduler.load_adapter(key, folder, done))
         await future
+
+    def give_way(self) -> None:
+        """Called by other threads every millisecond or so of work: they leave the cores to a pass that is under way."""
+        if self.scheduler.running:
+            time.sleep(GIVEN_WAY)
 
     async def submit(self, requests: Sequence[Request], sinks: Sequence[Sink]) -> list[Stream]:
         """Put requests into the engine, all between the same two steps. Whatever happens, each sink hears an end.
