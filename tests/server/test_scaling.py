@@ -5,8 +5,10 @@ The last is slow, and runs only where TWOFOLD_RAY_PYTHON names the Python of an 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -91,55 +93,66 @@ def test_rays_file_names_the_application_and_settings_that_exist() -> None:
 
 @pytest.fixture
 def ray(llama_base: Path, adapters: Path, tmp_path: Path) -> Iterator[str]:
-    """The application in two replicas of a Ray on this machine."""
+    """The two replicas of the example's file, over a tiny base and the folder `root`, in a Ray on this machine."""
+    shutil.copytree(adapters, tmp_path / "root")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {
-        "base": str(llama_base),
-        "adapters": str(adapters),
-        "name": "tiny",
-        "dtype": "float32",
-        "streams": 4,
-        "context": 256,
-    }
+    described = yaml.safe_load((EXAMPLES / "ray" / "twofold.yaml").read_text())
+    described["http_options"] = {"host": "127.0.0.1", "port": port}
+    (application,) = described["applications"]
+    tiny = {"name": "tiny", "dtype": "float32", "streams": 4, "context": 256, "poll_seconds": 0.2}
+    application["args"] |= {"base": str(llama_base), "adapters": str(tmp_path / "root"), **tiny}
+    application["deployments"][0]["ray_actor_options"] = {"num_cpus": 1}
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(described))
     (tmp_path / "run.py").write_text(
-        "import signal, ray\n"
-        "from ray import serve\n"
-        "from twofold.server.ray_serve import app\n"
+        "import ray\n"
+        "from ray.serve.scripts import cli\n"
         "ray.init(num_cpus=4, include_dashboard=False, log_to_driver=True)\n"
-        f"serve.start(http_options={{'host': '127.0.0.1', 'port': {port}}})\n"
-        f"serve.run(app({settings!r}), _blocking=True)\n"
-        "print('running', flush=True)\n"
-        "signal.sigwait([signal.SIGTERM])\n"
-        "serve.shutdown()\n"
-        "ray.shutdown()\n"
+        f"cli(['run', {str(tmp_path / 'serve.yaml')!r}])\n"
     )
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([str(PYTHON), str(tmp_path / "run.py")], stdout=log, stderr=log, env=os.environ)
+    url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 180
-        while "\nrunning" not in (said := (tmp_path / "log").read_text()):
+        deadline = time.monotonic() + 300
+        while not answers(f"{url}/ready"):
+            said = (tmp_path / "log").read_text()
             assert process.poll() is None, said[-4000:]
             assert time.monotonic() < deadline, said[-4000:]
             time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
+        yield url
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
 
 
+def ask(url: str, model: str) -> httpx.Response:
+    return httpx.post(f"{url}/v1/chat/completions", json=question(model), timeout=60)
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(url, timeout=5).status_code == 200
+    return False
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(PYTHON is None, reason="TWOFOLD_RAY_PYTHON names no Python with Ray Serve")
-def test_ray_serve_answers_as_our_own_server_does(ray: str, live: Running) -> None:
+def test_ray_serve_answers_as_our_own_server_does(ray: str, live: Running, tmp_path: Path) -> None:
     for model in ("tiny", "red", "green", "tiny:blue"):
-        found = httpx.post(f"{ray}/v1/chat/completions", json=question(model), timeout=60)
+        found = ask(ray, model)
         assert found.status_code == 200, found.text
         assert found.json()["choices"][0]["message"]["content"] == live.say(model, "hat?")
     with httpx.stream("POST", f"{ray}/v1/chat/completions", json=question("red", stream=True), timeout=60) as response:
         assert list(response.iter_lines())[-2] == "data: [DONE]"
-    assert httpx.post(f"{ray}/v1/chat/completions", json=question("rad"), timeout=60).status_code == 404
+    assert ask(ray, "rad").status_code == 404
     assert httpx.get(f"{ray}/v1/models", headers={"host": "evil.example"}, timeout=60).status_code == 403
+    shutil.copytree(tmp_path / "root" / "red", tmp_path / "root" / ".coming")
+    (tmp_path / "root" / ".coming").rename(tmp_path / "root" / "twin")
+    deadline = time.monotonic() + 30
+    while {ask(ray, "twin").status_code for _ in range(12)} != {200}:  # until every replica has looked
+        assert time.monotonic() < deadline
