@@ -6,6 +6,7 @@ Without a URL it starts a server of its own, on the built-in base.
 """
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -29,18 +30,21 @@ def own_server():
         process.wait()
 
 
-def wait_until_ready(client):
-    """A base of several gigabytes takes its time to load."""
+def when_ready(client, patience):
+    """The models of a server that may still be loading its base, for so many seconds at most."""
+    until = time.monotonic() + patience
     while True:
         try:
             return client.models.list()
         except openai.APIConnectionError:
+            if time.monotonic() > until:
+                raise SystemExit(f"no server answers at {client.base_url}") from None
             time.sleep(0.5)
 
 
-def talk(url):
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-    models = [model.id for model in wait_until_ready(client)]
+def talk(url, patience):
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("TWOFOLD_API_KEY", "none"))
+    models = [model.id for model in when_ready(client, patience)]
     print("models:", ", ".join(models))
     model = models[0]  # an adapter is asked for by its name, in the same way
     messages = [{"role": "user", "content": "What is the capital of France? One sentence."}]
@@ -68,5 +72,8 @@ def talk(url):
         print("a wrong name:", error.body["message"])
 
 
-with contextlib.nullcontext(sys.argv[1]) if len(sys.argv) > 1 else own_server() as where:
-    talk(where)
+if len(sys.argv) > 1:
+    talk(sys.argv[1], patience=5)
+else:
+    with own_server() as where:
+        talk(where, patience=300)

@@ -48,6 +48,14 @@ def test_serve_refuses_what_it_cannot_do(cli: WarmCli, llama_base: Path, tmp_pat
     assert "did you mean '--adapters'" in cli("serve", "--adapter", "x").refusal()
 
 
+def test_serve_says_before_it_loads_a_base_what_it_will_not_find(cli: WarmCli, live: Running, tmp_path: Path) -> None:
+    base = ("serve", "--base", tmp_path / "no-base")
+    assert "cannot load an encoder from nowhere" in cli(*base, "--embeddings", "nowhere").refusal()
+    port = live.url.rpartition(":")[2]
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in cli(*base, "--port", port).refusal()
+    assert "--host" in cli(*base, "--host", "192.0.2.1").refusal()
+
+
 @pytest.fixture
 def folder(adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a reader of the page would stand: a trained adapter and the examples."""

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -239,8 +240,7 @@ def test_sigterm_lets_answers_end_and_takes_no_more(llama_base: Path, adapters: 
     process = subprocess.Popen([str(c) for c in (*command, *flags)], stderr=subprocess.PIPE, text=True, env=os.environ)
     assert process.stderr is not None
     try:
-        said = [json.loads(line) for line in _until(process.stderr, "running on") if line.startswith("{")]
-        url = said[-1]["event"].split()[3]
+        (url,) = re.findall(r"http://127.0.0.1:[1-9]\d*", _until(process.stderr, "answers for")[-1])
         body = question("red", stream=True, max_tokens=200)
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as response:
             events = response.iter_lines()

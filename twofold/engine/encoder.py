@@ -76,8 +76,8 @@ def load_encoder(reference: str, emit: Emit = silent) -> Encoder:
     """
     from transformers import AutoModel, AutoTokenizer
 
-    source = locate(reference, emit)
     try:
+        source = locate(reference, emit)
         with working(f"loading the encoder {reference}", emit):
             tokenizer = AutoTokenizer.from_pretrained(source)
             model, told = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)

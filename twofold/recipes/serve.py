@@ -125,23 +125,23 @@ class Served:
 
 
 def load_served(config: ServeConfig, emit: Emit = silent) -> Served:
-    """Load the base and make its scheduler.
+    """Load the base and make its scheduler; the encoder first, since it is the smaller one and may turn out not to be there.
 
     Raises:
         UserError: the base, its tokenizer or the adapter folder cannot be used.
     """
     if config.adapters is not None and not config.adapters.is_dir():
         raise ConfigError(f"no adapter folder at {config.adapters}; make it first, or leave out --adapters")
+    encoder = None if config.embeddings is None else load_encoder(config.embeddings, emit)
+    names = names_of(config.base, config.name)
+    if encoder is not None and encoder.name in names:
+        raise ConfigError(f"the base and the encoder are both called '{encoder.name}'; give the base another --name")
     scheme = None if config.quantization is None else Scheme(config.quantization)
     base = load_base(config.base, config.dtype, config.device, emit, scheme)
     context = _context(base, config.context)
     scheduler = Scheduler(
         base.model, streams=config.streams, capacity=context, weights=config.weights, merge_after=config.merge_after
     )
-    encoder = None if config.embeddings is None else load_encoder(config.embeddings, emit)
-    names = names_of(config.base, config.name)
-    if encoder is not None and encoder.name in names:
-        raise ConfigError(f"the base and the encoder are both called '{encoder.name}'; give the base another --name")
     return Served(base, scheduler, names, context, encoder)
 
 
