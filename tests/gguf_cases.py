@@ -97,6 +97,12 @@ def model_of(family: str) -> Any:
         model = hf.Qwen2ForCausalLM(hf.Qwen2Config(**WITH_ROOM)).eval()
     elif family == "qwen3":  # of a head's size transformers' reader of such files knows Qwen3's own alone
         model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=128)).eval()
+    elif family == "code-llama":
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "vocab_size": 32016})).eval()
+    elif family == "gemma":  # with room for the token that ends its turns
+        model = hf.GemmaForCausalLM(
+            hf.GemmaConfig(**{**build_model("gemma").config.to_dict(), "vocab_size": 128})
+        ).eval()
     elif family in ("gemma2", "gemma3"):
         small = build_model(family)
         model = type(small)(type(small.config)(**{**small.config.to_dict(), "query_pre_attn_scalar": 8})).eval()

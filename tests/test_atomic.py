@@ -207,6 +207,12 @@ def test_tensors_come_back_in_type_and_bits_whatever_their_order(tmp_path: Path)
         assert torch.equal(file.read(name), tensor)
 
 
+def test_tensors_may_be_read_by_whoever_may_read_the_other_files(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "tensors", {"x": torch.ones(2)})
+    atomic.write_text(tmp_path / "text", "x")
+    assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "text").stat().st_mode
+
+
 def test_files_that_are_not_tensors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00nonsense")
     with pytest.raises(AdapterFileError, match="damaged or not a safetensors file"):

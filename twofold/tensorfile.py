@@ -142,10 +142,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     if len(set(storages)) < len(storages):
         whole = {key: tensor.clone() for key, tensor in whole.items()}
     with atomic.new_file(path) as temporary:
+        temporary.touch()
+        usual = temporary.stat().st_mode
         try:
             save_file(whole, temporary, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        temporary.chmod(usual)  # safetensors makes files that nobody but their owner may read
 
 
 def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -53,6 +53,12 @@ def edit_config(folder: Path, **changes: Any) -> None:
     (folder / CONFIG).write_text(json.dumps({**config, **changes}))
 
 
+def test_modules_come_in_the_order_of_their_layers(tmp_path: Path) -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(12)))
+    attach(model, LoraConfig(r=1, target_modules="all-linear"))
+    assert list(open_adapter(save_adapter(model, tmp_path / "a")).modules()) == [str(i) for i in range(12)]
+
+
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))}
 

@@ -126,6 +126,24 @@ def test_inspect(cli: WarmCli, adapter: Path) -> None:
     assert 1 <= found["suggested_rank"] <= 4
 
 
+def test_what_an_inspection_says_is_short(cli: WarmCli, broken: Path) -> None:
+    config = json.loads((broken / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 4000}))
+    lines = [line.strip() for line in cli("inspect", broken).stdout.splitlines()]
+    assert lines[0].startswith("model.layers.… ")  # what all names begin with stands once
+    assert lines[1].startswith("0.mlp.down_proj ")
+    told = [line for line in lines if "(odd-scale)" in line]
+    assert len(told) == 4
+    assert told[-1] == "warning: 11 modules more (odd-scale); --json names them"
+    assert lines.index(told[0]) < next(i for i, line in enumerate(lines) if line.startswith("note: "))
+
+
+def test_intruders_want_a_base(cli: WarmCli, adapter: Path, llama_base: Path) -> None:
+    said = cli("inspect", adapter, "--intruders").refusal()
+    assert said == "twofold: intruders are directions that the base has not: name it with --base"
+    assert "it goes with --intruders" in cli("inspect", adapter, "--base", llama_base, "--exact").refusal()
+
+
 def test_merge(cli: WarmCli, llama_base: Path, adapter: Path, tmp_path: Path) -> None:
     flags = ("--base", llama_base, "--adapter", adapter, "--dtype", "float32", "-o", tmp_path / "merged")
     found = cli("merge", *flags, "--json").json()

@@ -267,6 +267,12 @@ def test_biases_that_differ_are_refused(tmp_path: Path) -> None:
         twofold.combine(given, tmp_path / "out")
 
 
+def test_linear_takes_no_different_ranks(tmp_path: Path) -> None:
+    first, second = (saved(tmp_path / str(r), r=r) for r in (2, 4))
+    with pytest.raises(ConfigError, match="their ranks are 2, 4, and factors of different ranks have no sum"):
+        twofold.combine({first: 1.0, second: 1.0}, tmp_path / "out", method="linear")
+
+
 def test_linear_says_the_error_it_would_make(tmp_path: Path) -> None:
     first, second = (
         saved(tmp_path, r=4, target_modules=["q_proj"]),

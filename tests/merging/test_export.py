@@ -114,8 +114,15 @@ def test_mlx_gets_the_true_updates(settings: dict[str, Any], tmp_path: Path) -> 
         torch.testing.assert_close(found.T, delta, rtol=1e-4, atol=1e-6)
 
 
-def test_vllm_is_told_the_smallest_rank_that_it_takes(tmp_path: Path) -> None:
-    base, adapter, _ = adapted(tmp_path, r=4, rank_pattern={"k_proj": 17})
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "rank_pattern": {"k_proj": 17}},
+        {"r": 32, "rank_pattern": {".*_proj": 2}},  # vLLM compares the config's r, though no module has it
+    ],
+)
+def test_vllm_is_told_the_smallest_rank_that_it_takes(settings: dict[str, Any], tmp_path: Path) -> None:
+    base, adapter, _ = adapted(tmp_path, **settings)
     command = export_adapter(adapter, "vllm", None, str(base))["command"]
     assert "--max-lora-rank 32 " in command
     assert f"adapter={adapter}" in command

@@ -87,6 +87,20 @@ def test_matrices_are_rounded_once_to_the_type_asked_for(to: Format, kind: str, 
     )
 
 
+@pytest.mark.parametrize(("to", "dtype"), [("gguf-f32", torch.float32), ("gguf-f16", torch.float16)])
+def test_the_sum_is_not_rounded_to_the_bases_type_before(to: Format, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = model_of("qwen3").bfloat16()
+    base, key = with_pieces(tmp_path / "base", model), "model.layers.1.mlp.up_proj"
+    adapter = adapter_of(model, tmp_path / "adapter")
+    export_adapter(adapter, to, tmp_path / "out.gguf", str(base))
+    held = {t.name: t for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    values = torch.from_numpy(np.array(held["blk.1.ffn_up.weight"].data)).float()
+    factors = load_file(adapter / "adapter_model.safetensors")
+    A, B = (factors[f"base_model.model.{key}.lora_{which}.weight"].double() for which in "AB")
+    expected = load_file(base / "model.safetensors")[f"{key}.weight"].double() + 6 / 4 * B @ A
+    torch.testing.assert_close(values, expected.to(dtype).float(), rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
 def test_frequencies_are_slowed_as_llama_31_wants(tmp_path: Path) -> None:
     _, path, _ = exported("llama3", tmp_path)
     reader = gguf.GGUFReader(path)

@@ -125,6 +125,11 @@ def test_a_sound_adapter_on_its_base_has_nothing_but_notes(llama_base: Path, oth
     ("settings", "code", "said"),
     [
         ({"r": 6}, "vllm-rank", "needs --max-lora-rank 8"),
+        (
+            {"r": 20, "rank_pattern": {".*": 2}},
+            "vllm-rank",
+            "rank 20 is filled up in vLLM, which needs --max-lora-rank 32",
+        ),
         ({"use_dora": True}, "vllm-dora", "vLLM refuses adapters with DoRA"),
         ({"use_dora": True}, "gguf-dora", "GGUF adapters hold no DoRA"),
         ({"lora_bias": True}, "vllm-bias", "with biases"),

@@ -22,7 +22,7 @@ from twofold.adapter.attach import DEFAULT_NAME, Made, adapter_layers, config_of
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.foreign import foreign_file, read_foreign
 from twofold.adapter.keys import PREFIX, says_nothing_new, split_key
-from twofold.adapter.names import matcher
+from twofold.adapter.names import in_order, matcher
 from twofold.adapter.peft_config import PAST_TENSORS, exceptions, names_in_full, parse_config, peft_config, with_changes
 from twofold.adapter.shapes import ModuleShape, module_shapes
 from twofold.adapter.target import (
@@ -78,10 +78,10 @@ class AdapterFiles:
         for key in self.tensors.shapes:
             module, suffix = split_key(key)
             found.setdefault(module, {})[suffix] = key
-        return found
+        return {module: found[module] for module in sorted(found, key=in_order)}
 
     def modules(self) -> dict[str, dict[str, str]]:
-        """File keys by module path and suffix."""
+        """File keys by module path, the first layer's before the others', and suffix."""
         return self._modules
 
 

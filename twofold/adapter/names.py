@@ -28,6 +28,11 @@ def tails(name: str) -> tuple[str, ...]:
     return (name, *(".".join(parts[i:]) for i in range(1, len(parts))))
 
 
+def in_order(name: str) -> list[tuple[bool, int, str]]:
+    """A key by which names are sorted with their numbers as numbers: layer 2 comes before layer 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
 def layer_index(name: str, pattern: str | None) -> int | None:
     """The index of the layer that a module lies in, by PEFT's rule; None outside the layers."""
     found = re.match(rf".*\.{pattern}\.(\d+)\." if pattern else r".*\.[^.]*\.(\d+)\.", f".{name}")

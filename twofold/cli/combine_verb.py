@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich.table import Table
 from tyro.conf import Positional, arg
 
 from twofold.cli.flags import parse, take
 from twofold.cli.main import print_json
+from twofold.cli.module_tables import ModuleTable
 from twofold.cli.terminal import Terminal, stdout
 from twofold.errors import ConfigError
 from twofold.merging.methods import Combination
@@ -22,8 +22,7 @@ NOTHING = 1e-12
 """The share of the energy below which a loss is rounding."""
 DESCRIPTION = (
     "One adapter out of several, by their true updates. Methods: cat (exact, ranks add up), svd (the best of rank r), linear "
-    "(exact or refused), ties, dare_linear, dare_ties, magnitude_prune. --preview writes nothing and says where they overlap and "
-    "what is lost."
+    "(exact or refused), ties, dare_linear, dare_ties, magnitude_prune."
 )
 
 
@@ -34,6 +33,7 @@ class CombineFlags(Combination):
     Attributes:
         adapters: folders, each with its weight after a colon (1 if there is none; it may be negative).
         output: the folder to write.
+        preview: write nothing, and say where they overlap, where they conflict and what is lost.
         base: needed only where adapters hold biases or whole modules and their weights do not add up to 1.
         seed: of dare's draws.
         allow_foreign_base: combine adapters that were trained on different bases.
@@ -41,6 +41,7 @@ class CombineFlags(Combination):
 
     adapters: Positional[tuple[str, ...]] = ()
     output: Annotated[Path | None, arg(aliases=["-o"])] = None
+    preview: bool = False
     base: str | None = None
     seed: int = 0
     allow_foreign_base: bool = False
@@ -48,15 +49,13 @@ class CombineFlags(Combination):
 
 def run(arguments: list[str]) -> int:
     arguments, as_json = take(arguments, "--json")
-    arguments, preview = take(arguments, "--preview")
-    bare = ("--json", "--preview")
-    flags = parse(CombineFlags, arguments, verb="combine", description=DESCRIPTION, bare=bare)
-    if flags.output is None and not preview:
+    flags = parse(CombineFlags, arguments, verb="combine", description=DESCRIPTION)
+    if flags.output is None and not flags.preview:
         raise ConfigError("name the folder to write with -o, or take --preview to write nothing")
     with Terminal() as terminal:
         found = combine(
             _weights(flags.adapters),
-            None if preview else flags.output,
+            None if flags.preview else flags.output,
             method=flags.method,
             r=flags.r,
             density=flags.density,
@@ -81,7 +80,6 @@ def _weights(adapters: tuple[str, ...]) -> dict[str | Path, float]:
 def _show(found: Mapping[str, Any]) -> None:
     modules = found["modules"]
     columns = (
-        "module",
         "adapters",
         "r",
         "norm",
@@ -93,12 +91,12 @@ def _show(found: Mapping[str, Any]) -> None:
         "by chance",
         "conflict",
     )
-    table = Table(*columns, box=None, header_style="bold")
+    table = ModuleTable([m["name"] for m in modules], columns)
     for m in modules:
         between = (_figure(m[key], ".2f") for key in ("cosine", "overlap", "by_chance"))
         made = (f"{m['r']}", f"{m['norm']:.3g}", f"{m['lost']:.2%}", f"{m['off']:.1%}", f"{m['needed']}")
-        table.add_row(m["name"], f"{m['adapters']}", *made, *between, f"{m['conflict']:.2f}")
-    stdout.print(table)
+        table.add(m["name"], f"{m['adapters']}", *made, *between, f"{m['conflict']:.2f}")
+    stdout.print(table.drawn)
     worst = max(modules, key=lambda m: float(m["lost"]))
     lost = "no energy lost"
     if found["lost"] > NOTHING:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
 from tyro.conf import Positional
 
 from twofold.cli.flags import parse, take
 from twofold.cli.main import print_json
+from twofold.cli.module_tables import ModuleTable
 from twofold.cli.terminal import stdout
 from twofold.inspection.compare import Comparison, ModuleComparison
 from twofold.recipes.adapter_pages import write_comparison
@@ -44,14 +44,11 @@ def run(arguments: list[str]) -> int:
 
 
 def _show(found: Comparison) -> None:
-    table = Table(
-        *("module", "cosine", "norms", "output space", "by chance", "input space", "by chance"),
-        box=None,
-        header_style="bold",
-    )
+    columns = ("cosine", "norms", "output space", "by chance", "input space", "by chance")
+    table = ModuleTable([m.name for m in found.modules], columns)
     for m in found.modules:
-        table.add_row(m.name, f"{m.cosine:.3f}", " / ".join(f"{n:.3g}" for n in m.norms), *_spaces(m))
-    stdout.print(table)
+        table.add(m.name, f"{m.cosine:.3f}", " / ".join(f"{n:.3g}" for n in m.norms), *_spaces(m))
+    stdout.print(table.drawn)
     for which, names in (("first", found.only_first), ("second", found.only_second)):
         if names:
             stdout.print(f"in the {which} alone: {', '.join(names)}")

@@ -46,7 +46,8 @@ def run(arguments: list[str]) -> int:
     else:
         stdout.print(_said(found))
         if "modelfile" in found:
-            before = "" if found["modelfile_is_whole"] else f"put the base into {found['modelfile']}, then "
+            named = f"name the base in {found['modelfile']} (--base-gguf FILE does it, and writes the file), then "
+            before = "" if found["modelfile_is_whole"] else named
             stdout.print(f"for Ollama: {before}ollama create NAME -f {found['modelfile']}")
     return 0
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from rich.table import Table
 from tyro.conf import arg
 
 from twofold.adapter.target import PRESETS
 from twofold.cli.flags import parse, take
 from twofold.cli.main import print_json
+from twofold.cli.module_tables import ModuleTable
 from twofold.cli.terminal import Terminal, duration, stdout
 from twofold.merging.extract import Extraction
 from twofold.recipes.extract import extract
@@ -54,10 +54,10 @@ def run(arguments: list[str]) -> int:
     if as_json:
         print_json(found)
         return 0
-    table = Table("module", "r", "change", "lost", box=None, header_style="bold")
+    table = ModuleTable([m["name"] for m in found["modules"]], ("r", "change", "lost"))
     for m in found["modules"]:
-        table.add_row(m["name"], f"{m['r']}", f"{m['norm']:.3g}", f"{m['lost']:.2%}")
-    stdout.print(table)
+        table.add(m["name"], f"{m['r']}", f"{m['norm']:.3g}", f"{m['lost']:.2%}")
+    stdout.print(table.drawn)
     stdout.print(
         f"{found['output']} written in {duration(found['seconds'])}: rank {found['r']} at most; {found['lost']:.2%} of these "
         f"modules' change lost, and {found['not_carried']['share']:.2%} of the whole change lies in other tensors"

@@ -52,7 +52,9 @@ def parse(
                 cls,
                 args=arguments,
                 prog=f"twofold {verb}",
-                description=description,
+                description=f"{description} With --json, one JSON document on stdout."
+                if "--json" in bare
+                else description,
                 config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
                 return_unknown_args=True,
                 **chosen,

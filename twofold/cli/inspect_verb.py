@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
 from twofold.cli.flags import parse, take
 from twofold.cli.main import print_json
+from twofold.cli.module_tables import ModuleTable
 from twofold.cli.terminal import Terminal, stdout
 from twofold.inspection.lint import Finding
 from twofold.inspection.report import AdapterReport, ModuleReport
@@ -18,11 +19,12 @@ from twofold.recipes.adapter_pages import write_inspection
 from twofold.recipes.inspect import DIRECTIONS, inspect_adapter
 
 DESCRIPTION = (
-    "Norms, ranks and findings of an adapter, by module. With --base, also its size beside the weights, how much it amplifies "
-    "its own directions and, with --intruders, how many of the ten largest directions of each changed weight are new; --exact "
-    "finds these by whole decompositions, which takes very long."
+    "Norms, ranks and findings of an adapter, by module; with --base, also its size beside the weights and how much it amplifies "
+    "its own directions."
 )
 STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
+TOLD = 3
+"""How many findings of one code are told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,23 +34,24 @@ class InspectFlags:
     Attributes:
         adapter: its folder.
         base: the base that it changes, read one weight at a time.
+        intruders: with --base, how many of the ten largest directions of each changed weight are new.
+        exact: find intruders by whole decompositions of every weight, which takes very long.
         html: write a page with maps and spectra, which opens without a network.
     """
 
     adapter: Positional[Path]
     base: str | None = None
+    intruders: bool = False
+    exact: bool = False
     html: Path | None = None
 
 
 def run(arguments: list[str]) -> int:
     arguments, as_json = take(arguments, "--json")
-    arguments, new = take(arguments, "--intruders")
-    arguments, exact = take(arguments, "--exact")
-    bare = ("--json", "--intruders", "--exact")
-    flags = parse(InspectFlags, arguments, verb="inspect", description=DESCRIPTION, bare=bare)
+    flags = parse(InspectFlags, arguments, verb="inspect", description=DESCRIPTION)
+    directions = DIRECTIONS if flags.intruders else 0
     with Terminal() as terminal:
-        directions = DIRECTIONS if new else 0
-        found = inspect_adapter(flags.adapter, flags.base, intruders=directions, exact=exact, emit=terminal)
+        found = inspect_adapter(flags.adapter, flags.base, intruders=directions, exact=flags.exact, emit=terminal)
     if flags.html:
         write_inspection(flags.html, flags.adapter.name, found)
     print_json(found.as_json()) if as_json else _show(found)
@@ -58,7 +61,6 @@ def run(arguments: list[str]) -> int:
 def _show(found: AdapterReport) -> None:
     with_base = any(m.beside_base for m in found.modules)
     columns = [
-        "module",
         "r",
         "scale",
         "norm",
@@ -67,12 +69,12 @@ def _show(found: AdapterReport) -> None:
         "effective rank",
         "90 %",
         "95 %",
-        "99 % energy at",
+        "99 % of energy",
     ]
     columns += ["of W", "of W's largest", "amplified", "intruders"] if with_base else []
-    table = Table(*columns, box=None, header_style="bold")
+    table = ModuleTable([m.name for m in found.modules], columns)
     for m in found.modules:
-        table.add_row(*_row(m), *(_beside(m) if with_base else ()))
+        table.add(m.name, *_row(m), *(_beside(m) if with_base else ()))
     if (total := found.total) is not None:
         norms = (
             f"{total.frobenius_norm:.3g}",
@@ -81,16 +83,15 @@ def _show(found: AdapterReport) -> None:
             f"{total.effective_rank:.1f}",
         )
         ranks = (total.energy_rank_90, total.energy_rank_95, total.energy_rank_99)
-        table.add_row("all together", str(total.r), "", *norms, *map(str, ranks), style="bold")
-    stdout.print(table)
-    for finding in found.findings:
-        _tell(finding)
+        table.drawn.add_row("all together", str(total.r), "", *norms, *map(str, ranks), style="bold")
+    stdout.print(table.drawn)
+    _tell(found.findings)
     stdout.print(f"rank {found.suggested_rank} keeps 99 % of the energy in every module (now r={found.r})")
 
 
 def _row(m: ModuleReport) -> tuple[str, ...]:
     norms = (f"{m.frobenius_norm:.3g}", f"{m.spectral_norm:.3g}", f"{m.stable_rank:.1f}", f"{m.effective_rank:.1f}")
-    return (m.name, str(m.r), f"{m.scale:g}", *norms, *map(str, (m.energy_rank_90, m.energy_rank_95, m.energy_rank_99)))
+    return (str(m.r), f"{m.scale:g}", *norms, *map(str, (m.energy_rank_90, m.energy_rank_95, m.energy_rank_99)))
 
 
 def _beside(m: ModuleReport) -> tuple[str, ...]:
@@ -101,5 +102,14 @@ def _beside(m: ModuleReport) -> tuple[str, ...]:
     return (*sizes, "-" if b.intruders is None else str(b.intruders))
 
 
-def _tell(finding: Finding) -> None:
-    stdout.print(Text(f"{finding.severity}: {finding.message} ({finding.code})", style=STYLES[finding.severity]))
+def _tell(findings: Sequence[Finding]) -> None:
+    """The gravest first, and of many with one code some."""
+    by_code: dict[tuple[str, str], list[str]] = {}
+    for one in sorted(findings, key=lambda one: [*STYLES].index(one.severity)):
+        by_code.setdefault((one.severity, one.code), []).append(one.message)
+    for (severity, code), messages in by_code.items():
+        shown = messages if len(messages) <= TOLD + 1 else messages[:TOLD]
+        for message in shown:
+            stdout.print(Text(f"{severity}: {message} ({code})", style=STYLES[severity]))
+        if left := len(messages) - len(shown):
+            stdout.print(Text(f"{severity}: {left} modules more ({code}); --json names them", style=STYLES[severity]))

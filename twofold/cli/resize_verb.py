@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from rich.table import Table
 from tyro.conf import Positional, arg
 
 from twofold.cli.flags import parse, take
 from twofold.cli.main import print_json
+from twofold.cli.module_tables import ModuleTable
 from twofold.cli.terminal import Terminal, stdout
 from twofold.merging.resize import Size
 from twofold.recipes.resize import resize
@@ -44,10 +44,10 @@ def run(arguments: list[str]) -> int:
     if as_json:
         print_json(found)
         return 0
-    table = Table("module", "r", "lost", box=None, header_style="bold")
+    table = ModuleTable([m["name"] for m in found["modules"]], ("r", "lost"))
     for m in found["modules"]:
-        table.add_row(m["name"], f"{m['before']} → {m['r']}", f"{m['lost']:.3%}")
-    stdout.print(table)
+        table.add(m["name"], f"{m['before']} → {m['r']}", f"{m['lost']:.3%}")
+    stdout.print(table.drawn)
     stdout.print(
         f"rank {found['before']} to {found['r']} at most; {found['lost']:.3%} of the energy lost; {found['output']} written"
     )

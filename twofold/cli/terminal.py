@@ -17,7 +17,7 @@ SECONDS_BETWEEN_LINES = 5.0
 LOG_WIDTH = 160
 """Columns where nobody watches: a log is not wrapped at a terminal's width."""
 stderr = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else LOG_WIDTH)
-stdout = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH, soft_wrap=not sys.stdout.isatty())
 
 
 class Terminal:

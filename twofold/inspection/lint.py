@@ -65,7 +65,7 @@ def lint_config(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator
     yield from _targets(files)
     if not config.target_parameters:
         yield from _ranks(files, updates)
-    yield from _vllm(config, updates)
+    yield from _vllm(config)
     yield from _gguf(files, updates)
     yield from _mlx(files, updates)
 
@@ -90,8 +90,9 @@ def _ranks(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator[Find
             yield Finding("error", "rank-mismatch", said)
 
 
-def _vllm(config: LoraConfig, updates: Mapping[str, LowRank]) -> Iterator[Finding]:
-    r = max((u.rank for u in updates.values()), default=config.r)
+def _vllm(config: LoraConfig) -> Iterator[Finding]:
+    """By the ranks in the config, as vLLM itself judges."""
+    r = max(config.r, *config.rank_pattern.values(), 1)
     if r > VLLM_RANKS[-1]:
         yield Finding(
             "note", "vllm-rank", f"rank {r} is more than vLLM takes ({VLLM_RANKS[-1]}); twofold resize lowers it"

@@ -41,6 +41,9 @@ def write_state(
         with atomic.new_folder(output) as folder:
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
+            usual = (folder / "config.json").stat().st_mode
+            for shard in folder.glob("*.safetensors"):
+                shard.chmod(usual)  # safetensors makes files that nobody but their owner may read
     finally:
         model.config.tie_word_embeddings = tied_before
         tokenizer.chat_template = template_before

@@ -53,9 +53,14 @@ class Change(NamedTuple):
 
 
 class Formed:
-    """The tensors of the layer at hand, which may have several of them, and memory for those that are formed one at a time."""
+    """The tensors of the layer at hand, which may have several of them, and memory for those that are formed one at a time.
 
-    def __init__(self) -> None:
+    Args:
+        narrowest: of the types that a sum is rounded to; the stored tensor's own, if that is wider or there is none.
+    """
+
+    def __init__(self, narrowest: torch.dtype | None = None) -> None:
+        self._narrowest = narrowest
         self._last: tuple[AdapterLayer, dict[str, Tensor]] | None = None
         self._memory = torch.empty(0, dtype=torch.uint8)
 
@@ -71,11 +76,17 @@ class Formed:
             self._last = (layer, layer.folded())
         return self._last[1].get(name, stored)
 
+    def type_for(self, stored: Tensor) -> torch.dtype:
+        """What a merged tensor is given in."""
+        return stored.dtype if self._narrowest is None else torch.promote_types(stored.dtype, self._narrowest)
+
     def memory(self, like: Tensor) -> Tensor:
-        """Memory for a tensor, the same each time: it is over with the one before."""
-        if self._memory.numel() < like.nbytes:
-            self._memory = torch.empty(like.nbytes, dtype=torch.uint8)
-        return self._memory[: like.nbytes].view(like.dtype).view(like.shape)
+        """Memory for a merged tensor, the same each time: it is over with the one before."""
+        dtype = self.type_for(like)
+        size = like.numel() * dtype.itemsize
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        return self._memory[:size].view(dtype).view(like.shape)
 
 
 @dataclass
@@ -96,7 +107,7 @@ class Replay:
     added: dict[str, str] = field(default_factory=dict)
 
     def tensor(self, key: str, formed: Formed) -> Tensor:
-        """The merged value of one tensor, in the type it is stored in."""
+        """The merged value of one tensor."""
         stored = self.base.read(self.added.get(key, key))
         if key not in self.changed:
             return stored
@@ -105,16 +116,16 @@ class Replay:
             update = layer.update(name, piece.expert)
             part = LowRank(update.A, update.B[piece.rows], update.scale)
             return folded(stored, part, into=formed.memory(stored))
-        return formed.of(layer, name, stored).detach().to("cpu", stored.dtype).contiguous()
+        return formed.of(layer, name, stored).detach().to("cpu", formed.type_for(stored)).contiguous()
 
     def in_shard(self, shard: str) -> list[str]:
         """Its keys in the order of the merged file: the base's, then those that are added."""
         file = self.base.shards[shard]
         return [*file.in_order(), *(key for key, twin in self.added.items() if twin in file.shapes)]
 
-    def tensors(self, shard: str) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor of one file."""
-        formed = Formed()
+    def tensors(self, shard: str, narrowest: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor of one file; sums of linear layers and experts are rounded to no narrower type than this, if it is given."""
+        formed = Formed(narrowest)
         for key in self.in_shard(shard):
             yield key, self.tensor(key, formed)
 

@@ -94,10 +94,7 @@ def problems_of(how: Combination) -> list[str]:
     """What is wrong with a combination, whatever is combined."""
     problems = []
     if how.method not in METHODS:
-        problems.append(
-            f"there is no way of combining adapters named '{how.method}'{did_you_mean(how.method, METHODS)}; "
-            f"there are {', '.join(METHODS)}"
-        )
+        problems.append(f"the method '{how.method}' is none of {', '.join(METHODS)}{did_you_mean(how.method, METHODS)}")
     if not 0 < how.density <= 1:
         problems.append(f"density is {how.density}, but must be above 0 and at most 1")
     if how.r is not None and how.r < 1:

@@ -116,4 +116,4 @@ def _conflict(updates: Weighted) -> float:
     rows = torch.linspace(0, count - 1, min(ROWS, count), dtype=torch.float64).long()
     parts = torch.stack([LowRank(u.A, u.B[rows], u.scale).delta() * w for u, w in updates])
     apart = float(parts.abs().sum())
-    return 1 - float(parts.sum(0).abs().sum()) / apart if apart else 0.0
+    return max(0.0, 1 - float(parts.sum(0).abs().sum()) / apart) if apart else 0.0

@@ -9,7 +9,7 @@ from twofold.adapter.files import AdapterFiles, open_adapter
 from twofold.adapter.shapes import module_shapes
 from twofold.base.fingerprint import check_same_base
 from twofold.base.streamed import StreamedBase, open_streamed
-from twofold.errors import ForeignBaseError
+from twofold.errors import ConfigError, ForeignBaseError
 from twofold.events import Emit, silent
 from twofold.inspection.against_base import beside_base, lint_against
 from twofold.inspection.compare import Comparison, compare_adapters
@@ -40,7 +40,12 @@ def inspect_adapter(
     Raises:
         AdapterFileError: the folder is damaged or not understood.
         BaseError: no such base, or it does not lie on disk as safetensors.
+        ConfigError: intruders are asked for without a base, or exact ones without asking for them.
     """
+    if intruders and base is None:
+        raise ConfigError("intruders are directions that the base has not: name it with --base")
+    if exact and not intruders:
+        raise ConfigError("--exact says how intruders are found: it goes with --intruders")
     files = open_adapter(Path(path))
     if base is None:
         return report_adapter(files)

@@ -1,8 +1,9 @@
 """A merged model as one GGUF file, streamed from the base's files: no more than the tensor at hand is held.
 
-Matrices are written in the type that is asked for, all else in float32, as llama.cpp's convert_hf_to_gguf.py does: the same tensors
-as it makes of the folder that `twofold merge` writes. What was written is read back, its values are turned back into the model's,
-and compared with the merge formed once more.
+Matrices are written in the type that is asked for, all else in float32, as llama.cpp's convert_hf_to_gguf.py does. A sum is
+rounded once, to the type of the file: of a base in float32 the tensors are those that the converter makes of the folder that
+`twofold merge` writes, of one in bfloat16 they hold more of the adapter than that folder. What was written is read back, its values
+are turned back into the model's, and compared with the merge formed once more.
 """
 
 from __future__ import annotations
@@ -78,10 +79,11 @@ class Source:
         return [k for k in self.replay.in_shard(shard) if k not in twice and not k.endswith(LEFT_OUT)]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Each by its key in the base's files, merged; it is over with the next."""
+        """Each by its key in the base's files, merged, and not yet rounded to their type; it is over with the next."""
         for shard in self.replay.base.shards:
             wanted = set(self.keys(shard))
-            yield from ((key, tensor) for key, tensor in self.replay.tensors(shard) if key in wanted)
+            found = self.replay.tensors(shard, torch.float32)
+            yield from ((key, tensor) for key, tensor in found if key in wanted)
 
 
 def write_gguf_model(source: Source, path: Path, values: Values, name: str, emit: Emit = silent) -> float:
@@ -150,8 +152,9 @@ def _describe(writer: gguf.GGUFWriter, source: Source, file_type: gguf.LlamaFile
     add_settings(writer, settings, source.layout.family.architecture)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    vocabulary(folder, source.tokenizer, settings["vocab_size"]).add_to(writer, folder, source.chat_template)
-    add_habits(writer, folder, settings, source.layout.family.architecture)
+    tokens = vocabulary(folder, source.tokenizer, settings["vocab_size"])
+    tokens.add_to(writer, folder, source.chat_template)
+    add_habits(writer, folder, settings, source.layout.family.architecture, tokens.kind)
 
 
 def _write(writer: gguf.GGUFWriter, source: Source, wanted: Type, emit: Emit) -> None:

@@ -148,12 +148,12 @@ def further_tensors(config: Settings, architecture: str) -> Iterator[tuple[str, 
 
 
 def _slowed(config: Settings, rope: Settings) -> Tensor:
-    """Llama 3.1's: by how much each frequency is divided."""
+    """Llama 3.1's: by how much each frequency is divided; in float32 throughout, as the model has it."""
     size = _head_size(config)
     first = rope["original_max_position_embeddings"]
     low, high = first / rope["low_freq_factor"], first / rope["high_freq_factor"]
-    found = []
-    for frequency in (1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)).tolist():
+    found: list[float | Tensor] = []
+    for frequency in 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size):
         length = 2 * math.pi / frequency
         if length < high:
             found.append(1.0)

@@ -54,6 +54,8 @@ PRETOKENIZERS = {
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """What SentencePiece writes for a space."""
+GEMMA, CODE_LLAMA = (108, 107), (32016, 32010)
+"""Sizes of vocabularies (the first Gemma's may be larger), and the token that ends a turn, which their tokenizers do not name."""
 WITHOUT_BEGINNING = 49152
 """Size of the vocabulary of the small models (SmolLM, Granite) that put no token before a text."""
 NO_SCORE, ADDED = -10000.0, -1000.0
@@ -114,10 +116,18 @@ def vocabulary(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
     return Vocabulary("llama", "default", [t for t, _, _ in found], [k for _, _, k in found], [s for _, s, _ in found])
 
 
-def add_habits(writer: gguf.GGUFWriter, folder: Path, config: Mapping[str, Any], architecture: str) -> None:
-    """Whether a space, or the token of a beginning, goes before a text, where it is not as the kind of tokenizer has it."""
-    if architecture.startswith("gemma"):
+def add_habits(writer: gguf.GGUFWriter, folder: Path, config: Mapping[str, Any], architecture: str, kind: str) -> None:
+    """Whether a space, or the token of a beginning, goes before a text, and what ends a turn, where the kind leaves it open.
+
+    Args:
+        kind: of the `Vocabulary`.
+    """
+    if architecture.startswith("gemma") and kind == "llama":
         writer.add_add_space_prefix(False)
+    if architecture == "gemma" and config["vocab_size"] >= GEMMA[0]:
+        writer.add_eot_token_id(GEMMA[1])
+    if architecture == "llama" and config["vocab_size"] == CODE_LLAMA[0]:
+        writer.add_eot_token_id(CODE_LLAMA[1])
     if architecture in ("llama", "smollm3"):
         if (habit := _read(folder / "tokenizer_config.json").get("add_prefix_space")) is not None:
             writer.add_add_space_prefix(habit)

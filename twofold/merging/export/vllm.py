@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from twofold.adapter.files import AdapterFiles
 from twofold.errors import ConfigError
 from twofold.lowrank.factors import LowRank
+from twofold.merging.export.factors import largest_rank
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for `--max-lora-rank`; its default of 16 refuses larger adapters, and a larger one takes memory and time."""
@@ -22,7 +23,7 @@ def vllm_command(files: AdapterFiles, updates: Mapping[str, LowRank], base: str,
     Raises:
         ConfigError: the rank is above what vLLM can be told, or a module is one that vLLM adapts not.
     """
-    rank = max(update.rank for update in updates.values())
+    rank = largest_rank(files.config)  # vLLM asks the config, though no module may have the rank it gives to all
     limit = next((r for r in RANKS if r >= rank), None)
     if limit is None:
         raise ConfigError(
