@@ -10,6 +10,7 @@ with a mouse, and the time between frames is taken by the page itself, beside th
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import statistics
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
+
+from twofold.studio.app import is_built
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -58,11 +61,21 @@ def serving(root: str) -> Iterator[str]:
     command = [sys.executable, "-m", "twofold", "studio", "--port", "0", "--no-open", "--root", root]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        assert server.stdout
-        yield next(found[0] for line in server.stdout if (found := re.search(r"http://\S+", line)))
+        yield address_in(server)
     finally:
         server.terminate()
         server.wait()
+
+
+def address_in(server: subprocess.Popen[str]) -> str:
+    """Where it says that it listens; what it said instead, if it ended."""
+    assert server.stdout
+    said = []
+    for line in server.stdout:
+        if found := re.search(r"http://\S+", line):
+            return found[0]
+        said.append(line)
+    sys.exit(f"the studio ended: {''.join(said)}")
 
 
 def first_paint(browser: Browser, url: str) -> float:
@@ -115,7 +128,7 @@ def spread(values: list[float]) -> dict[str, float]:
     ordered = sorted(values)
     return {
         "median": round(statistics.median(ordered), 1),
-        "p95": round(ordered[int(0.95 * (len(ordered) - 1))], 1),
+        "p95": round(ordered[math.ceil(0.95 * len(ordered)) - 1], 1),
         "most": round(ordered[-1], 1),
     }
 
@@ -123,4 +136,6 @@ def spread(values: list[float]) -> dict[str, float]:
 if __name__ == "__main__":
     if not Path(CHROMIUM).exists():
         sys.exit(f"no Chromium at {CHROMIUM}; set CHROMIUM to one")
+    if not is_built():
+        sys.exit("the page is not built; run `make studio`")
     main()

@@ -81,7 +81,7 @@ def train(base: Base, weights: list[nn.Parameter], examples: Sequence[Example]) 
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        print(f"step {step + 1}: loss {float(found.loss_sum) / batch.supervised_tokens:.3f}", flush=True)
+        print(f"step {step + 1}: loss {found.loss_sum.item() / batch.supervised_tokens:.3f}", flush=True)
     for weight in weights:
         weight.requires_grad_(False)
 

@@ -1,6 +1,9 @@
-"""Takes the pictures of docs/studio from a real run: trains SmolLM2 on home commands from the page, then opens each screen.
+"""Takes the pictures of docs/studio from real runs: trains SmolLM2 on home commands from the page, then opens each screen.
 
-python studio/screenshots.py        needs the built page (make studio), Debian's chromium and the `dev` extra; some minutes
+python studio/screenshots.py [ROOT [NAME ...]]
+
+Needs the built page (make studio), Debian's chromium and the `dev` extra; some minutes. With ROOT, a folder, the data and the
+runs are kept there, and those that lie there already are not trained again; with names, only those pictures are taken.
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, NamedTuple
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 
 from twofold.data import home_intents
 
@@ -23,6 +27,91 @@ OUTPUT = Path(__file__).parents[1] / "docs" / "studio"
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync")
 PATIENCE = 3_600_000
 COMMAND = "turn on the lamp in the kitchen"
+WIDE: ViewportSize = {"width": 1280, "height": 860}
+PHONE: ViewportSize = {"width": 390, "height": 844}
+RUNS = {"home-r16": "16", "home-r4": "4"}
+BOTH = "adapter=work/runs/home-r16/adapter&with=work/runs/home-r4/adapter"
+
+
+def nothing(page: Page) -> None:
+    """The screen as it opens."""
+
+
+def grown(page: Page) -> None:
+    """The lesson's small training, at its end."""
+    figure = page.locator("#start .figure")
+    figure.get_by_role("button", name="Train").click()
+    expect(figure.get_by_text("step 160 of 160")).to_be_visible(timeout=PATIENCE)
+    page.locator("#start").evaluate("e => scrollTo(0, e.offsetTop - 20)")
+
+
+def cut(page: Page) -> None:
+    """The spectrum of a real update."""
+    slider = page.get_by_label("Directions kept of every update, r")
+    slider.evaluate("e => scrollTo(0, e.getBoundingClientRect().top + scrollY - 280)")
+
+
+def described(page: Page) -> None:
+    """A run that is about to be started, with its data and what it will cost."""
+    filled(page, "home-r8", "8")
+    page.get_by_role("button", name="Check the run").click()
+    expect(page.get_by_text("on this machine, estimated")).to_be_visible(timeout=PATIENCE)
+    expect(page.get_by_text("Example 1:")).to_be_visible(timeout=PATIENCE)
+    page.mouse.wheel(0, -5000)
+
+
+def laid_over(page: Page) -> None:
+    expect(page.get_by_text("Where these runs differ")).to_be_visible(timeout=PATIENCE)
+
+
+def spectra(page: Page) -> None:
+    page.get_by_role("heading", name="Spectra as they grow").evaluate("e => scrollTo(0, e.offsetTop - 90)")
+
+
+def chatted(page: Page) -> None:
+    """The base and both adapters asked the same, with the pointer over a token."""
+    if page.get_by_role("button", name="Load the base").count():
+        page.get_by_role("button", name="Load the base").click()
+    expect(page.get_by_text("Ready.")).to_be_visible(timeout=PATIENCE)
+    page.get_by_role("button", name="Add an adapter").click()
+    page.get_by_role("group", name="Lane 3").get_by_role("combobox").select_option("work/runs/home-r4/adapter")
+    page.get_by_text("How it is drawn").click()
+    page.get_by_label("System message").fill(home_intents.SYSTEM)
+    page.get_by_text("How it is drawn").click()
+    page.get_by_label("Ask all of them").fill(COMMAND)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible(timeout=PATIENCE)
+    page.locator("article").nth(1).locator("[data-token]").nth(4).hover()
+
+
+class Shot(NamedTuple):
+    """One picture: where, what must be there first, and what is done before it is taken."""
+
+    name: str
+    at: str
+    ready: str
+    act: Callable[[Page], None] = nothing
+    size: ViewportSize = WIDE
+    scheme: Literal["light", "dark"] = "light"
+
+
+SHOTS = (
+    Shot("lesson", "lesson", "LoRA, visualised"),
+    Shot("lesson-start", "lesson/start", "what it should learn", grown, scheme="dark"),
+    Shot("lesson-why", "lesson/why", "Directions kept of every update", cut, size={"width": 1280, "height": 980}),
+    Shot("lesson-yours", "lesson/yours", "Energy kept", size={"width": 1280, "height": 980}),
+    Shot("lesson-phone", "lesson", "LoRA, visualised", size=PHONE, scheme="dark"),
+    Shot("plan", "plan", "Where it fits"),
+    Shot("new-run", "train/new", "Base and data", described, {"width": 1440, "height": 1000}),
+    Shot("train", "train?runs=home-r16,home-r4", "Spectra as they grow", laid_over, {"width": 1280, "height": 1000}),
+    Shot("train-spectra", "train?runs=home-r16", "Spectra as they grow", spectra, scheme="dark"),
+    Shot("train-phone", "train?runs=home-r16", "Spectra as they grow", size=PHONE),
+    Shot("inspect-look", f"inspect?{BOTH}&tab=look", "‖ΔW‖ / ‖W‖", size={"width": 1280, "height": 980}),
+    Shot("inspect-compare", f"inspect?{BOTH}&tab=compare", "How alike", scheme="dark"),
+    Shot("inspect-combine", f"inspect?{BOTH}&tab=combine", "energy lost", size={"width": 1280, "height": 980}),
+    Shot("inspect-resize", f"inspect?{BOTH}&tab=resize", "energy kept"),
+    Shot("play", "play?adapter=work/runs/home-r16/adapter", "Base and adapters", chatted),
+)
 
 
 @contextmanager
@@ -42,10 +131,8 @@ def studio(root: Path) -> Iterator[str]:
         process.wait()
 
 
-def train(page: Page, name: str, rank: str, steps: str) -> None:
-    """Start a run from the page, and wait for its end."""
-    page.goto(f"{page.url.split('#')[0]}#/train/new")
-    page.get_by_text("More settings").click()
+def filled(page: Page, name: str, rank: str) -> None:
+    """The form of a new run."""
     fields = {
         "Name of the run": name,
         "Training data": "work/commands/train.jsonl",
@@ -55,63 +142,56 @@ def train(page: Page, name: str, rank: str, steps: str) -> None:
         "Batch size": "8",
         "Evaluate every … steps": "8",
         "Spectra every … steps": "1",
-        "At most so many steps": steps,
     }
     for label, value in fields.items():
-        page.get_by_label(label, exact=True).fill(value)
-    if name == "home-r16":
-        page.get_by_role("button", name="Check the run").click()
-        expect(page.get_by_text("on this machine, estimated")).to_be_visible(timeout=PATIENCE)
-        taken(page, "new-run")
+        page.get_by_label(label, exact=True).and_(page.locator("input")).fill(value)
+
+
+def train(browser: Browser, address: str, name: str, rank: str) -> None:
+    """Start a run from the page, and wait for its end."""
+    page = browser.new_page()
+    page.goto(f"{address}#/train/new")
+    filled(page, name, rank)
     page.get_by_role("button", name="Start training").click()
     expect(page.get_by_text("finished", exact=True).first).to_be_visible(timeout=PATIENCE)
+    page.close()
 
 
-def taken(page: Page, name: str, *, whole: bool = False) -> None:
+def taken(browser: Browser, address: str, shot: Shot) -> None:
+    context = browser.new_context(viewport=shot.size, color_scheme=shot.scheme, reduced_motion="reduce")
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto(f"{address}#/{shot.at}")
+    expect(page.get_by_text(shot.ready).first).to_be_attached(timeout=PATIENCE)
+    page.wait_for_timeout(1500)
+    shot.act(page)
     page.wait_for_timeout(600)
-    page.screenshot(path=OUTPUT / f"{name}.png", full_page=whole)
-    print(f"{name}.png")
+    page.screenshot(path=OUTPUT / f"{shot.name}.png")
+    print(f"{shot.name}.png", flush=True)
+    context.close()
 
 
-def run(page: Page, address: str) -> None:
-    """Every screen, once there is something to see on it."""
-    page.goto(f"{address}#/plan")
-    expect(page.get_by_text("Where it fits")).to_be_visible(timeout=PATIENCE)
-    page.get_by_role("group", name="Memory of LoRA").get_by_role("button", name="activations").hover()
-    taken(page, "plan")
-    train(page, "home-r16", "16", "32")
-    train(page, "home-r4", "4", "32")
-    page.goto(f"{address}#/train?runs=home-r16,home-r4")
-    expect(page.get_by_text("Spectra as they grow")).to_be_visible(timeout=PATIENCE)
-    taken(page, "train", whole=True)
-    red, blue = "work/runs/home-r16/adapter", "work/runs/home-r4/adapter"
-    for tab, ready in {"look": "‖ΔW‖ / ‖W‖", "compare": "How alike", "combine": "energy lost"}.items():
-        page.goto(f"{address}#/inspect?adapter={red}&with={blue}&tab={tab}")
-        expect(page.get_by_text(ready).first).to_be_visible(timeout=PATIENCE)
-        taken(page, f"inspect-{tab}")
-    page.goto(f"{address}#/play?adapter={red}")
-    page.get_by_role("button", name="Load the base").click()
-    expect(page.get_by_text("Ready.")).to_be_visible(timeout=PATIENCE)
-    page.get_by_role("button", name="Add an adapter").click()
-    page.get_by_text("How it is drawn").click()
-    page.get_by_label("System message").fill(home_intents.SYSTEM)
-    page.get_by_text("How it is drawn").click()
-    page.get_by_label("Ask all of them").fill(COMMAND)
-    page.keyboard.press("Enter")
-    expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible(timeout=PATIENCE)
-    page.locator("article").nth(1).locator("[data-token]").nth(4).hover()
-    taken(page, "play")
+def run(root: Path, names: list[str]) -> None:
+    """Data and runs where there are none yet, then every picture."""
+    chosen = [shot for shot in SHOTS if not names or shot.name in names]
+    if not (root / "commands").exists():
+        home_intents.write(root / "commands", 256, 60)
+    with studio(root) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(FLAGS))
+        for name, rank in RUNS.items():
+            if any(name in shot.at for shot in chosen) and not (root / "runs" / name / "adapter").exists():
+                train(browser, address, name, rank)
+        for shot in chosen:
+            taken(browser, address, shot)
+        browser.close()
 
 
 def main() -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
+    if len(sys.argv) > 1:
+        return run(Path(sys.argv[1]), sys.argv[2:])
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder) / "work"
-        home_intents.write(root / "commands", 256, 60)
-        with studio(root) as address, sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(FLAGS))
-            run(browser.new_page(viewport={"width": 1200, "height": 800}), address)
-            browser.close()
+        run(Path(folder) / "work", [])
 
 
 if __name__ == "__main__":

@@ -68,7 +68,9 @@ export interface Plan {
   terms: Term[];
   symbols: Record<string, { value: number; meaning: string }>;
   formulas: Record<string, string>;
-  gpus: { name: string; bytes: number; fits: 'fits' | 'tight' | 'does not fit' }[];
+  /** What it would take on a GPU, and on which it would fit. */
+  gpu_memory: { low: number; expected: number; high: number };
+  gpus: { name: string; cards: string; bytes: number; fits: 'fits' | 'tight' | 'does not fit' }[];
   time: { seconds_per_step: number; tokens_per_second: number; products_per_second: number } | null;
   adapter_file_bytes: number;
   advice: string[];

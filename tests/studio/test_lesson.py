@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 from safetensors.torch import load_file
-from studio_app import Live, needed
+from studio_app import Live, eventually, needed
 
 from twofold.lowrank.factors import LowRank
 from twofold.studio.export import export_lesson
@@ -117,6 +118,26 @@ def test_the_picture_is_the_delta_cut_to_the_rank(lesson: Page, live: Live) -> N
     assert (np.sign(pixels - np.median(pixels))[strong] == np.sign(cut)[strong]).mean() > 0.98
 
 
+def test_no_figure_stands_under_another_modules_name(lesson: Page) -> None:
+    shown = figure(lesson, "yours")
+    shown.get_by_label("Adapter").select_option("work/red")
+    energy = stat(shown, "Energy kept")
+    expect(energy).to_be_visible()
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    lesson.route("**/api/adapters/module?*", hold)
+    shown.get_by_label("Module").select_option("model.layers.0.mlp.gate_proj")
+    expect(shown.locator("[aria-busy=true]")).to_have_count(1)
+    expect(energy).to_be_hidden()
+    eventually(lambda: lesson.wait_for_timeout(20) or held)  # the page goes on meanwhile
+    held.pop().fallback()
+    expect(energy).to_be_visible()
+    expect(shown.get_by_text("model.layers.0.mlp.gate_proj: a weight of 64 × 32")).to_be_visible()
+
+
 def test_the_figures_at_real_sizes(lesson: Page) -> None:
     sizes = figure(lesson, "saving")
     expect(stat(sizes, "Full update")).to_have_text("16,777,216")
@@ -167,6 +188,21 @@ def test_merging_is_measured_and_answers_agree(lesson: Page) -> None:
     expect(shown.get_by_role("button", name="Measure again")).to_be_enabled(timeout=PATIENCE)
     assert 0 < float(stat(shown, "Largest difference of the answers").inner_text()) < 1e-4
     assert "ms" in shown.locator(".ways").inner_text()
+
+
+def test_a_real_update_of_full_fine_tuning_is_cut(lesson: Page) -> None:
+    measured = json.loads((AXE.parents[2] / "src" / "lesson" / "measured-full.json").read_text())
+    figure(lesson, "why")
+    slider = lesson.get_by_label("Directions kept of every update, r")
+    expect(slider).to_be_visible(timeout=PATIENCE)
+    shown = lesson.locator("#why .figure").filter(has=slider)
+    squares = np.square(measured["modules"][0]["values"])
+    losses = dict(measured["loss_by_rank"])
+    for place, r in ((1, 1), (5, 16)):
+        slide(slider, place)
+        expect(stat(shown, "Energy kept, this update")).to_have_text(f"{100 * squares[:r].sum() / squares.sum():.1f}%")
+        gained = (losses[0] - losses[r]) / (losses[0] - losses[576])
+        expect(stat(shown, "Of what training gained")).to_have_text(f"{100 * gained:.1f}%")
 
 
 def test_answers_are_checked_and_kept(lesson: Page) -> None:

@@ -76,6 +76,9 @@ def test_figures_are_those_of_the_command_line(live: Live) -> None:
     assert [g["fits"] for g in planned["gpus"]] == sorted(
         (g["fits"] for g in planned["gpus"]), key=["does not fit", "tight", "fits"].index
     )
+    there = plan(PlanSettings(**settings, device="cuda"))["memory"]["total"]  # type: ignore[arg-type]
+    assert planned["gpu_memory"] == there
+    assert [g["bytes"] >= there["high"] for g in planned["gpus"]] == [g["fits"] == "fits" for g in planned["gpus"]]
     three = live.made("/api/plan", {**settings, "compare": True})
     assert three["full"]["memory"]["total"]["expected"] > three["qlora"]["memory"]["total"]["expected"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
-from screens import Alone, accessible, alone_at, everywhere, field, fresh, make_run, start
+from screens import PHONE, WIDE, Alone, accessible, alone_at, everywhere, field, fresh, make_run, start
 from studio_app import Live, eventually
 from tiny_base import chats, write_jsonl
 
@@ -71,6 +71,40 @@ def test_data_is_shown_token_by_token_as_the_model_will_see_it(page: Page, live:
         expect(example.locator("mark .token")).to_have_count(sum(supervised for _, supervised in sample))
 
 
+def test_nothing_moves_under_the_pointer_when_the_data_comes(page: Page, live: Live) -> None:
+    for size in (PHONE, WIDE):
+        page.set_viewport_size(size)  # type: ignore[arg-type]
+        page.goto(f"{live.url}/#/train/new")
+        field(page, "Training data").fill("")
+        expect(page.get_by_text("Choose training data, and its first examples")).to_be_visible()
+        top = "e => e.getBoundingClientRect().top + scrollY"
+        button = page.get_by_role("button", name="Start training")
+        before = button.evaluate(top)
+        field(page, "Base model").fill("work/tiny-llama")
+        field(page, "Training data").fill("work/data.jsonl")
+        expect(page.get_by_role("group", name="Example 1, token by token")).to_be_visible()
+        assert button.evaluate(top) == before
+
+
+def test_two_tabs_see_the_same_and_do_not_quarrel(page: Page, live: Live) -> None:
+    other = page.context.new_page()
+    fill(page, live, "in-two-tabs", **STEPS)
+    start(page)
+    card = page.get_by_role("region", name="in-two-tabs")
+    eventually(lambda: points(page) > 5)
+    other.goto(f"{live.url}/#/train?runs=in-two-tabs")
+    same = other.get_by_role("region", name="in-two-tabs")
+    same.get_by_role("button", name="Stop").click()
+    for shown in (card, same):
+        expect(shown.get_by_text("stopped", exact=True)).to_be_visible()
+    assert points(page) == points(other) == recorded(live, "in-two-tabs")[-1]["step"]
+    for shown in (card, same):  # the second finds nothing to click, or is told that it came too late
+        shown.get_by_role("button", name="Resume").evaluate_all("buttons => buttons.forEach((b) => b.click())")
+    for shown in (card, same):
+        expect(shown.get_by_text("finished", exact=True)).to_be_visible()
+    assert [e["step"] for e in recorded(live, "in-two-tabs")] == list(range(1, 401))
+
+
 def test_a_run_is_started_followed_through_a_reload_stopped_and_resumed(page: Page, live: Live) -> None:
     fill(page, live, "followed", **STEPS)
     page.get_by_role("button", name="Check the run").click()
@@ -127,11 +161,11 @@ def test_runs_are_laid_over_each_other_with_what_differs(page: Page, live: Live)
 
 
 def test_a_killed_training_is_said_and_gone_on_with(page: Page, live: Live) -> None:
-    fill(page, live, "killed", **STEPS)
+    fill(page, live, "killed-while-followed", **STEPS)
     start(page)
-    card = page.get_by_role("region", name="killed")
+    card = page.get_by_role("region", name="killed-while-followed")
     eventually(lambda: points(page) > 25)
-    noted = json.loads((live.root / "runs" / "killed" / "studio" / "process.json").read_text())
+    noted = json.loads((live.root / "runs" / "killed-while-followed" / "studio" / "process.json").read_text())
     os.kill(noted["pid"], signal.SIGKILL)
     expect(card.get_by_role("alert")).to_contain_text("killed", timeout=30_000)
     card.get_by_role("button", name="Resume").click()

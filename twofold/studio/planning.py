@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from twofold.config import build
-from twofold.planning.memory import EXACT, UNCERTAINTY
+from twofold.planning.memory import EXACT, UNCERTAINTY, MemoryPlan
 from twofold.recipes.plan import METHODS, PlanSettings, costs, outline, plan, verdict
 from twofold.recipes.preview import preview
 from twofold.recipes.settings import TrainConfig
@@ -20,22 +20,23 @@ from twofold.studio.parts import Studio
 
 
 class Gpu(NamedTuple):
-    """A card and its memory in bytes, as its maker states it."""
+    """A size of card, the best known of that size, and its memory in bytes, as its maker states it."""
 
     name: str
+    cards: str
     bytes: int
 
 
 GPUS = (
-    Gpu("8 GB (RTX 4060)", 8 * 2**30),
-    Gpu("12 GB (RTX 3060)", 12 * 2**30),
-    Gpu("16 GB (T4, RTX 4080)", 16 * 2**30),
-    Gpu("24 GB (RTX 4090, L4, A10G)", 24 * 2**30),
-    Gpu("32 GB (RTX 5090)", 32 * 2**30),
-    Gpu("48 GB (L40S, A6000)", 48 * 2**30),
-    Gpu("80 GB (A100, H100)", 80 * 2**30),
-    Gpu("141 GB (H200)", 141 * 10**9),
-    Gpu("192 GB (MI300X)", 192 * 2**30),
+    Gpu("8 GB", "RTX 4060", 8 * 2**30),
+    Gpu("12 GB", "RTX 3060", 12 * 2**30),
+    Gpu("16 GB", "T4, RTX 4080", 16 * 2**30),
+    Gpu("24 GB", "RTX 4090, L4, A10G", 24 * 2**30),
+    Gpu("32 GB", "RTX 5090", 32 * 2**30),
+    Gpu("48 GB", "L40S, A6000", 48 * 2**30),
+    Gpu("80 GB", "A100, H100", 80 * 2**30),
+    Gpu("141 GB", "H200", 141 * 10**9),
+    Gpu("192 GB", "MI300X", 192 * 2**30),
 )
 
 
@@ -62,13 +63,15 @@ async def plan_training(request: Request) -> Response:
 
 
 def planned(settings: PlanSettings) -> dict[str, Any]:
-    """The recipe's plan, with `terms`, `gpus` and `seconds` a step."""
+    """The recipe's plan, with `terms`, `gpus` and what it takes there, and `seconds` a step."""
     found = plan(settings)
     time = found["time"]
+    there = _on_gpu(settings)
     return {
         **found,
         "terms": _terms(found),
-        "gpus": _gpus(settings),
+        "gpu_memory": there.as_json()["total"],
+        "gpus": [{**gpu._asdict(), "fits": verdict(there, gpu.bytes)} for gpu in GPUS],
         "seconds": time and time["seconds_per_step"],
     }
 
@@ -86,11 +89,10 @@ def _terms(found: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _gpus(settings: PlanSettings) -> list[dict[str, Any]]:
-    """Which cards it would fit on, if it ran there."""
+def _on_gpu(settings: PlanSettings) -> MemoryPlan:
+    """What it would take if it ran on a card."""
     there = replace(settings, device="cuda", memory=None)
-    memory = costs(outline(there.base), there)[1]
-    return [{**gpu._asdict(), "fits": verdict(memory, gpu.bytes)} for gpu in GPUS]
+    return costs(outline(there.base), there)[1]
 
 
 @dataclass(frozen=True, kw_only=True)

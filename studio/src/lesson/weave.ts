@@ -84,6 +84,13 @@ export class Weave {
     return 2.4 * Math.sqrt(sum);
   }
 
+  /** One entry of B A at rank r. */
+  entry(row: number, column: number, r: number): number {
+    let sum = 0;
+    for (let k = 0; k < r; k++) sum += (this.columns[k]?.[row] ?? 0) * (this.rows[k]?.[column] ?? 0);
+    return sum;
+  }
+
   /** B (d, r). */
   B(r: number): Matrix {
     const data = new Float64Array(this.d * r);

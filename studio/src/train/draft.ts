@@ -29,7 +29,7 @@ export interface Setting {
 
 export const MAIN: Setting[] = [
   { key: 'adapter.r', label: 'Rank r', hint: 'how much the update can hold' },
-  { key: 'adapter.lora_alpha', label: 'lora_alpha', hint: 'volume: the update is scaled by alpha / r' },
+  { key: 'adapter.lora_alpha', label: 'lora_alpha', hint: 'scaled by alpha / r' },
   {
     key: 'adapter.target_modules',
     label: 'Target modules',

@@ -44,7 +44,7 @@ export function duration(seconds: number): string {
 /** A number beside an axis: as short as it is exact. */
 export function tick(value: number): string {
   const short = Number(value.toPrecision(4));
-  return short !== 0 && Math.abs(short) < 1e-3
+  return short !== 0 && Math.abs(short) < 1e-4
     ? short.toExponential()
     : short.toLocaleString('en-US', { maximumFractionDigits: 6 });
 }

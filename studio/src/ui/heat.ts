@@ -1,15 +1,17 @@
 /** Colours of signed values, from a table of 511 that is made once for each theme, so that a pixel costs one look-up. */
 
+import { rgbOf, type Rgb } from './colour';
+
 const HALF = 255;
-type Rgb = readonly [number, number, number];
+
+interface Picture {
+  image: ImageData;
+  pixels: Uint32Array;
+}
 
 const tables = new Map<string, Uint32Array>();
-
-function colour(name: string): Rgb {
-  const text = getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const value = parseInt(text.slice(1), 16);
-  return [(value >> 16) & 255, (value >> 8) & 255, value & 255];
-}
+/** A canvas keeps its picture, so that a frame allocates nothing. */
+const pictures = new WeakMap<HTMLCanvasElement, Picture>();
 
 function mixed(from: Rgb, to: Rgb, share: number): number {
   const [r, g, b] = from.map((c, i) => Math.round(c + ((to[i] ?? 0) - c) * share)) as [number, number, number];
@@ -20,12 +22,28 @@ function mixed(from: Rgb, to: Rgb, share: number): number {
 export function colours(theme: string): Uint32Array {
   const made = tables.get(theme);
   if (made) return made;
-  const [negative, zero, positive] = ['--negative', '--zero', '--positive'].map(colour) as [Rgb, Rgb, Rgb];
+  const [negative, zero, positive] = ['--negative', '--zero', '--positive'].map(rgbOf) as [Rgb, Rgb, Rgb];
   const table = Uint32Array.from({ length: 2 * HALF + 1 }, (_, i) =>
     mixed(zero, i < HALF ? negative : positive, Math.pow(Math.abs(i - HALF) / HALF, 0.75)),
   );
   tables.set(theme, table);
   return table;
+}
+
+function pictureOf(
+  canvas: HTMLCanvasElement,
+  context: CanvasRenderingContext2D,
+  rows: number,
+  columns: number,
+): Picture {
+  const kept = pictures.get(canvas);
+  if (kept && kept.image.width === columns && kept.image.height === rows) return kept;
+  canvas.width = columns;
+  canvas.height = rows;
+  const image = context.createImageData(columns, rows);
+  const made = { image, pixels: new Uint32Array(image.data.buffer) };
+  pictures.set(canvas, made);
+  return made;
 }
 
 /** Draws rows x columns values on the canvas, one pixel each. */
@@ -39,12 +57,7 @@ export function painted(
 ): void {
   const context = canvas.getContext('2d', { alpha: false });
   if (!context || rows === 0 || columns === 0) return;
-  if (canvas.width !== columns || canvas.height !== rows) {
-    canvas.width = columns;
-    canvas.height = rows;
-  }
-  const image = context.createImageData(columns, rows);
-  const pixels = new Uint32Array(image.data.buffer);
+  const { image, pixels } = pictureOf(canvas, context, rows, columns);
   const table = colours(theme);
   const factor = limit > 0 ? HALF / limit : 0;
   for (let i = 0; i < pixels.length; i++) {

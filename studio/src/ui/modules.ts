@@ -24,8 +24,16 @@ export function place(name: string): Place {
 export function gridOf(names: readonly string[]): ModuleGrid {
   const places = names.map(place);
   const layers = [...new Set(places.map((p) => p.layer))].sort((a, b) => Number(a) - Number(b));
-  const kinds = [...new Set(places.map((p) => p.kind))];
+  const kinds = [...new Set(places.map((p) => p.kind))].sort((a, b) => order(a) - order(b));
   return { layers, kinds, at: new Map(places.map((p) => [key(p.layer, p.kind), p])) };
+}
+
+/** Kinds as data flows through a layer, where their names say it; others follow as they come. */
+const FLOW = ['q_proj', 'k_proj', 'v_proj', 'qkv', 'o_proj', 'gate', 'up_proj', 'down_proj'];
+
+function order(kind: string): number {
+  const at = FLOW.findIndex((word) => kind.includes(word));
+  return at < 0 ? FLOW.length : at;
 }
 
 export function key(layer: string, kind: string): string {
