@@ -308,16 +308,26 @@ def loss_figure(report: Json, events: Sequence[Json], steps: Sequence[Json]) -> 
 def held_out(report: Json, events: Sequence[Json]) -> tuple[list[Marker], list[Marker]]:
     """Every held-out loss: of the base before the first step and the adapter that was kept, and those along the way."""
     step = report.get("best_step") or report.get("steps")
-    base, adapter = _loss_of(report, "base"), _loss_of(report, "adapter")
+    evaluation = report.get("evaluation") or {}
+    name = "full" if evaluation.get("full") else "adapter"
+    base, after = _loss_of(evaluation.get("base")), _loss_of(trained(report))
     ends = [] if base is None else [_end(0, base, "base, before training", "base")]
-    if step is not None and adapter is not None:
-        ends.append(_end(step, adapter, f"the adapter, step {step:,}", "adapter"))
+    if step is not None and after is not None:
+        what = "the whole model" if name == "full" else "the adapter"
+        ends.append(_end(step, after, f"{what}, step {step:,}", name))
     measured = [e for e in events if e.get("event") == "evaluated" and _finite(e.get("loss"))]
     return ends, [_on_the_way(e) for e in measured if e["step"] not in {m.point[0] for m in ends}]
 
 
-def _loss_of(report: Json, name: str) -> Number | None:
-    loss = ((report.get("evaluation") or {}).get(name) or {}).get("loss")
+def trained(report: Json) -> Json | None:
+    """A run's held-out figures after training: of the adapter, or of the whole model."""
+    evaluation = report.get("evaluation") or {}
+    found: Json | None = evaluation.get("full") or evaluation.get("adapter")
+    return found
+
+
+def _loss_of(figures: Json | None) -> Number | None:
+    loss = (figures or {}).get("loss")
     return float(loss) if _finite(loss) else None
 
 
