@@ -134,7 +134,7 @@ def test_sixteen_bits_learn_by_float32_values(full: TrainConfig) -> None:
     assert narrow["evaluation"]["full"]["loss"] == pytest.approx(after, abs=0.05 * (before - after))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_killed_and_resumed_it_has_the_same_bits(cli: WarmCli, full: TrainConfig, tmp_path: Path, dtype: str) -> None:
     path = tmp_path / "config.yaml"
     settings = as_dict(changed(replace(full, dtype=dtype), checkpoint_every=3, micro_batch_size=2, weight_decay=0.1))
