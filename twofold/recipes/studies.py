@@ -194,6 +194,7 @@ PROVED = Study(
     expected="by construction (arXiv 2106.09685, section 4)",
     arms=(Arm(name="r = 16", settings={"adapter.r": 16}, rates=(1e-3,)),),
     reading="proof",
+    examples=64,
     held_out=32,
     seeds=1,
     apart=True,

@@ -78,11 +78,12 @@ def _section(study: Study, report: Mapping[str, Any]) -> Iterator[str]:
     for picture in report["pictures"]:
         yield f"\n![{study.claim}]({picture})"
     spent = duration(report["compute_seconds"]).replace("\u00a0", " ")
+    count = report["trainings"]
     note = f"{report['note']}. " if report["note"] else ""
     where = f"{report['dtype']} on {report['threads']} thread{'s' * (report['threads'] > 1)} of a {report['device'].upper()}"
     yield (
-        f"\n{report['trainings']} trainings on {report['examples']:,} examples of {report['material']}, {report['held_out']} held "
-        f"out, {where}; {spent} of computing, of {report['budget_hours']:g} h that it may take on two cores. {note}"
+        f"\n{count} training{'s' * (count > 1)} on {report['examples']:,} examples of {report['material']}, {report['held_out']} "
+        f"held out, {where}; {spent} of computing, of {report['budget_hours']:g} h that it may take on two cores. {note}"
         f"Every training is in [{study.name}.json]({study.name}.json); `twofold study {study.name}` makes it again.\n"
     )
 
