@@ -1,4 +1,4 @@
-"""twofold resize ADAPTER --r 8 | --energy 0.99 | --ratio 100 -o OUT"""
+"""twofold resize ADAPTER --r 8 | --energy 0.99 | --ratio 100 | --tolerance 0.01 --data FILE -o OUT"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from twofold.cli import resize_by_loss
 from twofold.cli.flags import parse, take
 from twofold.cli.main import print_json
 from twofold.cli.module_tables import ModuleTable
@@ -36,6 +37,8 @@ class ResizeFlags:
 
 
 def run(arguments: list[str]) -> int:
+    if any(a.partition("=")[0] == "--tolerance" for a in arguments):
+        return resize_by_loss.run(arguments)
     arguments, as_json = take(arguments, "--json")
     flags = parse(ResizeFlags, arguments, verb="resize", description="An adapter at other ranks, and what that loses.")
     size = Size(r=flags.r, energy=flags.energy, ratio=flags.ratio)

@@ -123,8 +123,9 @@ def show_preflight(found: Preflight, console: Console = stderr) -> None:
         console.print(
             f"  held out    {found.evaluation.examples:,} examples, {found.evaluation.supervised_tokens:,} supervised tokens"
         )
+    what = "adapter" if found.parameters.ranks else "full"
     console.print(
-        f"  adapter     {found.parameters.trainable:,} parameters train, {found.parameters.fraction:.2%} of the base's "
+        f"  {what:<10}  {found.parameters.trainable:,} parameters train, {found.parameters.fraction:.2%} of the base's "
         f"{found.parameters.base:,}, in {found.parameters.modules} modules"
     )
     console.print(

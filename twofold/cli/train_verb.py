@@ -1,4 +1,4 @@
-"""twofold train CONFIG.yaml [--adapter.r 32 ...] [--resume] [--dry-run] [--find-lr]"""
+"""twofold train CONFIG.yaml [--adapter.r 32 ...] [--resume] [--dry-run] [--find-lr] [--full]"""
 
 from __future__ import annotations
 
@@ -54,4 +54,5 @@ def _show(report: dict) -> None:  # type: ignore[type-arg]
             f"{proof['max_abs_logit_difference']:.3g} in a logit (noise allows {proof['tolerance']:.3g}, "
             f"scale 0 gives {proof['control_difference']:.3g}); base unchanged: {report['base_unchanged']}"
         )
-    stdout.print(f"  adapter {report['adapter']}   report {report['run']}/report.html")
+    made = f"adapter {report['adapter']}" if report["adapter"] else f"model {report['model']}"
+    stdout.print(f"  {made}   report {report['run']}/report.html")

@@ -130,6 +130,40 @@ class Group:
             return Group(members, None)
         return Group(_placed(members), self.A[columns[0].start : columns[-1].stop], self.dropout)
 
+    def forward(
+        self, x: Float[Tensor, "rows in_"], kept: Kept | None
+    ) -> tuple[list[Tensor], Float[Tensor, "rows _"] | None]:
+        """See `group_forward`."""
+        h = None if self.A is None else sum_of_products([Term(kept.apply(x) if kept else x, self.A)])
+        outputs = [_output(x, h, m) for m in self.members]
+        if h is None:
+            return outputs, None
+        learning = [y for y, m in zip(outputs, self.members, strict=True) if m.unstretched is not None]
+        stretched = [_stretched(y, m) for y, m in zip(outputs, self.members, strict=True)]
+        return stretched, torch.cat([h, *learning], 1) if learning else h
+
+    def backward(
+        self,
+        gradients: Sequence[Float[Tensor, "rows _"]],
+        x: Float[Tensor, "rows in_"] | None,
+        kept: Kept | None,
+        h: Float[Tensor, "rows _"] | None,
+        *,
+        input_gradient: bool,
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """See `group_backward`."""
+        unstretched = [
+            dy if m.stretch is None else torch.mul(dy, m.stretch, out=torch.empty_like(dy))
+            for dy, m in zip(gradients, self.members, strict=True)
+        ]
+        g = rank_gradient(unstretched, self) if self.A is not None and (self.learns_A or input_gradient) else None
+        dA = None if g is None or x is None or not self.learns_A else crossed(g, kept.apply(x) if kept else x)
+        dx = _into_input(unstretched, g, kept, self) if input_gradient else None
+        learned: list[Tensor] = []
+        for dy, du, m in zip(gradients, unstretched, self.members, strict=True):
+            learned += learned_gradients(dy, du, h, dA, m)
+        return dx, learned
+
 
 def _member(p: Projection, B: Tensor | None, dtype: torch.dtype) -> Member:
     update, bias, stretch = p.update, p.bias, p.stretch
@@ -169,13 +203,7 @@ def group_forward(
     x: Float[Tensor, "rows in_"], kept: Kept | None, group: Group
 ) -> tuple[list[Tensor], Float[Tensor, "rows _"] | None]:
     """The outputs (rows, out_i) of each member, and what to keep for the backward: h = x̃ Aᵀ, then unstretched outputs."""
-    h = None if group.A is None else sum_of_products([Term(kept.apply(x) if kept else x, group.A)])
-    outputs = [_output(x, h, m) for m in group.members]
-    if h is None:
-        return outputs, None
-    learning = [y for y, m in zip(outputs, group.members, strict=True) if m.unstretched is not None]
-    stretched = [_stretched(y, m) for y, m in zip(outputs, group.members, strict=True)]
-    return stretched, torch.cat([h, *learning], 1) if learning else h
+    return group.forward(x, kept)
 
 
 def _output(x: Tensor, h: Tensor | None, m: Member) -> Tensor:
@@ -209,27 +237,18 @@ def group_backward(
         x: needed where some A learns.
         h: what `group_forward` kept.
     """
-    unstretched = [
-        dy if m.stretch is None else torch.mul(dy, m.stretch, out=torch.empty_like(dy))
-        for dy, m in zip(gradients, group.members, strict=True)
-    ]
-    g = _rank_gradient(unstretched, group) if group.A is not None and (group.learns_A or input_gradient) else None
-    dA = None if g is None or x is None or not group.learns_A else crossed(g, kept.apply(x) if kept else x)
-    dx = _into_input(unstretched, g, kept, group) if input_gradient else None
-    learned: list[Tensor] = []
-    for dy, du, m in zip(gradients, unstretched, group.members, strict=True):
-        learned += _learned_gradients(dy, du, h, dA, m)
-    return dx, learned
+    return group.backward(gradients, x, kept, h, input_gradient=input_gradient)
 
 
-def _rank_gradient(gradients: Sequence[Tensor], group: Group) -> Float[Tensor, "rows ranks"]:
+def rank_gradient(gradients: Sequence[Tensor], group: Group) -> Float[Tensor, "rows ranks"]:
     """g = scale · du B of each member, side by side."""
     adapted = [(du, m.B, m.scale) for du, m in zip(gradients, group.members, strict=True) if m.B is not None]
     found = [sum_of_products([Term(du, B, as_read=True, scale=scale)]) for du, B, scale in adapted]
     return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
-def _learned_gradients(dy: Tensor, du: Tensor, h: Tensor | None, dA: Tensor | None, m: Member) -> list[Tensor]:
+def learned_gradients(dy: Tensor, du: Tensor, h: Tensor | None, dA: Tensor | None, m: Member) -> list[Tensor]:
+    """What one member learns, in the order of `Projection.learned`."""
     found = [dA[m.columns]] if m.learns_A and dA is not None else []
     if m.learns_B and h is not None:
         found.append(crossed(du, h[:, m.columns], m.scale))

@@ -29,16 +29,22 @@ def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str
 
 
 def write_state(
-    model: Any, tokenizer: Any, output: Path, state: dict[str, Tensor], *, chat_template: str | None = None
+    model: Any,
+    tokenizer: Any,
+    output: Path,
+    state: dict[str, Tensor],
+    *,
+    chat_template: str | None = None,
+    replace: bool = False,
 ) -> Path:
-    """Write these tensors as the model's, with its config and the tokenizer."""
+    """Write these tensors as the model's, with its config and the tokenizer; with `replace`, over what is there."""
     untied = cut_ties(model, state)
     tied_before = model.config.tie_word_embeddings
     template_before = tokenizer.chat_template
     try:
         tokenizer.chat_template = template_before if chat_template is None else chat_template
         model.config.tie_word_embeddings = tied_before and not untied
-        with atomic.new_folder(output) as folder:
+        with atomic.new_folder(output, replace=replace) as folder:
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
             usual = (folder / "config.json").stat().st_mode

@@ -34,7 +34,8 @@ def rate_advice(rate: float, config: LoraConfig, hidden: int) -> list[str]:
     return [
         f"learning_rate {rate:g} with lora_alpha {config.lora_alpha:g} acts like {effective:.1g} at lora_alpha {COMMON_ALPHA}, "
         f"{times:,.0f} times {where} the {low:.1g} to {high:.1g} that work at width {hidden} (Tinker's formula 5e-4 · "
-        "(2000 / width)^p; LoRA wants about 10 times the rate of full fine-tuning: Schulman 2025, LoRA Without Regret)"
+        "(2000 / width)^p; LoRA wants about 10 times the rate of full fine-tuning: Schulman 2025, LoRA Without Regret); "
+        "twofold sweep tries rates on your own data"
     ]
 
 

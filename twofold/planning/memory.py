@@ -12,7 +12,7 @@ precision: arXiv 1910.02054. NF4: arXiv 2305.14314.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from twofold.functional.attention import KEEP_UP_TO
@@ -122,6 +122,9 @@ STOCK_FULL = Loop(
     logits="T * V * (12 + e)",
     proof="0",
 )
+
+PLAIN_FULL = replace(STOCK_FULL, logits=PLAIN.logits)
+"""The same with logits at supervised rows only."""
 
 WHOLE = Term("weights", "e * (P - P_linear) + q * P_linear")
 GATHERED = "e * (P - P_linear) + 2 * q * P_linear / L"

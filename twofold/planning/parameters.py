@@ -73,6 +73,23 @@ def plan_parameters(config: LoraConfig, shapes: Mapping[str, ModuleShape], base:
     )
 
 
+def plan_full(shapes: Mapping[str, ModuleShape], base: int) -> ParameterPlan:
+    """The same where all of the base learns and there is no adapter."""
+    linear = [s for s in shapes.values() if s.kind in ("linear", "conv1d")]
+    weights = sum(s.in_features * s.out_features for s in linear if not s.head)
+    return ParameterPlan(
+        base=base,
+        trainable=base,
+        linear=weights,
+        modules=len(linear),
+        ranks=0,
+        adapted_inputs=0,
+        dora_outputs=0,
+        adapted_base=0,
+        largest=0,
+    )
+
+
 def _share_parameters(config: LoraConfig, r: int, shape: ModuleShape) -> int:
     """What learns of one module's share besides its base's bias: the factors, DoRA's row lengths, B's bias."""
     frozen = r * shape.in_features if config.freeze_a else 0

@@ -49,11 +49,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Marker:
-    """A single measurement: `tip` is told on hovering, `note` is written beside it."""
+    """A single measurement: `tip` is told on hovering, `note` is written beside it; `css` is its class."""
 
     point: Point
     tip: str
     note: str = ""
+    css: str = "mark"
 
 
 def downsample(points: Sequence[Point], limit: int = POINTS) -> list[Point]:
@@ -146,6 +147,7 @@ class Chart:
         label: what a screen reader is told.
         tip: the words shown over a point of the first line.
         x_text: what a tick below the plot says, from its value and the step between ticks.
+        x_whole: whether ticks below the plot are whole numbers, as steps are.
     """
 
     label: str
@@ -155,6 +157,7 @@ class Chart:
     x_ticks: int = 6
     y_ticks: int = 5
     x_text: Callable[[Number, Number], str] = tick_text
+    x_whole: bool = True
 
 
 def draw(chart: Chart) -> Markup:
@@ -184,7 +187,7 @@ def _placer(x_range: Interval, y_range: Interval) -> Callable[[Point], Point]:
 def _grid(chart: Chart, x_range: Interval, y_range: Interval) -> Markup:
     place = _placer(x_range, y_range)
     across = ticks(x_range, chart.x_ticks)
-    if (step := round_step(x_range[1] - x_range[0], chart.x_ticks)) < 1:
+    if (step := round_step(x_range[1] - x_range[0], chart.x_ticks)) < 1 and chart.x_whole:
         across, step = [t for t in across if t == round(t)], 1.0
     up = ticks(y_range, chart.y_ticks)
     height = round_step(y_range[1] - y_range[0], chart.y_ticks)
@@ -236,8 +239,8 @@ def _tip(at: Point, strip: Sequence[Number], text: str) -> Markup:
 
 def _marker(marker: Marker, place: Callable[[Point], Point]) -> Markup:
     x, y = place(marker.point)
-    drawn = Markup('<circle class="mark" cx="{:.2f}%" cy="{:.2f}%" r="5"><title>{}</title></circle>').format(
-        x, y, marker.tip
+    drawn = Markup('<circle class="{}" cx="{:.2f}%" cy="{:.2f}%" r="5"><title>{}</title></circle>').format(
+        marker.css, x, y, marker.tip
     )
     if not marker.note:
         return drawn
@@ -308,16 +311,26 @@ def loss_figure(report: Json, events: Sequence[Json], steps: Sequence[Json]) -> 
 def held_out(report: Json, events: Sequence[Json]) -> tuple[list[Marker], list[Marker]]:
     """Every held-out loss: of the base before the first step and the adapter that was kept, and those along the way."""
     step = report.get("best_step") or report.get("steps")
-    base, adapter = _loss_of(report, "base"), _loss_of(report, "adapter")
+    evaluation = report.get("evaluation") or {}
+    name = "full" if evaluation.get("full") else "adapter"
+    base, after = _loss_of(evaluation.get("base")), _loss_of(trained(report))
     ends = [] if base is None else [_end(0, base, "base, before training", "base")]
-    if step is not None and adapter is not None:
-        ends.append(_end(step, adapter, f"the adapter, step {step:,}", "adapter"))
+    if step is not None and after is not None:
+        what = "the whole model" if name == "full" else "the adapter"
+        ends.append(_end(step, after, f"{what}, step {step:,}", name))
     measured = [e for e in events if e.get("event") == "evaluated" and _finite(e.get("loss"))]
     return ends, [_on_the_way(e) for e in measured if e["step"] not in {m.point[0] for m in ends}]
 
 
-def _loss_of(report: Json, name: str) -> Number | None:
-    loss = ((report.get("evaluation") or {}).get(name) or {}).get("loss")
+def trained(report: Json) -> Json | None:
+    """A run's held-out figures after training: of the adapter, or of the whole model."""
+    evaluation = report.get("evaluation") or {}
+    found: Json | None = evaluation.get("full") or evaluation.get("adapter")
+    return found
+
+
+def _loss_of(figures: Json | None) -> Number | None:
+    loss = (figures or {}).get("loss")
     return float(loss) if _finite(loss) else None
 
 

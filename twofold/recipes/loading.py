@@ -27,12 +27,13 @@ from twofold.world import World
 
 @dataclass(frozen=True)
 class Loaded:
-    """`train` is the whole training data, or what `stream` begins with; `held` the bytes that this process held before it all."""
+    """`train` is the whole training data, or what `stream` begins with; `held` the bytes that this process held before it all;
+    `lora` the adapter to train, None where the base learns itself."""
 
     base: Base
     train: Examples
     evaluation: Examples | None
-    lora: LoraConfig
+    lora: LoraConfig | None
     stream: Streamed | None
     held: int
 
@@ -65,12 +66,12 @@ def _load_base(config: TrainConfig, emit: Emit, world: World) -> Base:
 
 def _load_data(config: TrainConfig, base: Base, held: int, emit: Emit, *, sharded: bool) -> Loaded:
     task = TASKS[config.task]
-    lora = task.adapter(config.adapter.lora(), base)
+    lora = None if config.full else task.adapter(config.adapter.lora(), base)
     if config.adapter.init_from:
         files = open_adapter(Path(config.adapter.init_from))
         check_base(files, base, emit, allow_foreign=config.allow_foreign_base)
         task.check_continues(files, base)
-    if sharded:
+    if sharded and lora is not None:
         check_factors_only(lora)
     template, data, training = config.data.chat_template(), config.data, config.training
     if template is not None:

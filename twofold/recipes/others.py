@@ -17,16 +17,16 @@ from typing import Any
 
 from twofold.adapter.config import LoraConfig
 from twofold.config import as_dict
-from twofold.recipes.charts import Json
+from twofold.recipes.charts import Json, trained
 from twofold.recipes.runs import RunFolder
 from twofold.recipes.settings import TrainConfig
 from twofold.recipes.words import NONE, Table, dig, memory, shown
 
 MOST = 24
 """Rows of the table, so that a folder of hundreds of runs leaves a page that can be read."""
-VARIANT = ("use_dora", "use_rslora", "lora_bias", "freeze_a", "init_lora_weights", "init_from")
+VARIANT = ("full", "use_dora", "use_rslora", "lora_bias", "freeze_a", "init_lora_weights", "init_from")
 """Settings of an adapter that are told of each run in which they are not the default."""
-DEFAULTS = {f.name: f.default for f in fields(LoraConfig)} | {"init_from": None}
+DEFAULTS = {f.name: f.default for f in fields(LoraConfig)} | {"init_from": None, "full": False}
 
 
 def comparable(config: TrainConfig, preflight: Json) -> dict[str, Any]:
@@ -40,7 +40,8 @@ def comparable(config: TrainConfig, preflight: Json) -> dict[str, Any]:
     learned: dict[str, Any] = {"task": config.task, "base": values, "streamed": config.data.streaming}
     learned |= {name: dig(preflight, name, "digest") for name in ("train", "evaluation")}
     settings = as_dict(config)
-    return {"identity": learned, "settings": {part: settings[part] for part in ("adapter", "training")}}
+    own = {"full": True} if config.full else settings["adapter"]
+    return {"identity": learned, "settings": {"adapter": own, "training": settings["training"]}}
 
 
 def same_data(run: RunFolder, report: Json) -> list[dict[str, Any]]:
@@ -61,7 +62,7 @@ def same_data(run: RunFolder, report: Json) -> list[dict[str, Any]]:
             "r": settings[name].get("adapter.r"),
             "settings": {k: v for k, v in settings[name].items() if k in differing or _is_variant(k, v)},
             "base_loss": _number(dig(one, "evaluation", "base", "loss")),
-            "adapter_loss": _number(dig(one, "evaluation", "adapter", "loss")),
+            "adapter_loss": _number(dig(trained(one), "loss")),
             "peak_memory_bytes": _number(one.get("peak_memory_bytes")),
             "examples_per_second": _number(one.get("examples_per_second")),
         }

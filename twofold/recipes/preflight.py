@@ -19,9 +19,10 @@ from twofold.layers.quantised import packed_as, values_of
 from twofold.native.training import why_not
 from twofold.planning.advice import far_off
 from twofold.planning.architecture import StepShape, architecture
-from twofold.planning.memory import FAST, PLAIN, Loop, MemoryPlan, Setup, plan_memory
-from twofold.planning.parameters import ParameterPlan, plan_parameters
+from twofold.planning.memory import FAST, PLAIN, PLAIN_FULL, Loop, MemoryPlan, Setup, plan_memory
+from twofold.planning.parameters import ParameterPlan, plan_full, plan_parameters
 from twofold.planning.time import measure_rates, plan_time
+from twofold.recipes.full import WHY
 from twofold.training.layout import lay_out
 from twofold.training.optim import TrainingConfig
 from twofold.world import ALONE, World
@@ -87,7 +88,7 @@ class Prepared(Event):
 
 def preflight(
     base: Base,
-    config: LoraConfig,
+    config: LoraConfig | None,
     training: TrainingConfig,
     train: Examples,
     evaluation: Examples | None,
@@ -97,20 +98,28 @@ def preflight(
     """Foresee a run over a base that carries no adapter yet; memory is that of one process.
 
     Args:
+        config: the adapter; None where the base learns itself.
         held: bytes that this process held before the base was loaded: interpreter and libraries.
 
     Raises:
         TargetError: the adapter's targets match nothing.
     """
-    described = describe(base.model)
-    parameters = plan_parameters(config, module_shapes(base.model), values_of(base.model))
+    described = WHY if config is None else describe(base.model)
+    shapes, values = module_shapes(base.model), values_of(base.model)
+    parameters = plan_full(shapes, values) if config is None else plan_parameters(config, shapes, values)
     sizes = architecture(base.model)
-    loop = FAST if isinstance(described, Decoder) else PLAIN
+    loop = PLAIN_FULL if config is None else FAST if isinstance(described, Decoder) else PLAIN
     scheme = packed_as(base.model)
     packed = "none" if scheme is None else scheme.kind
-    shapes = numbers_of_rows(train, training, base.dtype, loop)
-    kernels = loop is FAST and not training.compile and why_not(base.dtype, base.device) is None
-    setup = Setup(loop=loop, quantization=packed, device=base.device.type, held=held, shapes=shapes, kernels=kernels)
+    setup = Setup(
+        loop=loop,
+        method="full" if config is None else "lora",
+        quantization=packed,
+        device=base.device.type,
+        held=held,
+        shapes=numbers_of_rows(train, training, base.dtype, loop),
+        kernels=loop is FAST and not training.compile and why_not(base.dtype, base.device) is None,
+    )
     batch = first_batch(train, training)
     first = _shape(batch, training, base.dtype, loop)
     of_first = plan_memory(parameters, sizes, first, setup)
@@ -131,7 +140,10 @@ def preflight(
         if training.cache_frozen
         else 0,
         samples=[example_shown(base, e) for e in train.items[:2]],
-        warnings=[*warnings(train.report, base), *far_off(training.learning_rate, config, sizes.hidden)],
+        warnings=[
+            *warnings(train.report, base),
+            *(far_off(training.learning_rate, config, sizes.hidden) if config else []),
+        ],
     )
 
 

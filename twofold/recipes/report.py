@@ -109,7 +109,7 @@ def _finished(events: Sequence[Json]) -> str | None:
 
 def headline(report: Json) -> str:
     """The outcome in one sentence."""
-    before, after = dig(report, "evaluation", "base", "loss"), dig(report, "evaluation", "adapter", "loss")
+    before, after = dig(report, "evaluation", "base", "loss"), dig(charts.trained(report), "loss")
     if before is None or after is None:
         return "Trained without held-out data, so nothing here says how well it generalises."
     if f"{before:.3f}" == f"{after:.3f}":
@@ -177,9 +177,9 @@ def _parameters(report: Json) -> Card:
 
 
 def before_and_after(report: Json) -> Table | None:
-    """Held-out figures of the base, the adapter, and the two merged."""
+    """Held-out figures of the base, what was trained over it, and the two merged."""
     found = report.get("evaluation") or {}
-    measured = [(name, figures) for name in ("base", "adapter", "merged") if (figures := found.get(name))]
+    measured = [(name, figures) for name in ("base", "adapter", "full", "merged") if (figures := found.get(name))]
     if not measured:
         return None
     rows = [[name.capitalize(), *_loss_cells(figures, found.get("base"))] for name, figures in measured]

@@ -47,6 +47,15 @@ class RunFolder:
         return self.path / "adapter-last"
 
     @property
+    def model(self) -> Path:
+        """Of full fine-tuning, in place of `adapter`."""
+        return self.path / "model"
+
+    @property
+    def last_model(self) -> Path:
+        return self.path / "model-last"
+
+    @property
     def preflight(self) -> Path:
         return self.path / "preflight.json"
 
@@ -161,7 +170,8 @@ def open_resumed(config: TrainConfig) -> tuple[RunFolder, Path | None]:
     if not run.config.exists():
         return open_new(config), None
     if run.report.exists():
-        raise RunError(f"the run in {run.path} is finished; its adapter is in {run.adapter}")
+        made = run.model if config.full else run.adapter
+        raise RunError(f"the run in {run.path} is finished; its {made.name} is in {made}")
     differing = _differences(read_config(run.config), config)
     if differing:
         raise RunError(

@@ -49,6 +49,7 @@ class TrainConfig:
             (columns `prompt` and `completion`; an encoder and a decoder).
         data: what is learned from.
         adapter: what is trained.
+        full: train all of the base's parameters instead, and save a whole model: full fine-tuning, to compare with.
         training: how.
         output: the run folder.
         dtype: type of the frozen weights; `auto` takes what this machine multiplies fastest.
@@ -65,6 +66,7 @@ class TrainConfig:
     base: str = DEFAULT_BASE
     task: TaskName = "causal-lm"
     adapter: AdapterSettings = field(default_factory=AdapterSettings)
+    full: bool = False
     training: TrainingConfig = field(default_factory=TrainingConfig)
     output: str = "runs/latest"
     dtype: Precision = "auto"
@@ -93,8 +95,27 @@ class TrainConfig:
             )
         if self.data.streaming and self.training.max_steps is None:
             raise ConfigError("data.streaming needs training.max_steps, for nobody knows how long a stream is")
+        if self.full:
+            self._check_full()
         if self.task != "causal-lm":
             self._check_task()
+
+    def _check_full(self) -> None:
+        """Refuse what only an adapter has, or only a frozen base."""
+        default = AdapterSettings()
+        own = [f.name for f in fields(AdapterSettings) if getattr(self.adapter, f.name) != getattr(default, f.name)]
+        used = {
+            **{f"adapter.{name}": True for name in own},
+            f"quantization: {self.quantization}": self.quantization is not None,
+            "training.parallel: shard": self.training.parallel == "shard",
+            "training.cache_frozen": self.training.cache_frozen,
+            "training.loraplus_lr_ratio": self.training.loraplus_lr_ratio != 1,
+        }
+        if asked := [name for name, is_used in used.items() if is_used]:
+            raise ConfigError(
+                f"{' and '.join(asked)} cannot go with full: it trains the base itself, whole and unpacked, and there is no "
+                "adapter; leave it out"
+            )
 
     def _check_task(self) -> None:
         """Refuse what only causal language models can do."""

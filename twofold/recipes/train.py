@@ -21,6 +21,7 @@ from twofold.data.examples import Examples
 from twofold.errors import ProofError, TwofoldError, UserError
 from twofold.events import Emit, Message, Warned, fan_out, silent, working
 from twofold.machine import checked_device, fastest_dtype, peak_memory_bytes, pick_device
+from twofold.recipes.full import free, full_objective, save_model
 from twofold.recipes.loading import Loaded, check_alike, foresee, is_sharded, load, own_tensors
 from twofold.recipes.others import comparable, same_data
 from twofold.recipes.preflight import Preflight, Prepared, total_steps
@@ -34,7 +35,7 @@ from twofold.training.checkpoint import Progressed
 from twofold.training.floor import StepTimes, measured_floor
 from twofold.training.loop import Job, restore
 from twofold.training.loop import train as run_job
-from twofold.training.objective import HeldOut, evaluate_loss, objective_for
+from twofold.training.objective import HeldOut, Objective, evaluate_loss, objective_for
 from twofold.training.optim import TrainingConfig
 from twofold.world import ALONE, World, joined
 
@@ -43,7 +44,7 @@ EVALUATION_TOKENS = 2048
 
 
 def train(config: TrainConfig, emit: Emit = silent, *, resume: bool = False) -> dict[str, Any]:
-    """Train an adapter and prove it; returns what report.json holds. Under torchrun, every process calls this.
+    """Train an adapter and prove it, or the whole base; returns what report.json holds. Under torchrun, every process calls this.
 
     Raises:
         UserError: anything about the configuration, the base or the data; nothing was trained then.
@@ -58,7 +59,7 @@ def train(config: TrainConfig, emit: Emit = silent, *, resume: bool = False) -> 
 
 
 def _begin(config: TrainConfig, *, resume: bool) -> tuple[TrainConfig, RunFolder, Path | None]:
-    config = _resolved(as_begun(config) if resume else config)
+    config = resolved(as_begun(config) if resume else config)
     run, newest = open_resumed(config) if resume else (open_new(config), None)
     return config, run, newest
 
@@ -81,7 +82,7 @@ def _recording(config: TrainConfig, run: RunFolder, emit: Emit, world: World) ->
 
 def dry_run(config: TrainConfig, emit: Emit = silent) -> Preflight:
     """Everything up to the first step, and nothing written."""
-    config = _resolved(config)
+    config = resolved(config)
     return foresee(config, load(config, emit, ALONE), ALONE)
 
 
@@ -91,13 +92,13 @@ def prepare(config: TrainConfig, emit: Emit = silent) -> tuple[Base, Examples | 
     Raises:
         UserError: as `train`.
     """
-    config = _resolved(config)
+    config = resolved(config)
     loaded = load(config, emit, ALONE)
     _attach(config, loaded)
-    return loaded.base, loaded.evaluation, _job(config, RunFolder(Path(config.output)), loaded, ALONE)
+    return loaded.base, loaded.evaluation, job_of(config, RunFolder(Path(config.output)), loaded, ALONE)
 
 
-def _resolved(config: TrainConfig) -> TrainConfig:
+def resolved(config: TrainConfig) -> TrainConfig:
     """`auto` and the settings of an adapter to go on from made definite, so that whoever reads or resumes the run, and every
     process of it, computes the same."""
     device = pick_device() if config.device == "auto" else config.device
@@ -116,10 +117,10 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit,
         emit(Warned(text=warning))
     emit(Prepared(preflight=foreseen))
     _say_where_it_begins(newest, config, emit)
-    before = base_digest(own_tensors(config, base, world))
+    before = None if config.full else base_digest(own_tensors(config, base, world))
     evaluation: dict[str, Any] = {"base": _evaluated("base", config, loaded, emit, world)}
     _attach(config, loaded)
-    job = _job(config, run, loaded, world)
+    job = job_of(config, run, loaded, world)
     emit(Message(text=_path(config, job)))
     times = StepTimes()
     progressed = run_job(job, fan_out(times, emit), newest)
@@ -127,9 +128,11 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit,
     _say_what_was_left_out(loaded, world, emit)
     floor = None if loaded.stream else measured_floor(job.objective, times, job.batches)  # a stream is not read again
     _save(config, run, loaded, job, progressed)
-    evaluation["adapter"] = _evaluated("adapter", config, loaded, emit, world)
+    what = "full" if config.full else "adapter"
+    evaluation["adapter"] = None
+    evaluation[what] = _evaluated(what, config, loaded, emit, world)
     evaluation["merged"], verification, skipped = _prove(config, loaded, emit, world)
-    unchanged = base_digest(own_tensors(config, base, world)) == before
+    unchanged = config.full or base_digest(own_tensors(config, base, world)) == before
     report = {
         **_figures(config, run, progressed),
         **comparable(config, foreseen.as_json()),
@@ -142,11 +145,11 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit,
         "evaluation": evaluation,
         "verification": verification.as_json() if verification else None,
         "verification_skipped": skipped,
-        "base_unchanged": all(world.gather(unchanged)),
+        "base_unchanged": None if config.full else all(world.gather(unchanged)),
     }
     report["same_data"] = world.on_main(lambda: same_data(run, report))
     world.on_main(lambda: _record_report(run, report, foreseen))
-    if not report["base_unchanged"]:
+    if report["base_unchanged"] is False:
         raise ProofError("the base's tensors changed in training, which must never happen; do not use this adapter")
     if verification:
         verification.warn("a merged model", emit)
@@ -187,8 +190,11 @@ def _say_where_it_begins(newest: Path | None, config: TrainConfig, emit: Emit) -
 
 
 def _attach(config: TrainConfig, loaded: Loaded) -> None:
+    """Make what is to learn: a fresh adapter, one to go on from, or the base itself."""
     torch.manual_seed(config.training.seed)
-    if config.adapter.init_from:
+    if loaded.lora is None:
+        free(loaded.base)
+    elif config.adapter.init_from:
         load_adapter(loaded.base.model, config.adapter.init_from)
         if config.adapter.freeze_a:
             freeze_a(loaded.base.model)
@@ -198,15 +204,10 @@ def _attach(config: TrainConfig, loaded: Loaded) -> None:
         attach(loaded.base.model, lora, factors=factors)
 
 
-def _job(config: TrainConfig, run: RunFolder, loaded: Loaded, world: World) -> Job:
+def job_of(config: TrainConfig, run: RunFolder, loaded: Loaded, world: World) -> Job:
+    """The training of whatever learns in the model now."""
     base, training = loaded.base, config.training
-    objective = objective_for(
-        base.model,
-        pad_token(base),
-        recompute=training.gradient_checkpointing,
-        share_prefixes=training.share_prefixes,
-        cache_frozen=training.cache_frozen,
-    )
+    objective = _objective(config, base)
     held_out = evaluation_batches(loaded.evaluation.items, EVALUATION_TOKENS) if loaded.evaluation else []
 
     def evaluate() -> tuple[float, float]:
@@ -225,6 +226,19 @@ def _job(config: TrainConfig, run: RunFolder, loaded: Loaded, world: World) -> J
         checkpoints=run.checkpoints,
         device=base.device,
         world=world,
+    )
+
+
+def _objective(config: TrainConfig, base: Base) -> Objective:
+    training, pad_id = config.training, pad_token(base)
+    if config.full:
+        return full_objective(base.model, pad_id, recompute=training.gradient_checkpointing)
+    return objective_for(
+        base.model,
+        pad_id,
+        recompute=training.gradient_checkpointing,
+        share_prefixes=training.share_prefixes,
+        cache_frozen=training.cache_frozen,
     )
 
 
@@ -265,16 +279,23 @@ def _evaluated(name: str, config: TrainConfig, loaded: Loaded, emit: Emit, world
 
 
 def _save(config: TrainConfig, run: RunFolder, loaded: Loaded, job: Job, progressed: Progressed) -> None:
-    """`adapter/` is the best by evaluation where there were evaluations, else the last; then the last is kept apart."""
-    provenance = _provenance(config, loaded, progressed)
+    """What is kept is the best by evaluation where there were evaluations, else the last; then the last is kept apart."""
+    provenance = provenance_of(config, loaded, progressed)
     model, name = loaded.base.model, loaded.base.public_name
+
+    def save(adapter: Path, whole: Path) -> None:
+        if config.full:
+            save_model(loaded.base, whole)
+        else:
+            save_adapter(model, adapter, provenance=provenance, base_name=name)
+
     if progressed.best and progressed.best_step != progressed.step:
-        job.world.on_main(lambda: save_adapter(model, run.last_adapter, provenance=provenance, base_name=name))
+        job.world.on_main(lambda: save(run.last_adapter, run.last_model))
         restore(job.parameters, progressed.best)
-    job.world.on_main(lambda: save_adapter(model, run.adapter, provenance=provenance, base_name=name))
+    job.world.on_main(lambda: save(run.adapter, run.model))
 
 
-def _provenance(config: TrainConfig, loaded: Loaded, progressed: Progressed) -> Provenance:
+def provenance_of(config: TrainConfig, loaded: Loaded, progressed: Progressed) -> Provenance:
     """What can be said without times and paths, so that the same training gives the same bytes."""
     renderer: Renderer = loaded.base.renderer
     return Provenance(
@@ -303,6 +324,8 @@ class _Proof(NamedTuple):
 
 def _prove(config: TrainConfig, loaded: Loaded, emit: Emit, world: World) -> _Proof:
     """Every process proves it of its own model; of a sharded one nobody can, for no process holds its weights."""
+    if config.full:
+        return _Proof(skipped="the whole base learned, so there is no adapter to prove anything of")
     if not config.verify:
         return _Proof()
     if is_sharded(config, world):
@@ -325,7 +348,8 @@ def _prove(config: TrainConfig, loaded: Loaded, emit: Emit, world: World) -> _Pr
 def _figures(config: TrainConfig, run: RunFolder, progressed: Progressed) -> dict[str, Any]:
     return {
         "run": str(run.path),
-        "adapter": str(run.adapter),
+        "adapter": None if config.full else str(run.adapter),
+        "model": str(run.model) if config.full else None,
         "base": config.base,
         "task": config.task,
         "dtype": config.dtype,

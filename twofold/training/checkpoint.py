@@ -135,5 +135,5 @@ def restore(saved: Saved, parameters: Mapping[str, nn.Parameter], optimiser: tor
 
 def _moments(file: TensorFile, name: str) -> dict[str, Tensor]:
     """AdamW's state of one parameter; empty while no gradient has reached it."""
-    keys = {key: f"optimiser.{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
+    keys = {key: f"optimiser.{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq", "master")}
     return {key: file.read(stored) for key, stored in keys.items() if stored in file.shapes}

@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from twofold.errors import ConfigError
 from twofold.layers.embedding import EmbeddingShare
@@ -125,12 +126,53 @@ def optimiser(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     Each group says in `ratio` how many times the run's learning rate is its own: see `set_rate`.
     """
     groups = parameter_groups(model, config)
-    optimise = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+    narrow = any(p.dtype.itemsize < 4 for group in groups for p in group["params"])
+    optimise = (MasterAdamW if narrow else torch.optim.AdamW)(groups, betas=(config.beta1, config.beta2), fused=True)
     set_rate(optimise, config.learning_rate)
     starts = _starts(model) if config.weight_decay else []
     if starts:
         optimise.register_step_pre_hook(lambda o, *_: _pull(starts, o.param_groups[0], config.weight_decay))
     return optimise
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW over 16-bit parameters, of which it keeps float32 values: in 16 bits most steps would round away.
+
+    Only full fine-tuning has such parameters; those of adapters are float32.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One parameter at a time, so that one wide gradient is alive."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            wide = parameter.float()
+            state |= {"master": wide, "exp_avg": torch.zeros_like(wide), "exp_avg_sq": torch.zeros_like(wide)}
+            state["step"] = torch.zeros((), device=parameter.device)
+        beta1, beta2 = group["betas"]
+        adamw(
+            [state["master"]],
+            [cast(Tensor, parameter.grad).float()],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        parameter.copy_(state["master"])
 
 
 def set_rate(optimise: torch.optim.Optimizer, rate: float) -> None:

@@ -1,0 +1,54 @@
+"""Rank after the fact: losses of cut adapters are those of adapters that were written at that rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_runs import changed
+from warm_cli import WarmCli
+
+from twofold.adapter.files import open_adapter
+from twofold.merging.resize import Size
+from twofold.recipes.adapters import load_with_adapters
+from twofold.recipes.rank_after import smallest
+from twofold.recipes.resize import resize
+from twofold.recipes.settings import TrainConfig
+from twofold.recipes.train import train
+
+pytest_plugins = ("tiny_fixtures",)
+
+
+def test_the_curve_is_that_of_adapters_written_at_each_rank(
+    config: TrainConfig, cli: WarmCli, held_out_file: Path, tmp_path: Path
+) -> None:
+    config = changed(replace(config, adapter=replace(config.adapter, r=6), verify=False), epochs=6)
+    adapter = train(config)["adapter"]
+    flags = ("--base", config.base, "--dtype", "float32", "--device", "cpu", "--data", held_out_file, "--json")
+    found = cli("resize", adapter, "--tolerance", 0.05, "-o", tmp_path / "small", *flags).json()
+    assert list(map(int, found["losses"])) == [1, 2, 3, 4, 5, 6]
+    assert found["losses"]["1"] > found["losses"]["6"]
+    for r in (1, 3, 6):
+        resize(adapter, tmp_path / f"r{r}", Size(r=r))
+        asked = ("--adapter", tmp_path / f"r{r}", *flags)
+        assert cli("eval", *asked).json()["loss"] == pytest.approx(found["losses"][str(r)], rel=1e-5)
+    assert found["r"] == smallest({int(r): loss for r, loss in found["losses"].items()}, 0.05)
+    assert open_adapter(tmp_path / "small").config.r == found["r"]
+    assert load_with_adapters(config.base, [str(tmp_path / "small")], "float32", "cpu")
+    assert (tmp_path / "small-ranks.svg").is_file()
+    assert "exists already" in cli("resize", adapter, "--tolerance", 0.05, "-o", tmp_path / "small", *flags).refusal()
+
+
+def test_dora_is_refused(config: TrainConfig, cli: WarmCli, held_out_file: Path, tmp_path: Path) -> None:
+    dora = replace(config, adapter=replace(config.adapter, use_dora=True), verify=False)
+    adapter = train(changed(dora, max_steps=1))["adapter"]
+    flags = ("--base", config.base, "--dtype", "float32", "--data", held_out_file, "-o", tmp_path / "small")
+    found = cli("resize", adapter, "--tolerance", 0.05, *flags)
+    assert found.code == 2
+    assert "more than plain factors" in found.stderr
+
+
+def test_a_dip_below_the_tolerance_does_not_count_if_a_larger_rank_is_above() -> None:
+    assert smallest({4: 1.0, 3: 1.005, 2: 1.1, 1: 1.0}, 0.01) == 3
+    assert smallest({4: 1.0, 3: 2.0}, 0.01) == 4

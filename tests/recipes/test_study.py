@@ -1,0 +1,135 @@
+"""`study --quick`: each reading on a tiny base; resuming; the page that is made of the files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from tiny_base import chats, write_jsonl
+
+from twofold.adapter.attach import adapters_of
+from twofold.adapter.config import LoraConfig
+from twofold.base.load import load_base
+from twofold.data.examples import DataConfig
+from twofold.errors import ConfigError
+from twofold.events import silent
+from twofold.recipes.materials import Ground
+from twofold.recipes.proving import nothing_changes
+from twofold.recipes.studies import STUDIES, Arm, Study
+from twofold.recipes.study import outlook, shortened, study
+from twofold.recipes.study_paper import write_paper
+from twofold.recipes.study_reading import outcome
+from twofold.recipes.tasks import TASKS
+
+pytest_plugins = ("tiny_fixtures",)
+
+
+@pytest.fixture
+def ground(llama_base: Path, held_out_file: Path, tmp_path: Path) -> Ground:
+    train = write_jsonl(tmp_path / "train.jsonl", chats(16))
+    return Ground(str(llama_base), "causal-lm", train, held_out_file, {"others": held_out_file})
+
+
+def fitted(asked: Study) -> Study:
+    """For the tiny base: ranks that its widths hold, and as few trainings as a reading needs."""
+    few = shortened(asked)
+    apart = asked.apart or any(a.full for a in asked.arms)
+    arms = tuple(
+        replace(
+            a,
+            settings={k: min(v, 16) if k == "adapter.r" else v for k, v in a.settings.items()},
+            rates=a.rates[-1:] if a.full or asked.apart else a.rates,
+        )
+        for a in (few.arms[::2] if asked.apart else few.arms)
+    )
+    return replace(few, arms=arms, seeds=1 if apart else few.seeds)
+
+
+APART = pytest.param("costs-less", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["forgets-less", APART, "rate-by-rank", "low-rank", "proved"])
+def test_every_reading(name: str, ground: Ground, tmp_path: Path) -> None:
+    asked = fitted(STUDIES[name])
+    found = study(asked, tmp_path / "work", tmp_path / "evidence", ground=ground)
+    assert found["trainings"] == sum(len(a.rates) for a in asked.arms) * (asked.seeds if asked.every_rate else 1) + (
+        0 if asked.every_rate else len(asked.arms) * (asked.seeds - 1)
+    )
+    written = json.loads((tmp_path / "evidence" / f"{asked.name}.json").read_text())
+    assert written["verdict"] == found["verdict"]
+    for picture in found["pictures"]:
+        ElementTree.parse(tmp_path / "evidence" / picture)
+    assert not list((tmp_path / "work").rglob("model.safetensors"))
+    if name == "proved":
+        (promises,) = [row["probes"]["promises"] for row in found["rows"].values() if row["probes"]]
+        assert promises["zero_at_start"]
+        assert set(promises["milliseconds_per_token"]) == {"base", "adapter apart", "merged"}
+    page = write_paper(tmp_path / "evidence", {asked.name: asked, "targets": STUDIES["targets"]}).read_text()
+    assert found["verdict"] in page
+    assert "twofold study targets" in page.partition("## Not run yet")[2]
+
+
+def test_studies_of_one_folder_share_their_trainings(ground: Ground, tmp_path: Path) -> None:
+    first, second = (fitted(STUDIES[n]) for n in ("matches-full", "forgets-less"))
+    arms = tuple(a for a in first.arms if not a.full)
+    trained = study(replace(first, arms=arms), tmp_path / "work", tmp_path / "evidence", ground=ground)
+    results = tmp_path / "work" / first.folder / "results.json"
+    before = results.read_bytes()
+    read = study(replace(second, arms=arms[:1]), tmp_path / "work", tmp_path / "evidence", ground=ground)
+    assert results.read_bytes() == before
+    assert read["trainings"] < trained["trainings"]
+    assert all(trained["rows"][n] == row for n, row in read["rows"].items())
+
+
+def test_a_fresh_adapter_that_does_change_the_base_is_seen_to(ground: Ground) -> None:
+    base = load_base(ground.base, "float32", "cpu")
+    examples = TASKS["causal-lm"].examples(str(ground.evaluation), DataConfig(train=""), base, silent).items
+    assert nothing_changes(base, examples, LoraConfig(r=4))[0]
+    assert not nothing_changes(base, examples, LoraConfig(r=4, init_lora_weights=False))[0]
+    assert not adapters_of(base.model)
+
+
+def test_what_was_trained_is_not_trained_again_and_what_is_missing_is(ground: Ground, tmp_path: Path) -> None:
+    asked = replace(fitted(STUDIES["targets"]), seeds=2)
+    first = study(asked, tmp_path / "work", tmp_path / "evidence", ground=ground)
+    results = tmp_path / "work" / asked.name / "results.json"
+    rows = json.loads(results.read_text())
+    best = outcome(asked, rows, asked.arms[0].name)
+    assert len(best.rows) == 2
+    assert best.spread is not None
+    gone = next(n for n, r in rows.items() if r.get("seed") == 1)
+    kept = next(n for n, r in rows.items() if r.get("seed") == 0)
+    loss = rows.pop(gone)["loss"]
+    rows[kept]["spent"] = 12345.0
+    results.write_text(json.dumps(rows))
+    again = study(asked, tmp_path / "work", tmp_path / "evidence", ground=ground)
+    assert again["rows"][gone]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert again["rows"][kept]["spent"] == 12345.0
+    assert again["table"] == first["table"]
+
+
+def test_the_outlook_counts_what_is_left(tmp_path: Path) -> None:
+    (tmp_path / "targets").mkdir()
+    rows = {"untouched": {"loss": 1.0}, "a": {"spent": 10.0}, "b": {"spent": 30.0}}
+    (tmp_path / "targets" / "results.json").write_text(json.dumps(rows))
+    told = outlook(["targets", "variants"], tmp_path, lambda s: s)
+    assert told[0] == {"study": "targets", "done": 2, "planned": 24, "seconds_left": 440.0, "budget_hours": 3.0}
+    assert told[1]["seconds_left"] is None
+
+
+def test_every_study_is_well_formed() -> None:
+    """Settings are refused here, and not after an hour."""
+    from twofold.recipes.grid import changed
+    from twofold.recipes.settings import TrainConfig
+
+    plain = TrainConfig(data=DataConfig(train="x"))
+    for asked in STUDIES.values():
+        assert asked.hours <= 3
+        assert len({a.name for a in asked.arms}) == len(asked.arms)
+        for arm in asked.arms:
+            assert changed(plain, {**asked.common, **arm.settings}).adapter
+    with pytest.raises(ConfigError):
+        changed(plain, Arm(name="x", settings={"adapter.rank": 3}, rates=(1.0,)).settings)

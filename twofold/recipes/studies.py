@@ -1,0 +1,245 @@
+"""The studies, as data: which trainings each is made of, and how they are read.
+
+An arm is what a study compares, each at its own best learning rate: all its rates are tried with one seed, the best one then
+runs with the others. A study that asks about the rates themselves (`every_rate`) runs all of them with every seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from twofold.recipes.grid import spaced
+
+Material = Literal["home-intents", "king-james", "vader"]
+Reading = Literal["best", "forgetting", "rates", "cost", "spectra", "proof"]
+Probe = Literal["other-texts", "spectra", "promises"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What is compared.
+
+    Attributes:
+        settings: by their names as flags.
+        rates: the learning rates it is tried at.
+        full: full fine-tuning.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rates: tuple[float, ...]
+    full: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A claim, and the trainings that show whether it holds.
+
+    Attributes:
+        expected: what the literature says, with its source.
+        material: the data, and with it the base.
+        common: settings of all arms.
+        every_rate: whether all rates run with every seed.
+        apart: whether each training is a process of its own, so that time and memory are its own.
+        probes: what is measured of each model besides its held-out loss.
+        folder: of its trainings; studies that read the same ones name the same, and agree in all but their arms and readings.
+        hours: its budget, on 2 cores.
+    """
+
+    name: str
+    claim: str
+    expected: str
+    arms: tuple[Arm, ...]
+    reading: Reading
+    material: Material = "home-intents"
+    examples: int = 192
+    held_out: int = 96
+    seeds: int = 3
+    common: Mapping[str, Any] = field(default_factory=dict)
+    every_rate: bool = False
+    apart: bool = False
+    probes: tuple[Probe, ...] = ()
+    folder: str = ""
+    hours: float = 3.0
+
+
+LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+FULL_RATES = (1e-4, 3e-4, 1e-3)
+GRID = tuple(spaced(1e-4, 1e-2, 5))
+
+
+def _rank(r: int, **settings: Any) -> Arm:
+    own = {f"adapter.{name}": value for name, value in settings.items()}
+    return Arm(name=f"r = {r}", settings={"adapter.r": r, **own}, rates=LORA_RATES)
+
+
+FULL = Arm(name="full", rates=FULL_RATES, full=True)
+
+MATCHES_FULL = Study(
+    name="matches-full",
+    claim="LoRA matches full fine-tuning with a few per cent of the parameters or fewer",
+    expected="equal or better on GLUE and E2E (arXiv 2106.09685); equal until its capacity runs out (Schulman 2025)",
+    arms=(*(_rank(r) for r in (1, 8, 64)), FULL),
+    reading="best",
+    probes=("other-texts",),
+    folder="beside-full",
+)
+MATCHES_FULL_VERSES = Study(
+    name="matches-full-verses",
+    claim="The same on a task of style, which is harder to learn",
+    expected=MATCHES_FULL.expected,
+    arms=(_rank(4), _rank(64), FULL),
+    reading="best",
+    material="king-james",
+)
+FORGETS_LESS = Study(
+    name="forgets-less",
+    claim="LoRA forgets less than full fine-tuning",
+    expected="learns less and forgets less, in code and mathematics (arXiv 2405.09673)",
+    arms=MATCHES_FULL.arms,
+    reading="forgetting",
+    probes=MATCHES_FULL.probes,
+    folder=MATCHES_FULL.folder,
+)
+COSTS_LESS = Study(
+    name="costs-less",
+    claim="LoRA trains faster and in less memory than full fine-tuning, with smaller checkpoints",
+    expected="25 % faster, a third of the memory, checkpoints 10,000 times smaller, for GPT-3 (arXiv 2106.09685)",
+    arms=(
+        Arm(name="r = 16", settings={"adapter.r": 16}, rates=(1e-3,)),
+        Arm(
+            name="r = 16, prefixes not shared",
+            settings={"adapter.r": 16, "training.share_prefixes": False},
+            rates=(1e-3,),
+        ),
+        Arm(name="full", rates=(3e-5,), full=True),
+    ),
+    reading="cost",
+    examples=96,
+    held_out=32,
+    seeds=3,
+    apart=True,
+)
+RATE_AND_RANK = tuple(
+    Arm(name=f"{scaling}, r = {r}", settings={"adapter.r": r, **settings(r)}, rates=GRID)
+    for scaling, settings in (
+        ("alpha/r", lambda r: {"adapter.lora_alpha": 32}),
+        ("alpha/sqrt(r)", lambda r: {"adapter.lora_alpha": 8, "adapter.use_rslora": True}),
+        ("no scale", lambda r: {"adapter.lora_alpha": 2 * r}),
+    )
+    for r in (4, 16, 64)
+)
+RATE_BY_RANK = Study(
+    name="rate-by-rank",
+    claim="The best learning rate does not depend on the rank with alpha/r; it does with alpha/sqrt(r) or none",
+    expected="independent of the rank under alpha/r (Schulman 2025)",
+    arms=RATE_AND_RANK,
+    reading="rates",
+    examples=128,
+    held_out=64,
+    every_rate=True,
+)
+ALPHA_BY_RATE = Study(
+    name="alpha-by-rate",
+    claim="Twice the alpha is half the learning rate",
+    expected="with Adam, A and B each move by their own rate, so that only B's half of it follows",
+    arms=tuple(
+        Arm(name=f"alpha = {alpha}", settings={"adapter.r": 16, "adapter.lora_alpha": alpha}, rates=GRID)
+        for alpha in (8, 16, 32, 64, 128)
+    ),
+    reading="rates",
+    examples=128,
+    held_out=64,
+    every_rate=True,
+)
+TARGETS = Study(
+    name="targets",
+    claim="All linear layers do better than attention alone, at equal numbers of parameters",
+    expected="attention alone loses even at equal numbers (Schulman 2025; arXiv 2405.09673)",
+    arms=(
+        Arm(name="all-linear, r = 16", settings={"adapter.r": 16}, rates=LORA_RATES),
+        Arm(name="MLP, r = 25", settings={"adapter.r": 25, "adapter.target_modules": "mlp"}, rates=LORA_RATES),
+        Arm(
+            name="attention, r = 42",
+            settings={"adapter.r": 42, "adapter.target_modules": "attention"},
+            rates=LORA_RATES,
+        ),
+        Arm(
+            name="q and v, r = 83",
+            settings={"adapter.r": 83, "adapter.target_modules": ("q_proj", "v_proj")},
+            rates=LORA_RATES,
+        ),
+    ),
+    reading="best",
+)
+LOW_RANK = Study(
+    name="low-rank",
+    claim="The updates of fine-tuning have low rank",
+    expected="r = 8 and r = 64 share their first directions, other seeds too (arXiv 2106.09685, section 7); full fine-tuning has "
+    "10 to 100 times the rank of LoRA in code and mathematics (arXiv 2405.09673)",
+    arms=(
+        Arm(name="r = 8", settings={"adapter.r": 8}, rates=(1e-3,)),
+        Arm(name="r = 64", settings={"adapter.r": 64}, rates=(1e-3,)),
+        Arm(name="full", rates=(3e-4,), full=True),
+    ),
+    reading="spectra",
+    seeds=2,
+    probes=("spectra",),
+)
+PROVED = Study(
+    name="proved",
+    claim="Zero at the start, the base frozen, and no latency after merging",
+    expected="by construction (arXiv 2106.09685, section 4)",
+    arms=(Arm(name="r = 16", settings={"adapter.r": 16}, rates=(1e-3,)),),
+    reading="proof",
+    examples=64,
+    held_out=32,
+    seeds=1,
+    apart=True,
+    probes=("promises",),
+    hours=0.5,
+)
+VARIANTS = Study(
+    name="variants",
+    claim="Variants of LoRA at their own best learning rates: what differs beyond noise",
+    expected="within 1 to 2 % of each other (arXiv 2602.04998)",
+    arms=(
+        Arm(name="LoRA", settings={"adapter.r": 16}, rates=LORA_RATES),
+        Arm(name="rsLoRA", settings={"adapter.r": 16, "adapter.use_rslora": True}, rates=LORA_RATES),
+        Arm(name="DoRA", settings={"adapter.r": 16, "adapter.use_dora": True}, rates=LORA_RATES),
+        Arm(
+            name="PiSSA",
+            settings={"adapter.r": 16, "adapter.lora_alpha": 16, "adapter.init_lora_weights": "pissa_niter_4"},
+            rates=(3e-5, 1e-4, 3e-4, 1e-3),
+        ),
+        Arm(
+            name="LoRA+",
+            settings={"adapter.r": 16, "training.loraplus_lr_ratio": 16.0},
+            rates=(5e-5, 1.5e-4, 5e-4, 1.5e-3),
+        ),
+    ),
+    reading="best",
+)
+SENTIMENT = Study(
+    name="matches-full-sentiment",
+    claim="LoRA matches full fine-tuning of a small encoder",
+    expected=MATCHES_FULL.expected,
+    arms=(
+        *(Arm(name=f"r = {r}", settings={"adapter.r": r}, rates=LORA_RATES) for r in (1, 4, 16)),
+        Arm(name="full", rates=(1e-5, 3e-5, 1e-4, 3e-4), full=True),
+    ),
+    reading="best",
+    material="vader",
+    examples=1024,
+    held_out=512,
+    hours=1.0,
+)
+STUDIES = {
+    s.name: s
+    for s in (
+        *(SENTIMENT, MATCHES_FULL, MATCHES_FULL_VERSES, FORGETS_LESS, COSTS_LESS, RATE_BY_RANK, ALPHA_BY_RATE),
+        *(TARGETS, LOW_RANK, PROVED, VARIANTS),
+    )
+}

@@ -1,0 +1,304 @@
+"""What the trainings of a study say: a verdict in words, a table, pictures; with error bars wherever there are several seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from twofold.adapter.files import open_adapter
+from twofold.adapter.updates import updates_of
+from twofold.lowrank.algebra import decomposed
+from twofold.lowrank.spectra import subspace_similarity
+from twofold.recipes.pictures import Series, picture, power_of_ten
+from twofold.recipes.proving import medians
+from twofold.recipes.studies import Reading, Study
+from twofold.recipes.words import memory
+
+Row = Mapping[str, Any]
+Rows = Mapping[str, Row]
+TOP = (1, 4, 8)
+"""How many first directions are compared."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to say; the table's first row is its head."""
+
+    verdict: str
+    table: list[list[str]]
+    pictures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One arm at its best rate, over its seeds; `spread` is the standard deviation, None of a lone seed."""
+
+    arm: str
+    rate: float
+    rows: Sequence[Row]
+
+    @property
+    def losses(self) -> list[float]:
+        return [r["loss"] for r in self.rows]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.losses)
+
+    @property
+    def spread(self) -> float | None:
+        return _deviation(self.losses)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean; 0 where one seed leaves it unknown."""
+        return 0.0 if self.spread is None else self.spread / math.sqrt(len(self.losses))
+
+
+def read(study: Study, rows: Rows, folder: Path) -> Found:
+    """The reading that a study asks for.
+
+    Args:
+        folder: of the study's trainings, in which its adapters lie.
+    """
+    readings: dict[Reading, Callable[[Study, Rows, Path], Found]] = {
+        "best": _best,
+        "forgetting": _forgetting,
+        "rates": _rates,
+        "cost": _cost,
+        "spectra": _spectra,
+        "proof": _proof,
+    }
+    return readings[study.reading](study, rows, folder)
+
+
+def trained(study: Study, rows: Rows, arm: str) -> list[Row]:
+    """The trainings of an arm that came to a finite loss."""
+    return [r for r in rows.values() if r.get("arm") == arm and r["loss"] is not None and math.isfinite(r["loss"])]
+
+
+def outcome(study: Study, rows: Rows, arm: str) -> Outcome:
+    """An arm at the rate that did best: by the mean of the seeds where all rates have them, else by the first."""
+    found: dict[float, list[Row]] = {}
+    for row in trained(study, rows, arm):
+        found.setdefault(row["rate"], []).append(row)
+    most = max(map(len, found.values()))
+    best = min(
+        (rate for rate in found if len(found[rate]) == most),
+        key=lambda r: statistics.fmean(x["loss"] for x in found[r]),
+    )
+    return Outcome(arm, best, found[best])
+
+
+def _said(mean: float, spread: float | None, form: str = ".4f", spread_form: str = ".4f") -> str:
+    return format(mean, form) if spread is None else f"{mean:{form}} ± {spread:{spread_form}}"
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _best(study: Study, rows: Rows, folder: Path) -> Found:
+    found = [outcome(study, rows, arm.name) for arm in study.arms]
+    reference = _reference(study, found)
+    table = [["", "trains", "best rate", "held-out loss", f"against {reference.arm}", "accuracy", "seeds"]]
+    untouched = rows["untouched"]
+    table.append(["untouched", "0", "–", f"{untouched['loss']:.4f}", "–", f"{untouched['accuracy']:.1%}", "–"])
+    for o in found:
+        change = "–" if o is reference else f"{o.mean / reference.mean - 1:+.1%}"
+        accuracy = statistics.fmean(r["accuracy"] for r in o.rows)
+        first = [o.arm, _share(study, o, reference), f"{o.rate:g}", _said(o.mean, o.spread)]
+        table.append([*first, change, f"{accuracy:.1%}", str(len(o.rows))])
+    series = [Series(arm.name, *_curve(trained(study, rows, arm.name))) for arm in study.arms]
+    drawn = {f"{study.name}.svg": picture("Held-out loss after training", "learning rate", series, power_of_ten)}
+    return Found(_against(found, reference) + _edges(study, found), table, drawn)
+
+
+def _reference(study: Study, found: Sequence[Outcome]) -> Outcome:
+    """What the other arms are held against: full fine-tuning where it is among them, else the first."""
+    return next((o for o, arm in zip(found, study.arms, strict=True) if arm.full), found[0])
+
+
+def _share(study: Study, o: Outcome, reference: Outcome) -> str:
+    """How many parameters train, and beside full fine-tuning which share of all."""
+    count, all_of_them = o.rows[0]["parameters"], reference.rows[0]["parameters"]
+    beside_full = any(arm.full for arm in study.arms) and o is not reference
+    return f"{count:,} ({count / all_of_them:.2%})" if beside_full else f"{count:,}"
+
+
+def _forgetting(study: Study, rows: Rows, folder: Path) -> Found:
+    """The loss on texts of other kinds, of each arm at the rate that is best on its own task, and of all rates in the picture."""
+    before = rows["untouched"]["probes"]["other-texts"]
+    found, names = [outcome(study, rows, arm.name) for arm in study.arms], sorted(before)
+    table = [["", "best rate", "held-out loss", *(f"loss on {n}" for n in names), "mean rise"]]
+    untouched = [f"{rows['untouched']['loss']:.4f}", *(f"{before[n]:.4f}" for n in names)]
+    table.append(["untouched", "–", *untouched, "–"])
+    rises = {o.arm: [_rise(r, before) for r in o.rows] for o in found}
+    for o in found:
+        texts = [[r["probes"]["other-texts"][n] for r in o.rows] for n in names]
+        cells = [_said(statistics.fmean(t), _deviation(t)) for t in texts]
+        rise = f"{statistics.fmean(rises[o.arm]):+.4f}"
+        table.append([o.arm, f"{o.rate:g}", _said(o.mean, o.spread), *cells, rise])
+    series = [Series(arm.name, _learned_and_forgotten(trained(study, rows, arm.name), before)) for arm in study.arms]
+    title = "Rise of the loss on other texts, by the held-out loss on the task: a point for each rate"
+    drawn = {f"{study.name}.svg": picture(title, "held-out loss", series)}
+    said = [
+        f"{o.arm} {_said(statistics.fmean(rises[o.arm]), _deviation(rises[o.arm]), '+.3f', '.3f')} nats a token (loss on the task "
+        f"{o.mean:.3f})"
+        for o in found
+    ]
+    return Found(f"Mean rise of the loss on other texts: {'; '.join(said)}." + _edges(study, found), table, drawn)
+
+
+def _rise(row: Row, before: Mapping[str, float]) -> float:
+    return statistics.fmean(loss - before[name] for name, loss in row["probes"]["other-texts"].items())
+
+
+def _learned_and_forgotten(rows: Sequence[Row], before: Mapping[str, float]) -> list[tuple[float, float]]:
+    """Of the first seed, in the order of the rates."""
+    first = sorted((r for r in rows if r["seed"] == 0), key=lambda r: float(r["rate"]))
+    return [(r["loss"], _rise(r, before)) for r in first]
+
+
+def _edges(study: Study, found: Sequence[Outcome]) -> str:
+    """Which arms might do better at rates that were not tried."""
+    ends = {arm.name: (min(arm.rates), max(arm.rates)) for arm in study.arms if len(arm.rates) > 1}
+    at_end = [o.arm for o in found if o.rate in ends.get(o.arm, ())]
+    return (
+        f" Best at the lowest or highest rate tried, so that another may be better: {', '.join(at_end)}."
+        if at_end
+        else ""
+    )
+
+
+def _curve(rows: Sequence[Row]) -> tuple[list[tuple[float, float]], list[float | None]]:
+    """Mean loss by the logarithm of the rate, and its spread."""
+    by_rate: dict[float, list[float]] = {}
+    for row in rows:
+        by_rate.setdefault(row["rate"], []).append(row["loss"])
+    ordered = sorted(by_rate.items())
+    points = [(math.log10(rate), statistics.fmean(losses)) for rate, losses in ordered]
+    return points, [_deviation(losses) for _, losses in ordered]
+
+
+def _against(found: Sequence[Outcome], reference: Outcome) -> str:
+    """Each arm beside the reference, and whether two standard errors tell them apart."""
+    said = []
+    for o in found:
+        if o is not reference:
+            difference, error = o.mean - reference.mean, math.hypot(o.error, reference.error)
+            known = o.spread is not None and reference.spread is not None
+            apart = (
+                "one seed, so noise is unknown"
+                if not known
+                else "beyond noise"
+                if abs(difference) > 2 * error
+                else "within noise"
+            )
+            said.append(f"{o.arm} {difference / reference.mean:+.1%} ({apart})")
+    return f"Held-out loss against {reference.arm}, each at its own best rate: {'; '.join(said)}." if said else ""
+
+
+def _rates(study: Study, rows: Rows, folder: Path) -> Found:
+    """Where the best rate lies for each arm; the curves."""
+    rates = sorted({rate for arm in study.arms for rate in arm.rates})
+    table = [["", *(f"{rate:g}" for rate in rates), "best rate"]]
+    best = {}
+    for arm in study.arms:
+        by_rate = {rate: [r["loss"] for r in trained(study, rows, arm.name) if r["rate"] == rate] for rate in rates}
+        cells = [_said(statistics.fmean(x), _deviation(x)) if x else "–" for x in by_rate.values()]
+        best[arm.name] = outcome(study, rows, arm.name).rate
+        table.append([arm.name, *cells, f"{best[arm.name]:g}"])
+    series = [Series(arm.name, *_curve(trained(study, rows, arm.name))) for arm in study.arms]
+    drawn = {f"{study.name}.svg": picture("Held-out loss after training", "learning rate", series, power_of_ten)}
+    return Found(f"Best rate: {'; '.join(f'{name} at {rate:g}' for name, rate in best.items())}.", table, drawn)
+
+
+def _cost(study: Study, rows: Rows, folder: Path) -> Found:
+    table = [["", "seconds a step", "peak memory", "file", "held-out loss"]]
+    steps, peaks, sizes = {}, {}, {}
+    for arm in study.arms:
+        own = trained(study, rows, arm.name)
+        each = [r["seconds"] / r["steps"] for r in own]
+        steps[arm.name] = statistics.median(each)
+        peak, size = max(r["peak_memory_bytes"] for r in own), own[0]["file_bytes"]
+        peaks[arm.name], sizes[arm.name] = peak, size
+        loss = _said(statistics.fmean(r["loss"] for r in own), None)
+        table.append([arm.name, _said(statistics.fmean(each), _deviation(each)), memory(peak), memory(size), loss])
+    first, last = study.arms[0].name, study.arms[-1].name
+    time, room, file = (steps[last] / steps[first], peaks[last] / peaks[first], sizes[last] / sizes[first])
+    verdict = (
+        f"Beside {first}, {last} takes {time:.1f} times the time a step (medians), {room:.1f} times the memory, and a file "
+        f"{file:.0f} times as large. It runs through the model's own forward, so the time is not that of the method alone; and the "
+        "losses, of a few steps at one rate each, compare nothing."
+    )
+    return Found(verdict, table)
+
+
+def _spectra(study: Study, rows: Rows, folder: Path) -> Found:
+    table = [["", "rank that keeps 90 %", "99 %", "stable rank"]]
+    series = []
+    for arm in study.arms:
+        own = [r["probes"]["spectra"] for r in trained(study, rows, arm.name)]
+        figures = [statistics.fmean(s[k] for s in own) for k in ("rank_90", "rank_99", "stable_rank")]
+        table.append([arm.name, *(f"{f:.1f}" for f in figures)])
+        energy = {int(r): statistics.fmean(s["energy"][r] for s in own) for r in own[0]["energy"]}
+        series.append(Series(arm.name, [(math.log10(r), share) for r, share in energy.items()]))
+    drawn = {f"{study.name}.svg": picture("Share of an update's energy by rank", "rank", series, power_of_ten)}
+    verdict = f"Mean over the modules; {'; '.join(f'{row[0]} keeps 90 % at rank {row[1]}' for row in table[1:])}."
+    overlaps = _overlaps(study, rows, folder)
+    table += [["", *("" for _ in range(3))], ["shared directions", *(f"first {k}" for k in TOP)], *overlaps]
+    return Found(verdict, table, drawn)
+
+
+def _overlaps(study: Study, rows: Rows, folder: Path) -> list[list[str]]:
+    """The mean share of the first directions of A that two adapters have in common."""
+    kept = [(f"{r['arm']}, seed {r['seed']}", folder / r["adapter"]) for r in rows.values() if r.get("adapter")]
+    directions = {name: {m: decomposed(u).V for m, u in updates_of(open_adapter(path)).items()} for name, path in kept}
+    found = []
+    for (a, first), (b, second) in combinations(directions.items(), 2):
+        shares = [subspace_similarity(first[m], second[m]) for m in first]
+        found.append(
+            [f"{a} and {b}", *(f"{statistics.fmean(float(s[k - 1, k - 1]) for s in shares):.2f}" for k in TOP)]
+        )
+    return found
+
+
+def _proof(study: Study, rows: Rows, folder: Path) -> Found:
+    (row,) = [r for r in rows.values() if "verification" in r]
+    proof, promises = row["verification"], row["probes"]["promises"]
+    times = medians(promises["milliseconds_per_token"])
+    table = [
+        ["", ""],
+        ["logits at step 0 that are the base's, bit for bit", _all_of(promises["zero_at_start"], promises)],
+        ["base bit for bit what it was after training", str(row["base_unchanged"])],
+        ["largest difference of a logit, adapter against merged", f"{proof['max_abs_logit_difference']:.3g}"],
+        ["what the models' own rounding moves a logit", f"{proof['tolerance']:.3g}"],
+        ["what the adapter moves a logit", f"{proof['control_difference']:.3g}"],
+        ["held-out loss, adapter apart", f"{row['loss']:.4f}"],
+        ["held-out loss, merged", f"{row['merged_loss']:.4f}"],
+        *([f"milliseconds a token, {name}", f"{t:.2f} ± {spread:.2f}"] for name, (t, spread) in times.items()),
+    ]
+    ratio = {name: t / times["base"][0] for name, (t, _) in times.items()}
+    merged = (
+        "a merged model says what the adapter says, to its own rounding"
+        if proof["passed"]
+        else f"a merged model is NOT the adapter to its own rounding: a logit differs by {proof['max_abs_logit_difference']:.3g}, "
+        f"and rounding moves it {proof['tolerance']:.3g}"
+    )
+    verdict = (
+        f"A fresh adapter {'changes no bit' if promises['zero_at_start'] else 'CHANGES bits'} of the base's logits; the base was "
+        f"{'not written' if row['base_unchanged'] else 'WRITTEN'}; {merged}. A token takes {ratio['merged']:.2f} times the base's "
+        f"time in the merged model and {ratio['adapter apart']:.2f} with the adapter apart (medians; in the table, ± is half the "
+        "distance of the quartiles)."
+    )
+    return Found(verdict, table)
+
+
+def _all_of(same: bool, promises: Mapping[str, Any]) -> str:
+    return f"{'all' if same else 'NOT all'} of {promises['logits_compared']:,}"
