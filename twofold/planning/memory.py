@@ -29,6 +29,8 @@ QUANTIZED_BYTES = {"int8": 1.0, "nf4": (4 + 8 / 64 + 32 / (64 * 256)) / 8}
 """Bytes a weight: NF4 has 4 bits, an 8-bit scale for 64 of them and a 32-bit scale for 256 of those: 0.5159."""
 KERNELS = {"cpu": 184 << 20, "cuda": 500 << 20}
 """What a model's code, kernels and threads add once they run; on a GPU the context, which is 0.3 to 1.4 GB."""
+OWN_KERNELS = {2: 151 << 20, 4: 245 << 20}
+"""The same by the bytes of a value, where the fast path runs on our own, which leave only the logits to others."""
 SHAPE_KERNELS = {"cpu": 13 << 20, "cuda": 0}
 """What each further number of rows adds, for which a CPU's back end prepares kernels of its own and keeps them: the mean of eleven
 numbers of rows that a training of SmolLM2-135M went through one after the other, from 224 to 608."""
@@ -275,7 +277,8 @@ def symbol_values(parameters: ParameterPlan, shape: Architecture, step: StepShap
         "proved": PROOF_TOKENS,
         "compared": PROOF_LOGITS,
         "held": setup.held if setup.device == "cpu" else 0,
-        "kernels": KERNELS[setup.device] + (PACKING[setup.quantization] if setup.device == "cpu" else 0),
+        "kernels": (OWN_KERNELS[e] if setup.kernels else KERNELS[setup.device])
+        + (PACKING[setup.quantization] if setup.device == "cpu" else 0),
         "shapes": setup.shapes,
         "k_shape": 0 if setup.kernels and not quantized else SHAPE_KERNELS[setup.device],
         "f": SLACK[setup.device],
