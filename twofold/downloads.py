@@ -190,9 +190,10 @@ def _so_far(task: str, room: Path) -> Progress:
 def _largest(folder: Path) -> int:
     """Bytes of the largest file in it: the wheel, which pip writes again for its cache and on its way to where it stays."""
     sizes = [0]
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # pip has taken it away since
-            sizes.append(path.stat().st_size)
+    for parent, _, files in os.walk(folder):  # which, unlike `rglob`, bears that pip takes a folder away meanwhile
+        for file in files:
+            with suppress(OSError):
+                sizes.append((Path(parent) / file).stat().st_size)
     return max(sizes)
 
 
