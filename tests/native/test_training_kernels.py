@@ -61,8 +61,9 @@ def near(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.usefixtures("only_kernels")
 def test_a_sum_of_products(dtype: torch.dtype, rows: int, out: int, in_: int, rank: int) -> None:
     x, w, h, b, bias = (drawn(dtype, *s) for s in ((rows, in_), (out, in_), (rows, rank + 3), (out, rank), (out,)))
-    part = h[:, 2 : 2 + rank]
+    part, onto = h[:, 2 : 2 + rank], drawn(dtype, rows, out + 3)[:, :out]
     with fast_training():
+        near(sum_of_products([Term(x, w)], bias, onto), x.double() @ w.double().T + bias.double() + onto.double())
         near(sum_of_products([Term(x, w)]), x.double() @ w.double().T)
         near(
             sum_of_products([Term(x, w), Term(part, b, scale=0.3)], bias),
@@ -130,6 +131,7 @@ def test_norms_and_their_gradient(dtype: torch.dtype, width: int, wide: bool) ->
         torch.testing.assert_close(norm.reciprocal_rms(x, of), rho, rtol=2e-6, atol=0)
     check(norm.normed, x, rho, of)
     check(norm.rms_norm_backward, dy, x, rho, of)
+    check(norm.rms_norm_backward, dy, x, rho, of, drawn(dtype, 21, width))
 
 
 @DTYPES

@@ -40,12 +40,17 @@ def normed(x: Float[Tensor, "rows d"], rho: Float[Tensor, "rows 1"], norm: Norm)
 
 @fusible
 def rms_norm_backward(
-    dy: Float[Tensor, "rows d"], x: Float[Tensor, "rows d"], rho: Float[Tensor, "rows 1"], norm: Norm
+    dy: Float[Tensor, "rows d"],
+    x: Float[Tensor, "rows d"],
+    rho: Float[Tensor, "rows 1"],
+    norm: Norm,
+    onto: Float[Tensor, "rows d"] | None = None,
 ) -> Float[Tensor, "rows d"]:
-    """dx = ρ (g - x ρ² mean(g x)) with g = dy w."""
+    """dx = ρ (g - x ρ² mean(g x)) with g = dy w, on top of another gradient of x."""
     g = (dy * norm.weight).to(rho.dtype)
     shared = torch.linalg.vecdot(g, x.to(rho.dtype))[:, None].mul_(rho.pow(3)).div_(-x.shape[-1])
-    return g.mul_(rho).addcmul_(x, shared).to(x.dtype)
+    dx = g.mul_(rho).addcmul_(x, shared).to(x.dtype)
+    return dx if onto is None else dx + onto
 
 
 class _RMSNorm(torch.autograd.Function):

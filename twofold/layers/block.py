@@ -124,8 +124,9 @@ def block_forward(
     out, kept = attend(q, k, v)
     attended = out.flatten(1)
     dropped_o = drop(attended, t.o.dropout)
-    (o,), h_o = group_forward(attended, dropped_o, t.o)
-    a = rows.of_asked(x) + (o if t.attention_post is None else rms_norm_forward(o, t.attention_post))
+    residual = rows.of_asked(x)
+    (o,), h_o = group_forward(attended, dropped_o, t.o, residual if t.attention_post is None else None)
+    a = o if t.attention_post is None else residual + rms_norm_forward(o, t.attention_post)
     rho_a = reciprocal_rms(a, t.mlp_norm)
     n = normed(a, rho_a, t.mlp_norm)
     dropped_gate_up = drop(n, t.gate_up.dropout)
@@ -133,8 +134,8 @@ def block_forward(
     gate, up = both if len(both) == 2 else both[0].chunk(2, -1)
     product = gated(gate, up, t.activation)
     dropped_down = drop(product, t.down.dropout)
-    (down,), h_down = group_forward(product, dropped_down, t.down)
-    y = a + (down if t.mlp_post is None else rms_norm_forward(down, t.mlp_post))
+    (down,), h_down = group_forward(product, dropped_down, t.down, a if t.mlp_post is None else None)
+    y = down if t.mlp_post is None else a + rms_norm_forward(down, t.mlp_post)
     saved = Saved(
         *(x, rho_x, q_raw if t.q_norm else None, k_raw if t.k_norm else None, q, k, v, attended),
         *(o if t.attention_post else None, a, rho_a, gate, up, down if t.mlp_post else None),
@@ -191,9 +192,8 @@ def block_backward(
     dn, of_qkv = _qkv_backward(dq, dk, dv.flatten(1), t, rows, saved, input_gradient=input_gradient)
     if dn is None:
         return None, of_qkv + learned
-    dx = rms_norm_backward(dn, saved.x, saved.rho_x, t.attention_norm)
-    dx = dx.add_(da) if rows.asked is None else dx.index_add_(0, rows.asked, da)
-    return dx, of_qkv + learned
+    dx = rms_norm_backward(dn, saved.x, saved.rho_x, t.attention_norm, da if rows.asked is None else None)
+    return dx if rows.asked is None else dx.index_add_(0, rows.asked, da), of_qkv + learned
 
 
 def _mlp_backward(
@@ -214,7 +214,7 @@ def _mlp_backward(
     dn, of_gate_up = group_backward(both, n, dropped, saved.h_gate_up, t.gate_up, input_gradient=below)
     if dn is None:
         return None, of_gate_up + of_down
-    return rms_norm_backward(dn, saved.a, saved.rho_a, t.mlp_norm).add_(dy), of_gate_up + of_down
+    return rms_norm_backward(dn, saved.a, saved.rho_a, t.mlp_norm, dy), of_gate_up + of_down
 
 
 def _head_gradient(

@@ -58,11 +58,11 @@ class JoinedGroup(Group):
         cuts = self.query_cuts if at == slice(0, 1) else self.cuts
         return JoinedGroup(self.members[at], None, 0.0, tuple(p.part(at) for p in self.parts), cuts, self.query_cuts)
 
-    def forward(self, x: Tensor, kept: Kept | None) -> tuple[list[Tensor], Tensor | None]:
+    def forward(self, x: Tensor, kept: Kept | None, onto: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
         outputs = [sum_of_products([Term(x, m.weight)], m.bias) for m in self.members]
         widths = [0 if p.A is None else len(p.A) for p in self.parts]
         if not any(widths):
-            return outputs, None
+            return _on_top(outputs, onto), None
         h = x.new_zeros(len(x), max(widths))
         for part, cut, width in zip(self.parts, self.cuts, widths, strict=True):
             if part.A is not None:
@@ -70,7 +70,7 @@ class JoinedGroup(Group):
                 for y, m in zip(outputs, part.members, strict=True):
                     if m.B is not None:
                         y[cut].addmm_(h[cut, m.columns], m.B.T, alpha=m.scale)
-        return outputs, h
+        return _on_top(outputs, onto), h
 
     def backward(
         self,
@@ -111,6 +111,10 @@ class JoinedGroup(Group):
             dx[cut].addmm_(g, part.A)
         h_own = None if h is None else h[cut]
         return [learned_gradients(dy, dy, h_own, dA, m) for dy, m in zip(own, part.members, strict=True)]
+
+
+def _on_top(outputs: list[Tensor], onto: Tensor | None) -> list[Tensor]:
+    return outputs if onto is None else [y.add_(onto) for y in outputs]
 
 
 def _bare(group: Group) -> tuple[Member, ...]:

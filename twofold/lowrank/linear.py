@@ -131,15 +131,15 @@ class Group:
         return Group(_placed(members), self.A[columns[0].start : columns[-1].stop], self.dropout)
 
     def forward(
-        self, x: Float[Tensor, "rows in_"], kept: Kept | None
+        self, x: Float[Tensor, "rows in_"], kept: Kept | None, onto: Float[Tensor, "rows out"] | None = None
     ) -> tuple[list[Tensor], Float[Tensor, "rows _"] | None]:
         """See `group_forward`."""
         h = None if self.A is None else sum_of_products([Term(kept.apply(x) if kept else x, self.A)])
-        outputs = [_output(x, h, m) for m in self.members]
+        outputs = [_output(x, h, m, onto) for m in self.members]
         if h is None:
             return outputs, None
         learning = [y for y, m in zip(outputs, self.members, strict=True) if m.unstretched is not None]
-        stretched = [_stretched(y, m) for y, m in zip(outputs, self.members, strict=True)]
+        stretched = [_stretched(y, m, onto) for y, m in zip(outputs, self.members, strict=True)]
         return stretched, torch.cat([h, *learning], 1) if learning else h
 
     def backward(
@@ -200,26 +200,32 @@ def drop(x: Float[Tensor, "rows in_"], p: float) -> Kept | None:
 
 
 def group_forward(
-    x: Float[Tensor, "rows in_"], kept: Kept | None, group: Group
+    x: Float[Tensor, "rows in_"], kept: Kept | None, group: Group, onto: Float[Tensor, "rows out"] | None = None
 ) -> tuple[list[Tensor], Float[Tensor, "rows _"] | None]:
-    """The outputs (rows, out_i) of each member, and what to keep for the backward: h = x̃ Aᵀ, then unstretched outputs."""
-    return group.forward(x, kept)
+    """The outputs (rows, out_i) of each member, and what to keep for the backward: h = x̃ Aᵀ, then unstretched outputs.
+
+    Args:
+        onto: the residual on top of which the output of a group of one comes.
+    """
+    return group.forward(x, kept, onto)
 
 
-def _output(x: Tensor, h: Tensor | None, m: Member) -> Tensor:
-    """x Wᵀ + b and the update's share; without the bias where all but it is stretched."""
+def _output(x: Tensor, h: Tensor | None, m: Member, onto: Tensor | None) -> Tensor:
+    """x Wᵀ + b and the update's share, on top of a residual; without bias and residual where the rest is to be stretched."""
     terms = [Term(x, m.weight)]
     if h is not None and m.B is not None:
         terms.append(Term(h[:, m.columns], m.B, scale=m.scale))
-    return sum_of_products(terms, m.bias if m.stretch is None else None)
+    return sum_of_products(terms, m.bias, onto) if m.stretch is None else sum_of_products(terms)
 
 
-def _stretched(u: Tensor, m: Member) -> Tensor:
-    """c ⊙ u + b, multiplied in the stretch's own precision."""
+def _stretched(u: Tensor, m: Member, onto: Tensor | None) -> Tensor:
+    """c ⊙ u + b, multiplied in the stretch's own precision, on top of a residual."""
     if m.stretch is None:
         return u
     y = torch.mul(u, m.stretch, out=torch.empty_like(u))
-    return y if m.bias is None else y.add_(m.bias)
+    for more in (m.bias, onto):
+        y = y if more is None else y.add_(more)
+    return y
 
 
 def group_backward(

@@ -39,8 +39,10 @@ class Term(NamedTuple):
 
 
 @replaceable
-def sum_of_products(terms: Sequence[Term], bias: Float[Tensor, " out"] | None = None) -> Float[Tensor, "rows out"]:
-    """The sum of the terms, and a bias."""
+def sum_of_products(
+    terms: Sequence[Term], bias: Float[Tensor, " out"] | None = None, onto: Float[Tensor, "rows out"] | None = None
+) -> Float[Tensor, "rows out"]:
+    """The sum of the terms, of a bias, and of what they come on top of."""
     first, *rest = terms
     total = _product(first, bias)
     for x, weight, as_read, scale in rest:
@@ -48,7 +50,7 @@ def sum_of_products(terms: Sequence[Term], bias: Float[Tensor, " out"] | None = 
             total.addmm_(x, weight if as_read else weight.T, alpha=scale)
         else:
             total.add_(_product(Term(x, weight, as_read)), alpha=scale)
-    return total
+    return total if onto is None else total.add_(onto)
 
 
 def _product(term: Term, bias: Tensor | None = None) -> Tensor:

@@ -15,9 +15,11 @@
 template <class T> struct Product {
   const Term<T>* terms;
   int64_t count;
-  const T* bias;  // null for none
+  const T* bias;  // null for none, as `onto`
+  const T* onto;
+  int64_t onto_stride;
   T* y;
-  int64_t y_stride, rows, width;
+  int64_t rows, width, y_stride;
 };
 
 static const int64_t LAID = 288;           // words that are laid out at once: 36 KiB
@@ -42,7 +44,9 @@ static void finish(const Product<T>& p, int64_t n, int64_t row, int rows, const 
     for (int b = 0; b < B; b++) {
       const int64_t at = n + b * 16;
       const __mmask16 m = first(p.width - at);
-      put(p.bias ? _mm512_add_ps(sums[r][b], get(p.bias + at, m)) : sums[r][b], p.y + (row + r) * p.y_stride + at, m);
+      __m512 sum = p.bias ? _mm512_add_ps(sums[r][b], get(p.bias + at, m)) : sums[r][b];
+      if (p.onto) sum = _mm512_add_ps(sum, get(p.onto + (row + r) * p.onto_stride + at, m));
+      put(sum, p.y + (row + r) * p.y_stride + at, m);
     }
 }
 
@@ -193,7 +197,7 @@ template <class T, class W> static void norm(const T* x, const float* rho, const
 }
 
 template <class T, class W>
-static void norm_backward(const T* dy, const T* x, const float* rho, const W* weight, int64_t rows, int64_t d, T* dx) {
+static void norm_backward(const T* dy, const T* x, const float* rho, const W* weight, const T* onto, int64_t rows, int64_t d, T* dx) {
   OVER_ROWS {
     __m512 shared = _mm512_setzero_ps();
     OVER(i, d) {
@@ -205,7 +209,8 @@ static void norm_backward(const T* dy, const T* x, const float* rho, const W* we
     OVER(i, d) {
       const __mmask16 m = first(d - i);
       __m512 g = _mm512_mul_ps(get(dy + r * d + i, m), get(weight + i, m));
-      put(_mm512_fmadd_ps(get(x + r * d + i, m), all(by), _mm512_mul_ps(g, all(rho[r]))), dx + r * d + i, m);
+      __m512 found = _mm512_fmadd_ps(get(x + r * d + i, m), all(by), _mm512_mul_ps(g, all(rho[r])));
+      put(onto ? _mm512_add_ps(found, get(onto + r * d + i, m)) : found, dx + r * d + i, m);
     }
   }
 }
@@ -284,8 +289,8 @@ static void loss(T* logits, const int64_t* labels, int64_t gradient, int64_t row
 // ---- by name --------------------------------------------------------------------------------------------------------
 
 #define DOORS(name, T) \
-  void product_##name(const Term<T>* terms, int64_t count, const T* bias, T* y, int64_t y_stride, int64_t rows, int64_t width) { \
-    product<T>({terms, count, bias, y, y_stride, rows, width}); \
+  void product_##name(const Term<T>* terms, int64_t count, const T* bias, const T* onto, int64_t os, T* y, int64_t rows, int64_t width, int64_t ys) { \
+    product<T>({terms, count, bias, onto, os, y, rows, width, ys}); \
   } \
   void crossed_##name(const T* narrow, int64_t ns, const T* wide, int64_t ws, int64_t rows, int64_t m, int64_t n, int64_t turned, double scale, float* y) { \
     crossed<T>({narrow, ns, wide, ws, rows, m, n, turned, scale, y}); \
@@ -294,8 +299,8 @@ static void loss(T* logits, const int64_t* labels, int64_t gradient, int64_t row
   void norm_##name(const T* x, const float* rho, const void* w, int64_t wide, int64_t rows, int64_t d, T* y) { \
     wide ? norm(x, rho, (const float*)w, rows, d, y) : norm(x, rho, (const T*)w, rows, d, y); \
   } \
-  void norm_backward_##name(const T* dy, const T* x, const float* rho, const void* w, int64_t wide, int64_t rows, int64_t d, T* dx) { \
-    wide ? norm_backward(dy, x, rho, (const float*)w, rows, d, dx) : norm_backward(dy, x, rho, (const T*)w, rows, d, dx); \
+  void norm_backward_##name(const T* dy, const T* x, const float* rho, const void* w, int64_t wide, const T* onto, int64_t rows, int64_t d, T* dx) { \
+    wide ? norm_backward(dy, x, rho, (const float*)w, onto, rows, d, dx) : norm_backward(dy, x, rho, (const T*)w, onto, rows, d, dx); \
   } \
   void gated_##name(const T* gate, int64_t gs, const T* up, int64_t us, int64_t gelu, int64_t rows, int64_t d, T* y) { gated(gate, gs, up, us, gelu, rows, d, y); } \
   void gated_backward_##name(const T* dy, const T* gate, int64_t gs, const T* up, int64_t us, int64_t gelu, int64_t rows, int64_t d, T* dgate, T* dup) { \

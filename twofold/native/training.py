@@ -32,11 +32,11 @@ from twofold.replaceable import original, replaced
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _DOORS: dict[str, list[Any]] = {
-    "product": [ctypes.c_char_p, _I, _P, _P, _I, _I, _I],
+    "product": [ctypes.c_char_p, _I, _P, _P, _I, _P, _I, _I, _I],
     "crossed": [_P, _I, _P, _I, _I, _I, _I, _I, _F, _P],
     "reciprocal_rms": [_P, _F, _I, _I, _P],
     "norm": [_P, _P, _P, _I, _I, _I, _P],
-    "norm_backward": [_P, _P, _P, _P, _I, _I, _I, _P],
+    "norm_backward": [_P, _P, _P, _P, _I, _P, _I, _I, _P],
     "gated": [_P, _I, _P, _I, _I, _I, _I, _P],
     "gated_backward": [_P, _P, _I, _P, _I, _I, _I, _I, _P, _P],
     "rotate": [_P, _I, _P, _P, _I, _I, _I, _I, _P],
@@ -45,6 +45,8 @@ _DOORS: dict[str, list[Any]] = {
     "attention_backward": [ctypes.c_char_p, _P, _P, _P, _P],
 }
 
+PLACES = 384
+"""Rows of a floor's products of attention, so that what they give stays in the caches, as a kernel's does."""
 _TERM = struct.Struct("=QqQqqqd")
 _ATTENTION = struct.Struct("=QQQqqqQqQqqqqqqddQ")
 
@@ -96,15 +98,16 @@ def _of(*tensors: Tensor) -> SimpleNamespace | None:
     return _kernels(dtype)
 
 
-def _sum_of_products(terms: Sequence[Term], bias: Tensor | None = None) -> Tensor:
+def _sum_of_products(terms: Sequence[Term], bias: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
     x, weight, as_read, _ = terms[0]
     matrices = [t.weight for t in terms if isinstance(t.weight, Tensor)]
     even = len(matrices) == len(terms) and all(t.x.shape[1] % 2 == 0 for t in terms)
-    k = _of(*(t.x for t in terms), *matrices, *(() if bias is None else (bias,))) if even else None
+    k = _of(*(t.x for t in terms), *matrices, *(t for t in (bias, onto) if t is not None)) if even else None
     if k is None:
-        return original(sum_of_products)(terms, bias)
+        return original(sum_of_products)(terms, bias, onto)
     y = x.new_empty(len(x), weight.shape[1 if as_read else 0])
-    k.product(_packed(terms), len(terms), _address(bias), y.data_ptr(), y.stride(0), *y.shape)
+    added = (_address(bias), _address(onto), 0 if onto is None else onto.stride(0))
+    k.product(_packed(terms), len(terms), *added, y.data_ptr(), *y.shape, y.stride(0))
     return y
 
 
@@ -156,13 +159,13 @@ def _normed(x: Tensor, rho: Tensor, of: Norm) -> Tensor:
     return y
 
 
-def _norm_backward(dy: Tensor, x: Tensor, rho: Tensor, of: Norm) -> Tensor:
-    k = _norm_kernels(of, x, dy)
+def _norm_backward(dy: Tensor, x: Tensor, rho: Tensor, of: Norm, onto: Tensor | None = None) -> Tensor:
+    k = _norm_kernels(of, x, dy, *(() if onto is None else (onto,)))
     if k is None:
-        return original(norm.rms_norm_backward)(dy, x, rho, of)
+        return original(norm.rms_norm_backward)(dy, x, rho, of, onto)
     dx, wide = torch.empty_like(x), of.weight.dtype != x.dtype
     read = (dy.data_ptr(), x.data_ptr(), rho.data_ptr(), of.weight.data_ptr())
-    k.norm_backward(*read, wide, *x.shape, dx.data_ptr())
+    k.norm_backward(*read, wide, _address(onto), *x.shape, dx.data_ptr())
     return dx
 
 
@@ -249,16 +252,16 @@ def _attention_products(
     """Over as many keys as a query sees on average: nothing is padded, and nothing that is masked is computed."""
     queries = int(plan.spans.table[:, 5].sum())
     keys = rounded_up(-(-plan.spans.keys_seen // max(1, queries)), 2)
-    q, k, p = (
-        operand(*shape)
-        for shape in ((queries * plan.heads.queries, d), (keys, d), (queries * plan.heads.queries, keys))
-    )
+    blocks = -(-queries * plan.heads.queries // PLACES)
+    places = rounded_up(-(-queries * plan.heads.queries // max(1, blocks)), 2)
+    q, k, p = (operand(*shape) for shape in ((places, d), (keys, d), (places, keys)))
     if _attention_kernels(q[None], k[None]) is None:
         return original(attention.attention_products)(plan, d, scoring, operand, backward=backward)
-    scores, mixed, turned = [Term(q, k)], [Term(p, k, as_read=True)], [Term(operand(keys, len(q)), q, as_read=True)]
-    again = keys > KEEP_UP_TO
-    for terms in (scores, mixed, *((scores, *((scores,) if again else ()), mixed, turned, turned) if backward else ())):
-        sum_of_products(terms)
+    scores, mixed, turned = [Term(q, k)], [Term(p, k, as_read=True)], [Term(operand(keys, places), q, as_read=True)]
+    again = [scores] if keys > KEEP_UP_TO else []
+    for _ in range(blocks):
+        for terms in (scores, mixed, *((scores, *again, mixed, turned, turned) if backward else ())):
+            sum_of_products(terms)
     return None
 
 
