@@ -221,7 +221,7 @@ def test_combinations_that_would_be_wrong_are_refused(pair: tuple[Any, Any]) -> 
     _, here = pair
     with pytest.raises(ConfigError, match=r"by 'linear' in 'model.*factors of different ranks have no sum"):
         here.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", combination_type="linear")
-    with pytest.raises(ConfigError, match="'tie' is none of .*; did you mean 'ties'"):
+    with pytest.raises(ConfigError, match=r"'tie' is none of .*; did you mean 'ties'"):
         here.add_weighted_adapter(["a", "b"], [1.0, 1.0], "c", combination_type="tie")
     with pytest.raises(ConfigError, match="density is 0"):
         here.add_weighted_adapter(["a"], [1.0], "c", combination_type="ties", density=0.0)
