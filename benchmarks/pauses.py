@@ -15,7 +15,6 @@ import asyncio
 import itertools
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from typing import NamedTuple
 
 import httpx
 from serve import ADAPTERS, adapter_of, prompts, write_adapters
-from serve_http import BASE_NAME, Server, openai, running
+from serve_http import BASE_NAME, Server, free_port, openai, running
 
 from twofold.base.load import DEFAULT_BASE, locate
 
@@ -122,9 +121,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=6)
     args = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as name:
         write_root(Path(name), 200)
         command = [sys.executable, "-m", "twofold", "serve", "--base", str(locate(DEFAULT_BASE)), "--name", BASE_NAME]

@@ -16,7 +16,6 @@ import asyncio
 import itertools
 import os
 import random
-import socket
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from serve import ADAPTERS, prompts, write_adapters
-from serve_http import BASE_NAME, Server, openai, running
+from serve_http import BASE_NAME, Server, free_port, openai, running
 
 from twofold.base.load import DEFAULT_BASE, locate
 
@@ -135,9 +134,7 @@ def memory_of(url: str) -> int:
 
 
 def measured(side: Side, root: Path, megabytes: float, seconds: float, rows: int) -> list[Row]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url, server = f"http://127.0.0.1:{port}", server_of(root, megabytes, port)
     with running(server, port):
         with httpx.Client(base_url=url, timeout=600) as client:

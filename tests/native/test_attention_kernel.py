@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from twofold.functional.attention import Scoring, attention_backward, attention_forward
 from twofold.functional.segments import AttentionPlan, Heads, plan_attention
-from twofold.native import training
 from twofold.native.training import fast_training, why_not
 
 TYPES = [torch.float32, torch.bfloat16]
@@ -22,16 +20,6 @@ DTYPES = pytest.mark.parametrize("dtype", TYPES, ids=["float32", "bfloat16"])
 NONE = [why_not(d, torch.device("cpu")) for d in TYPES]
 pytestmark = pytest.mark.skipif(any(NONE), reason=f"no kernels here: {NONE}")
 FILLERS = 2
-
-
-@pytest.fixture
-def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever falls back to PyTorch's operations fails."""
-
-    def refused(run: Callable[..., Any]) -> Callable[..., Any]:
-        raise AssertionError(f"{run.__name__} was left to PyTorch")
-
-    monkeypatch.setattr(training, "original", refused)
 
 
 class Case:

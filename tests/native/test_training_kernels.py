@@ -21,7 +21,6 @@ from twofold.functional.gated import ACTIVATIONS
 from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
 from twofold.lowrank.products import Term, crossed, sum_of_products
-from twofold.native import training
 from twofold.native.training import KERNELS, fast_training, why_not
 from twofold.replaceable import original
 from twofold.training.objective import FastObjective
@@ -32,16 +31,6 @@ DTYPES = pytest.mark.parametrize("dtype", TYPES, ids=["float32", "bfloat16"])
 pytestmark = pytest.mark.skipif(
     any(why_not(d, CPU) for d in TYPES), reason=f"no kernels here: {[why_not(d, CPU) for d in TYPES]}"
 )
-
-
-@pytest.fixture
-def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever falls back to PyTorch's operations fails."""
-
-    def refused(run: Callable[..., Any]) -> Callable[..., Any]:
-        raise AssertionError(f"{run.__name__} was left to PyTorch")
-
-    monkeypatch.setattr(training, "original", refused)
 
 
 def drawn(dtype: torch.dtype, *shape: int) -> Tensor:

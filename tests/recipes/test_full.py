@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_runs import Heard, changed
+from tiny_runs import KILL_AT_STEP, Heard, changed
 from transformers import AutoModelForCausalLM
 from warm_cli import WarmCli, cold
 
@@ -25,16 +25,6 @@ from twofold.recipes.train import dry_run, train
 from twofold.training.optim import learning_rate
 
 pytest_plugins = ("tiny_fixtures",)
-
-KILL_AT_STEP = """
-import os, signal, twofold.training.loop as loop
-real = loop.learning_rate
-def rate(config, step, steps):
-    if step == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(config, step, steps)
-loop.learning_rate = rate
-"""
 
 
 @pytest.fixture

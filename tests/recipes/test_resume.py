@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tiny_runs import KILL_AT_STEP
 from warm_cli import Finished, WarmCli, cold
 
 pytest_plugins = ("tiny_fixtures",)
@@ -23,15 +24,6 @@ pytest_plugins = ("tiny_fixtures",)
 FILES = ("adapter_model.safetensors", "adapter_config.json", "twofold.json")
 STEPS, STEPS_PER_EPOCH = 24, 4
 
-KILL_AT_STEP = """
-import os, signal, twofold.training.loop as loop
-real = loop.learning_rate
-def rate(config, step, steps):
-    if step == {step}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(config, step, steps)
-loop.learning_rate = rate
-"""
 KILL_IN_WRITE = """
 import os, signal, pathlib, twofold.tensorfile as tensorfile
 real, calls = tensorfile.save_file, [0]

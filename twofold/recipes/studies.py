@@ -7,7 +7,7 @@ runs with the others. A study that asks about the rates themselves (`every_rate`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from twofold.recipes.grid import spaced
@@ -141,7 +141,8 @@ RATE_BY_RANK = Study(
     held_out=64,
     every_rate=True,
 )
-ALPHA_BY_RATE = Study(
+ALPHA_BY_RATE = replace(
+    RATE_BY_RANK,
     name="alpha-by-rate",
     claim="Twice the alpha is half the learning rate",
     expected="with Adam, A and B each move by their own rate, so that only B's half of it follows",
@@ -149,10 +150,6 @@ ALPHA_BY_RATE = Study(
         Arm(name=f"alpha = {alpha}", settings={"adapter.r": 16, "adapter.lora_alpha": alpha}, rates=GRID)
         for alpha in (8, 16, 32, 64, 128)
     ),
-    reading="rates",
-    examples=128,
-    held_out=64,
-    every_rate=True,
 )
 TARGETS = Study(
     name="targets",
