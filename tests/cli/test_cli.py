@@ -364,3 +364,9 @@ def test_an_empty_list_of_rows_is_refused_by_eval(cli: WarmCli, llama_base: Path
     flags = ("--base", llama_base, "--dtype", "float32", "--data", data)
     assert cli("eval", *flags, "--json").json()["examples"] == 1
     assert "plain text, which has no answers to match" in cli("eval", *flags, "--generate").refusal()
+
+
+def test_a_configuration_behind_a_flag_is_not_taken_for_its_value(cli: WarmCli, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for flags in (["--full", file], ["--adapter.r", "4", file]):
+        assert f"before the flags: twofold train {file} {flags[0]}" in cli("train", *flags).refusal()

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from twofold.cli.flags import given_flags, parse
 from twofold.config import read_yaml
+from twofold.errors import ConfigError
 from twofold.recipes.settings import TrainConfig, check_continues, read_config
 from twofold.training.rate import RateSearch
 
@@ -32,7 +33,14 @@ class SearchFlags(TrainConfig):
 
 
 def config_from(arguments: list[str], cls: type[C]) -> C:
-    """The file, if one is named first, with the flags over it."""
+    """The file, if one is named first, with the flags over it.
+
+    Raises:
+        ConfigError: the file stands behind a flag, which would take it for its value.
+    """
+    behind = [a for a in arguments[1:] if a.endswith((".yaml", ".yml"))]
+    if behind and arguments[0].startswith("-"):
+        raise ConfigError(f"name the configuration before the flags: twofold train {behind[0]} {arguments[0]} ...")
     file = read_config(Path(arguments[0])) if arguments and not arguments[0].startswith("-") else None
     flags = arguments[1:] if file else arguments
     default = cls(**vars(file)) if file else None
