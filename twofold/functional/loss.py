@@ -76,6 +76,20 @@ def chunk_loss(
     return HeadLoss(torch.stack(losses).sum(), torch.stack(correct).sum())
 
 
+@replaceable
+def logits_of(hidden: Float[Tensor, "rows d"], head: Float[Tensor, "vocabulary d"]) -> Float[Tensor, "rows vocabulary"]:
+    """hidden headᵀ."""
+    return F.linear(hidden, head)
+
+
+@replaceable
+def hidden_gradient(
+    dlogits: Float[Tensor, "rows vocabulary"], head: Float[Tensor, "vocabulary d"]
+) -> Float[Tensor, "rows d"]:
+    """dlogits head."""
+    return torch.mm(dlogits, head)
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -85,12 +99,12 @@ class _HeadLoss(torch.autograd.Function):
         for part, of_part, d in zip(
             hidden.split(rows), labels.split(rows), (hidden if gradient is None else gradient).split(rows), strict=True
         ):
-            logits = F.linear(F.pad(part, (0, 0, 0, -len(part) % ROW_MULTIPLE)), head)
+            logits = logits_of(F.pad(part, (0, 0, 0, -len(part) % ROW_MULTIPLE)), head)
             loss, right = chunk_loss(logits[: len(part)], of_part, softcap, gradient=gradient is not None)
             losses.append(loss)
             correct.append(right)
             if gradient is not None:
-                d.copy_(torch.mm(logits, head)[: len(part)])
+                d.copy_(hidden_gradient(logits, head)[: len(part)])
         ctx.save_for_backward(*([] if gradient is None else [gradient]))
         total = torch.stack(correct).sum()
         ctx.mark_non_differentiable(total)

@@ -2,12 +2,10 @@
 // heads and no scores kept: the softmax of a row is found again from its logarithm of a sum.
 //
 // A unit is one segment's key head with some of the queries that share it; its *places* are those queries, heads side by side.
-// Its keys and values, prefix first, are brought together and laid out once. Twelve places at a time meet the keys up to the
+// Its keys and values, prefix first, are brought together and laid out once. A tile of places at a time meets the keys up to the
 // last that one of them may see. What a unit adds to the gradients of its keys is summed apart, and units in their order.
 
 #pragma once
-
-#include <vector>
 
 #include "tiles.hpp"
 
@@ -28,16 +26,9 @@ template <class T> struct Attention {
   int64_t group() const { return heads / key_heads; }
 };
 
-static const int64_t PANEL = 32;        // keys side by side
 static const int64_t BLOCK = 4 * R;     // places whose gradients of keys are summed at once
 static const int64_t PART = 32 * BLOCK; // places of a unit at least, and a quarter of its segment's
 static const int64_t PARTS = 4;
-
-static inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-static inline __mmask16 between(int64_t at, int64_t from, int64_t to) { return first(to - at) & ~first(from - at); }
-template <class V> static V* aligned(int64_t n) { return (V*)std::aligned_alloc(64, up(std::max<int64_t>(1, n) * sizeof(V), 64)); }
-template <class V> using Own = std::unique_ptr<V, decltype(&std::free)>;
-template <class V> static Own<V> own(int64_t n) { return Own<V>(aligned<V>(n), std::free); }
 
 struct Unit {
   Span span;
@@ -86,11 +77,11 @@ static std::vector<int64_t> order(const std::vector<Unit>& found) {
 template <class T> struct Laid {
   int64_t d, panels, words;  // words: of all keys
   Own<T> together;
-  Own<__m512i> by_key, along;
+  Own<Words> by_key, along;
 
-  Laid(int64_t d, int64_t most) : d(d), panels(0), words(0), together(own<T>(up(most, PANEL) * d)), by_key(nullptr, std::free), along(nullptr, std::free) {
-    by_key = own<__m512i>(up(most, PANEL) / PANEL * d * 2);
-    along = own<__m512i>(up(d, PANEL) / PANEL * up(most, PANEL) * 2);
+  Laid(int64_t d, int64_t most) : d(d), panels(0), words(0), together(owned<T>(up(most, PANEL) * d)), by_key(nullptr, std::free), along(nullptr, std::free) {
+    by_key = owned<Words>(up(most, PANEL) / PANEL * d * BLOCKS);
+    along = owned<Words>(up(d, PANEL) / PANEL * up(most, PANEL) * BLOCKS);
   }
   void bring(const T* x, int64_t stride, const Places<T>& places) {
     panels = up(places.u.keys, PANEL) / PANEL;
@@ -100,45 +91,44 @@ template <class T> struct Laid {
   }
   void lay_by_key() {
     const Term<T> t{nullptr, 0, together.get(), d, d, 0, 1};
-    for (int64_t p = 0; p < panels; p++) lay<T, 2>(t, p * PANEL, panels * PANEL, 0, d / Word<T>::inputs, panel(p));
+    for (int64_t p = 0; p < panels; p++) lay<T, BLOCKS>(t, p * PANEL, panels * PANEL, 0, d / Word<T>::inputs, panel(p));
   }
   void lay_along() {
     const Term<T> t{nullptr, 0, together.get(), d, panels * PANEL, 1, 1};
-    for (int64_t n = 0; n < d; n += PANEL) lay<T, 2>(t, n, d, 0, words, column(n, 0));
+    for (int64_t n = 0; n < d; n += PANEL) lay<T, BLOCKS>(t, n, d, 0, words, column(n, 0));
   }
-  __m512i* panel(int64_t p) { return by_key.get() + p * (d / Word<T>::inputs) * 2; }
-  __m512i* column(int64_t n, int64_t key) { return along.get() + (n / PANEL * words + key / Word<T>::inputs) * 2; }
+  Words* panel(int64_t p) { return by_key.get() + p * (d / Word<T>::inputs) * BLOCKS; }
+  Words* column(int64_t n, int64_t key) { return along.get() + (n / PANEL * words + key / Word<T>::inputs) * BLOCKS; }
 };
 
-static inline __m512 tanh16(__m512 x) {
-  __m512 e = exp16(_mm512_mul_ps(_mm512_abs_ps(x), all(-2)));
-  __m512 t = _mm512_div_ps(_mm512_sub_ps(all(1), e), _mm512_add_ps(all(1), e));
-  return _mm512_mask_sub_ps(t, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps(), t);
+static inline Floats tanh16(Floats x) {
+  const Floats e = exp16(magnitude(x) * all(-2));
+  return with_sign((all(1) - e) / (all(1) + e), x);
 }
-static inline __m512 bent(__m512 x, float scale, float cap) {
-  x = _mm512_mul_ps(x, all(scale));
-  return cap ? _mm512_mul_ps(all(cap), tanh16(_mm512_div_ps(x, all(cap)))) : x;
+static inline Floats bent(Floats x, float scale, float cap) {
+  x = x * all(scale);
+  return cap ? all(cap) * tanh16(x / all(cap)) : x;
 }
 
-// Products of up to 12 rows with the panels of keys [base, end), scaled and bent, into rows of `to` with room for `width` keys.
+// Products of a tile of rows with the panels of keys [base, end), scaled and bent, into rows of `to` with room for `width` keys.
 template <class T>
-static void meet(const T* const* x, int rows, Laid<T>& keys, int64_t base, int64_t end, float scale, float cap, float* to, int64_t width) {
+static void meet(const Factor<T>* const* x, int rows, Laid<T>& keys, int64_t base, int64_t end, float scale, float cap, float* to, int64_t width) {
   for (int64_t at = base; at < end; at += PANEL) {
-    __m512 sums[R][2] = {};
-    tiles<T, 2>(rows, x, keys.panel(at / PANEL), keys.d / Word<T>::inputs, sums);
-    for (int r = 0; r < rows; r++) EACH(b, 2) _mm512_store_ps(to + r * width + at + 16 * b, bent(sums[r][b], scale, cap));
+    Floats sums[R][BLOCKS] = {};
+    tiles<T, BLOCKS>(rows, x, keys.panel(at / PANEL), keys.d / Word<T>::inputs, sums);
+    for (int r = 0; r < rows; r++) EACH(b, BLOCKS) put(bent(sums[r][b], scale, cap), to + r * width + at + 16 * b);
   }
 }
 
-// Products of up to 12 rows over the keys [base, end) with what lies along them, each row times its `by`, into rows of d values.
+// Products of a tile of rows over the keys [base, end) with what lies along them, each row times its `by`, into rows of d values.
 template <class T>
-static void gather(const T* p, int64_t width, int rows, Laid<T>& values, int64_t base, int64_t end, const float* by, T* const* to) {
-  const T* x[R];
+static void gather(const Factor<T>* p, int64_t width, int rows, Laid<T>& values, int64_t base, int64_t end, const float* by, T* const* to) {
+  const Factor<T>* x[R];
   for (int r = 0; r < rows; r++) x[r] = p + r * width + base;
   for (int64_t n = 0; n < values.d; n += PANEL) {
-    __m512 sums[R][2] = {};
-    tiles<T, 2>(rows, x, values.column(n, base), (end - base) / Word<T>::inputs, sums);
-    for (int r = 0; r < rows; r++) EACH(b, 2) put(_mm512_mul_ps(sums[r][b], all(by[r])), to[r] + n + 16 * b, first(values.d - n - 16 * b));
+    Floats sums[R][BLOCKS] = {};
+    tiles<T, BLOCKS>(rows, x, values.column(n, base), (end - base) / Word<T>::inputs, sums);
+    for (int r = 0; r < rows; r++) EACH(b, BLOCKS) put(sums[r][b] * all(by[r]), to[r] + n + 16 * b, values.d - n - 16 * b);
   }
 }
 
@@ -147,120 +137,141 @@ template <class T> static void seen(const Places<T>& places, int64_t from, int64
   base = places.first_key(from) / PANEL * PANEL, end = places.last(to - 1) / PANEL * PANEL + PANEL;
 }
 
-template <class T> static void attend(const Attention<T>& a, const Unit& u, T* out, Laid<T>& keys, Laid<T>& values, float* scores, T* p) {
+// Rows of d values as what multiplies, with room for where they are widened.
+template <class T> struct Brought {
+  int64_t d;
+  Own<Factor<T>> room;
+
+  Brought(int64_t d, int64_t rows) : d(d), room(owned<Factor<T>>(std::is_same_v<T, Factor<T>> ? 0 : rows * d)) {}
+  const Factor<T>* row(int64_t r, const T* x) {
+    if constexpr (std::is_same_v<T, Factor<T>>) return x;
+    else return factors(x, d, room.get() + r * d), room.get() + r * d;
+  }
+};
+
+// What the forward of a unit works in.
+template <class T> struct Seat {
+  Laid<T> keys, values;
+  Brought<T> q;
+  Own<float> scores;  // (rows of a tile, keys), as p
+  Own<Factor<T>> p;
+
+  Seat(int64_t d, int64_t most) : keys(d, most), values(d, most), q(d, R), scores(owned<float>(R * up(most, PANEL))), p(owned<Factor<T>>(R * up(most, PANEL))) {}
+};
+
+template <class T> static void attend(const Attention<T>& a, const Unit& u, T* out, Seat<T>& seat) {
   const Places<T> places{a, u};
-  keys.bring(a.k, a.k_stride, places), keys.lay_by_key();
-  values.bring(a.v, a.v_stride, places), values.lay_along();
-  const int64_t width = keys.panels * PANEL;
+  seat.keys.bring(a.k, a.k_stride, places), seat.keys.lay_by_key();
+  seat.values.bring(a.v, a.v_stride, places), seat.values.lay_along();
+  const int64_t width = seat.keys.panels * PANEL;
+  float* scores = seat.scores.get();
   for (int64_t from = u.from; from < u.to; from += R) {
     const int rows = int(std::min<int64_t>(R, u.to - from));
     int64_t base, end;
     seen(places, from, from + rows, base, end);
-    const T* x[R];
+    const Factor<T>* x[R];
     T* y[R];
     float by[R];
-    for (int r = 0; r < rows; r++) x[r] = a.q + places.query(from + r) * a.q_stride + places.head(from + r) * a.d, y[r] = out + places.at(from + r);
-    meet(x, rows, keys, base, end, float(a.scale), float(a.cap), scores, width);
+    for (int r = 0; r < rows; r++) x[r] = seat.q.row(r, a.q + places.query(from + r) * a.q_stride + places.head(from + r) * a.d), y[r] = out + places.at(from + r);
+    meet(x, rows, seat.keys, base, end, float(a.scale), float(a.cap), scores, width);
     for (int r = 0; r < rows; r++) {
       const int64_t begin = places.first_key(from + r), stop = places.last(from + r) + 1;
-      __m512 top = all(-INFINITY), total = _mm512_setzero_ps();
+      Floats top = all(-INFINITY), total = none();
+      for (int64_t at = base; at < end; at += 16) top = max(top, where(between(at, begin, stop), get(scores + r * width + at), all(-INFINITY)));
+      const float peak = most(top);
       for (int64_t at = base; at < end; at += 16) {
-        const __mmask16 m = between(at, begin, stop);
-        top = _mm512_mask_max_ps(top, m, top, _mm512_load_ps(scores + r * width + at));
+        const Floats e = where(between(at, begin, stop), exp16(get(scores + r * width + at) - all(peak)));
+        total = total + e;
+        put(e, seat.p.get() + r * width + at);
       }
-      const float most = _mm512_reduce_max_ps(top);
-      for (int64_t at = base; at < end; at += 16) {
-        __m512 e = _mm512_maskz_mov_ps(between(at, begin, stop), exp16(_mm512_sub_ps(_mm512_load_ps(scores + r * width + at), all(most))));
-        total = _mm512_add_ps(total, e);
-        put(e, p + r * width + at, 0xffff);
-      }
-      const float sum = _mm512_reduce_add_ps(total);
-      by[r] = 1 / sum;
-      a.lse[places.query(from + r) * a.heads + places.head(from + r)] = most + std::log(sum);
+      const float all_of = sum(total);
+      by[r] = 1 / all_of;
+      a.lse[places.query(from + r) * a.heads + places.head(from + r)] = peak + std::log(all_of);
     }
-    gather(p, width, rows, values, base, end, by, y);
+    gather(seat.p.get(), width, rows, seat.values, base, end, by, y);
   }
 }
 
-// Rows side by side, two to a word in bfloat16; a missing one is zero.
-static inline __m512i word(__m512 v, __m512, float) { return _mm512_castps_si512(v); }
+// Rows side by side, as many as a word holds; a missing one is zero.
+static inline Words word(Floats v, Floats, float) { return words(v); }
 #if defined(__AVX512BF16__)
-static inline __m512i word(__m512 low, __m512 high, bf16) { return Word<bf16>::together(narrowed(low), narrowed(high)); }
+static inline Words word(Floats low, Floats high, bf16) { return Word<bf16>::together(narrowed(low), narrowed(high)); }
 #endif
 
 // What the backward of a unit works in.
 template <class T> struct Desk {
   int64_t width;
   Laid<T> keys, values;
-  Own<float> scores, dp, slopes;    // (12, keys)
-  Own<T> ds;                        // (12, keys)
-  Own<__m512i> p_words, ds_words;   // [panel of keys][word of places][2]
-  Own<T> q_turned, do_turned;       // (d, places of a block)
+  Brought<T> q, dout;
+  Own<float> scores, dp, slopes;          // (rows of a tile, keys)
+  Own<Factor<T>> ds;                      // likewise
+  Own<Words> p_words, ds_words;           // [panel of keys][word of places][block]
+  Own<Factor<T>> q_turned, dout_turned;   // (d, places of a block)
 
   Desk(int64_t d, int64_t most)
-      : width(up(most, PANEL)), keys(d, most), values(d, most), scores(own<float>(R * width)), dp(own<float>(R * width)), slopes(own<float>(R * width)), ds(own<T>(R * width)),
-        p_words(own<__m512i>(width / PANEL * BLOCK * 2)), ds_words(own<__m512i>(width / PANEL * BLOCK * 2)), q_turned(own<T>(d * BLOCK)), do_turned(own<T>(d * BLOCK)) {}
+      : width(up(most, PANEL)), keys(d, most), values(d, most), q(d, BLOCK), dout(d, BLOCK), scores(owned<float>(R * width)), dp(owned<float>(R * width)),
+        slopes(owned<float>(R * width)), ds(owned<Factor<T>>(R * width)), p_words(owned<Words>(width / PANEL * BLOCK * BLOCKS)),
+        ds_words(owned<Words>(width / PANEL * BLOCK * BLOCKS)), q_turned(owned<Factor<T>>(d * BLOCK)), dout_turned(owned<Factor<T>>(d * BLOCK)) {}
 };
 
 // x^T of a block's rows, filled up with zeros.
-template <class T> static void turn(const T* const* x, int64_t rows, int64_t d, T* to) {
-  std::memset((void*)to, 0, d * BLOCK * sizeof(T));
+template <class X> static void turn(const X* const* x, int64_t rows, int64_t d, X* to) {
+  std::memset((void*)to, 0, d * BLOCK * sizeof(X));
   for (int64_t r = 0; r < rows; r++)
     for (int64_t i = 0; i < d; i++) to[i * BLOCK + r] = x[r][i];
 }
 
 // sums (d, keys) += x (d, places) w (places, keys).
-template <class T> static void add_block(const T* x, int64_t d, const __m512i* words, int64_t count, int64_t base, int64_t end, float* sums, int64_t width) {
+template <class T>
+static void add_block(const Factor<T>* x, int64_t d, const Words* w, int64_t count, int64_t base, int64_t end, float* sums, int64_t width) {
   for (int64_t at = base; at < end; at += PANEL)
     for (int64_t i = 0; i < d; i += R) {
       const int rows = int(std::min<int64_t>(R, d - i));
-      const T* from[R];
-      __m512 s[R][2];
+      const Factor<T>* from[R];
+      Floats s[R][BLOCKS];
       for (int r = 0; r < rows; r++) {
         from[r] = x + (i + r) * BLOCK;
-        EACH(b, 2) s[r][b] = _mm512_load_ps(sums + (i + r) * width + at + 16 * b);
+        EACH(b, BLOCKS) s[r][b] = get(sums + (i + r) * width + at + 16 * b);
       }
-      tiles<T, 2>(rows, from, words + at / PANEL * BLOCK * 2, count, s);
-      for (int r = 0; r < rows; r++) EACH(b, 2) _mm512_store_ps(sums + (i + r) * width + at + 16 * b, s[r][b]);
+      tiles<T, BLOCKS>(rows, from, w + at / PANEL * BLOCK * BLOCKS, count, s);
+      for (int r = 0; r < rows; r++) EACH(b, BLOCKS) put(s[r][b], sums + (i + r) * width + at + 16 * b);
     }
 }
 
-// Probabilities and gradients of the scores of up to 12 places, which are the block's from the `word`-th word on.
+// Probabilities and gradients of the scores of a tile of places, which are the block's from the `at_word`-th word on.
 template <class T>
 static void scores_backward(const Attention<T>& a, const Places<T>& places, int64_t from, int rows, int64_t base, int64_t end, int64_t at_word, int64_t wide_base, int64_t wide_end, Desk<T>& desk) {
   const int64_t width = desk.width;
   float *p = desk.scores.get(), *ds = desk.dp.get(), *slopes = desk.slopes.get();
   for (int r = 0; r < rows; r++) {
     const int64_t begin = places.first_key(from + r), stop = places.last(from + r) + 1;
-    const __m512 lse = all(a.lse[places.query(from + r) * a.heads + places.head(from + r)]);
-    __m512 shared = _mm512_setzero_ps();
+    const Floats lse = all(a.lse[places.query(from + r) * a.heads + places.head(from + r)]);
+    Floats shared = none();
     for (int64_t at = base; at < end; at += 16) {
-      const __mmask16 m = between(at, begin, stop);
-      const __m512 s = _mm512_load_ps(p + r * width + at), over = _mm512_div_ps(s, all(float(a.cap)));
-      const __m512 e = _mm512_maskz_mov_ps(m, exp16(_mm512_sub_ps(s, lse)));
-      if (a.cap) _mm512_store_ps(slopes + r * width + at, _mm512_fnmadd_ps(over, over, all(1)));
-      shared = _mm512_mask3_fmadd_ps(e, _mm512_load_ps(ds + r * width + at), shared, m);
-      _mm512_store_ps(p + r * width + at, e);
+      const Mask m = between(at, begin, stop);
+      const Floats s = get(p + r * width + at), over = s / all(float(a.cap));
+      const Floats e = where(m, exp16(s - lse));
+      if (a.cap) put(fnma(over, over, all(1)), slopes + r * width + at);
+      shared = where(m, fma(e, get(ds + r * width + at), shared), shared);
+      put(e, p + r * width + at);
     }
-    const __m512 mean = all(_mm512_reduce_add_ps(shared));
+    const Floats mean = all(sum(shared));
     for (int64_t at = base; at < end; at += 16) {
-      const __mmask16 m = between(at, begin, stop);
-      __m512 e = _mm512_mul_ps(_mm512_load_ps(p + r * width + at), all(float(a.scale)));
-      if (a.cap) e = _mm512_mul_ps(e, _mm512_load_ps(slopes + r * width + at));
-      __m512 g = _mm512_maskz_mul_ps(m, e, _mm512_sub_ps(_mm512_load_ps(ds + r * width + at), mean));
-      _mm512_store_ps(ds + r * width + at, g);
-      put(g, desk.ds.get() + r * width + at, 0xffff);
+      Floats e = get(p + r * width + at) * all(float(a.scale));
+      if (a.cap) e = e * get(slopes + r * width + at);
+      const Floats g = where(between(at, begin, stop), e * (get(ds + r * width + at) - mean));
+      put(g, ds + r * width + at);
+      put(g, desk.ds.get() + r * width + at);
     }
   }
   const int in_word = Word<T>::inputs;
-  const __m512 none = _mm512_setzero_ps();
   for (int r = 0; r < rows; r += in_word)
     for (int64_t at = wide_base; at < wide_end; at += 16) {
       const bool inside = at >= base && at < end, pair = inside && r + 1 < rows;
-      const int64_t to = (at / PANEL * BLOCK + at_word + r / in_word) * 2 + at / 16 % 2;
+      const int64_t to = (at / PANEL * BLOCK + at_word + r / in_word) * BLOCKS + at / 16 % BLOCKS;
       const int64_t one = r * width + at, two = one + width;
-      desk.p_words.get()[to] = word(inside ? _mm512_load_ps(p + one) : none, pair ? _mm512_load_ps(p + two) : none, T{});
-      desk.ds_words.get()[to] = word(inside ? _mm512_load_ps(ds + one) : none, pair ? _mm512_load_ps(ds + two) : none, T{});
+      desk.p_words.get()[to] = word(inside ? get(p + one) : none(), pair ? get(p + two) : none(), Factor<T>{});
+      desk.ds_words.get()[to] = word(inside ? get(ds + one) : none(), pair ? get(ds + two) : none(), Factor<T>{});
     }
 }
 
@@ -271,13 +282,14 @@ template <class T> static void attend_backward(const Attention<T>& a, const Unit
   const int64_t keys = up(u.keys, PANEL);
   float *dk = slab, *dv = slab + up(a.d, 16) * keys;
   std::memset(slab, 0, 2 * up(a.d, 16) * keys * sizeof(float));
-  const float ones[R] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  float ones[R];
+  std::fill_n(ones, R, 1.0f);
   for (int64_t begin = u.from; begin < u.to; begin += BLOCK) {
     const int64_t count = std::min(BLOCK, u.to - begin);
-    const T *x[BLOCK], *g[BLOCK];
+    const Factor<T> *x[BLOCK], *g[BLOCK];
     for (int64_t r = 0; r < count; r++) {
-      x[r] = a.q + places.query(begin + r) * a.q_stride + places.head(begin + r) * a.d;
-      g[r] = dout + places.at(begin + r);
+      x[r] = desk.q.row(r, a.q + places.query(begin + r) * a.q_stride + places.head(begin + r) * a.d);
+      g[r] = desk.dout.row(r, dout + places.at(begin + r));
     }
     int64_t wide_base, wide_end;
     seen(places, begin, begin + count, wide_base, wide_end);
@@ -293,31 +305,31 @@ template <class T> static void attend_backward(const Attention<T>& a, const Unit
       gather(desk.ds.get(), desk.width, rows, desk.keys, base, end, ones, to);
     }
     const int64_t words = (count + Word<T>::inputs - 1) / Word<T>::inputs;
-    turn(x, count, a.d, desk.q_turned.get()), turn(g, count, a.d, desk.do_turned.get());
-    add_block(desk.q_turned.get(), a.d, desk.ds_words.get(), words, wide_base, wide_end, dk, keys);
-    add_block(desk.do_turned.get(), a.d, desk.p_words.get(), words, wide_base, wide_end, dv, keys);
+    turn(x, count, a.d, desk.q_turned.get()), turn(g, count, a.d, desk.dout_turned.get());
+    add_block<T>(desk.q_turned.get(), a.d, desk.ds_words.get(), words, wide_base, wide_end, dk, keys);
+    add_block<T>(desk.dout_turned.get(), a.d, desk.p_words.get(), words, wide_base, wide_end, dv, keys);
   }
 }
 
 // 16 columns of one key head's gradient, of all rows: what every unit adds to it, in their order.
 template <class T> static void collect(const Attention<T>& a, const std::vector<Unit>& all_units, const float* slabs, int64_t head, int64_t which, int64_t n, T* to) {
-  std::vector<__m512> sums(a.rows, _mm512_setzero_ps());
+  std::vector<Floats> sums(a.rows, none());
   for (const Unit& u : all_units) {
     if (u.head != head) continue;
     const Places<T> places{a, u};
     const int64_t keys = up(u.keys, PANEL);
     const float* from = slabs + u.slab + (which * up(a.d, 16) + n) * keys;
     for (int64_t j = 0; j < u.keys; j += 16) {
-      __m512i r[16];
-      EACH(i, 16) r[i] = _mm512_load_si512(from + i * keys + j);
+      Words r[16];
+      EACH(i, 16) r[i] = words_at(from + i * keys + j);
       transpose(r);
       for (int64_t i = 0; i < std::min<int64_t>(16, u.keys - j); i++) {
-        __m512& sum = sums[places.row(j + i)];
-        sum = _mm512_add_ps(sum, _mm512_castsi512_ps(r[i]));
+        Floats& total = sums[places.row(j + i)];
+        total = total + floats(r[i]);
       }
     }
   }
-  for (int64_t row = 0; row < a.rows; row++) put(sums[row], to + (row * a.key_heads + head) * a.d + n, first(a.d - n));
+  for (int64_t row = 0; row < a.rows; row++) put(sums[row], to + (row * a.key_heads + head) * a.d + n, a.d - n);
 }
 
 // Queries of no span are filler: nothing comes of them.
@@ -341,11 +353,9 @@ template <class T> static void attention_forward(const Attention<T>& a, T* out) 
   clear_others(a, out);
 #pragma omp parallel
   {
-    Laid<T> keys(a.d, most), values(a.d, most);
-    const Own<float> scores = own<float>(R * up(most, PANEL));
-    const Own<T> p = own<T>(R * up(most, PANEL));
+    Seat<T> seat(a.d, most);
 #pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < turns.size(); i++) attend(a, found[turns[i]], out, keys, values, scores.get(), p.get());
+    for (size_t i = 0; i < turns.size(); i++) attend(a, found[turns[i]], out, seat);
   }
 }
 
@@ -353,7 +363,7 @@ template <class T> static void attention_backward(const Attention<T>& a, const T
   const std::vector<Unit> found = units(a);
   const std::vector<int64_t> turns = order(found);
   const int64_t most = most_keys(found);
-  const Own<float> slabs = own<float>(found.empty() ? 0 : found.back().slab + 2 * up(a.d, 16) * up(found.back().keys, PANEL));
+  const Own<float> slabs = owned<float>(found.empty() ? 0 : found.back().slab + 2 * up(a.d, 16) * up(found.back().keys, PANEL));
   clear_others(a, dq);
 #pragma omp parallel
   {

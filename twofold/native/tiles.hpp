@@ -1,66 +1,22 @@
-// Vectors of 512 bits, and products made tile by tile of them, in float32 and bfloat16.
+// Products made tile by tile, in float32 and bfloat16, from what lies as it will be read.
 //
-// The columns of a matrix are laid out 32 at a time as they will be read: of each pair of inputs (one input, in float32) 32 words,
-// one a column, so that one instruction multiplies and adds 16 columns. Then up to 12 rows at a time have their sums in 24
-// registers while what was laid out is read once.
+// The columns of a matrix are laid out a block or two of 16 at a time: of each word of inputs 16 words a block, one a column.
+// Where the processor multiplies bfloat16 by itself, a word is a pair of inputs, and one instruction multiplies and adds 16
+// columns of it; elsewhere a word is one input in float32, widened as it is laid out. Then as many rows as there are registers
+// for their sums read once what was laid out.
 
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <omp.h>
-#if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512VL__)
-#error "this processor has no vectors of 512 bits"
-#endif
-#include <immintrin.h>
+#include <type_traits>
 
-// A loop of fixed length whose every turn has registers of its own.
-#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < n; i++)
+#include "lanes.hpp"
 
-struct bf16 {
-  uint16_t bits;
-};
-
-static inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1); }
-static inline __m512 get(const float* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
-static inline __m512 get(const bf16* p, __mmask16 m) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
-}
-// To bfloat16, halves to the even neighbour; not a number stays none.
-static inline __m256i narrowed(__m512 v) {
-#if defined(__AVX512BF16__)
-  return (__m256i)_mm512_cvtneps_pbh(v);
+#if defined(REGISTERS_OF_512)
+static const int R = 12, BLOCKS = 2;  // rows of a tile, and blocks of 16 columns
 #else
-  __m512i bits = _mm512_castps_si512(v), even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i up = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff))), 16);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0)));
+static const int R = 6, BLOCKS = 1;
 #endif
-}
-static inline void put(__m512 v, float* p, __mmask16 m) { _mm512_mask_storeu_ps(p, m, v); }
-static inline void put(__m512 v, bf16* p, __mmask16 m) { _mm256_mask_storeu_epi16(p, m, narrowed(v)); }
-static inline __m512 rounded(__m512 v, float) { return v; }
-static inline __m512 rounded(__m512 v, bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(v)), 16)); }
-static inline __m512 all(float v) { return _mm512_set1_ps(v); }
-
-// e^x, to two units in the last place (the polynomial of the Cephes library); what is not a number stays none.
-static inline __m512 exp16(__m512 x) {
-  x = _mm512_min_ps(all(110), _mm512_max_ps(all(-110), x));
-  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, all(1.44269504f)), 0);
-  x = _mm512_fnmadd_ps(n, all(0.693359375f), x);
-  x = _mm512_fmadd_ps(n, all(2.12194440e-4f), x);
-  __m512 y = all(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) y = _mm512_fmadd_ps(y, x, all(c));
-  y = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(y, x), x, x), all(1));
-  return _mm512_scalef_ps(y, n);
-}
-
-// ---- tiles of a product ----------------------------------------------------------------------------------------------
-
-static const int R = 12, WORDS = 16;  // rows and words of a tile
+static const int64_t PANEL = 16 * BLOCKS;
 
 template <class T> struct Term {
   const T* x;         // (rows, inputs)
@@ -72,90 +28,105 @@ template <class T> struct Term {
   double scale;
 };
 
-template <class T> struct Word;
-template <> struct Word<float> {
+// One input, of a matrix of T, as a word of float32.
+template <class T> struct Word {
+  typedef float Factor;  // what multiplies it
   static const int inputs = 1;
-  static inline __m512 add(__m512 sum, __m512i w, const float* x) { return _mm512_fmadd_ps(_mm512_castsi512_ps(w), all(*x), sum); }
-  static inline __m512i scaled(__m512i w, float by) { return _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(w), all(by))); }
-  static inline __m512i rows(const float* w, int64_t, __mmask16 m) { return _mm512_maskz_loadu_epi32(m, w); }
+  static inline Floats add(Floats sum, Words w, const float* x) { return fma(floats(w), all(*x), sum); }
+  static inline Words scaled(Words w, float by) { return words(floats(w) * all(by)); }
+  static inline Words rows(const T* w, int64_t, int64_t n) { return words(get(w, n)); }  // of up to 16 columns
+  static inline Words along(const T* w, int64_t n) { return words(get(w, n)); }          // up to 16 words of one column
 };
 #if defined(__AVX512BF16__)
+// A pair of inputs in bfloat16.
 template <> struct Word<bf16> {
+  typedef bf16 Factor;
   static const int inputs = 2;
-  static inline __m512 add(__m512 sum, __m512i w, const bf16* x) {
+  static inline Floats add(Floats sum, Words w, const bf16* x) {
     int32_t pair;
     std::memcpy(&pair, x, 4);
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
   }
-  static inline __m512i together(__m256i low, __m256i high) {
+  static inline Words together(__m256i low, __m256i high) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
   }
-  static inline __m512i scaled(__m512i w, float by) {
-    __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), high = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(0xffff0000)));
-    return together(narrowed(_mm512_mul_ps(low, all(by))), narrowed(_mm512_mul_ps(high, all(by))));
+  static inline Words scaled(Words w, float by) { return together(narrowed(low_halves(w) * all(by)), narrowed(high_halves(w) * all(by))); }
+  static inline Words rows(const bf16* w, int64_t stride, int64_t n) {
+    return together(_mm256_maskz_loadu_epi16(first(n), w), _mm256_maskz_loadu_epi16(first(n), w + stride));
   }
-  static inline __m512i rows(const bf16* w, int64_t stride, __mmask16 m) {
-    return together(_mm256_maskz_loadu_epi16(m, w), _mm256_maskz_loadu_epi16(m, w + stride));
-  }
+  static inline Words along(const bf16* w, int64_t n) { return _mm512_maskz_loadu_epi32(first(n), w); }
 };
 #endif
-
-static inline void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  EACH(i, 8) t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]), t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  EACH(i, 4) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]), r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]), r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  EACH(i, 4) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  EACH(i, 4) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88), r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88), r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
+template <class T> using Factor = typename Word<T>::Factor;
+template <class T> static inline Factor<T> factor(T v) {
+  if constexpr (std::is_same_v<T, Factor<T>>) return v;
+  else return widen(v);
+}
+template <class T> static inline void factors(const T* x, int64_t n, Factor<T>* to) {
+  for (int64_t i = 0; i < n; i += 16) put(get(x + i, n - i), to + i, n - i);
 }
 
+// Rows as what multiplies words: where they are, or widened.
+template <class T> struct Rows {
+  const Factor<T>* at;
+  int64_t stride;
+  Own<Factor<T>> own;
+
+  Rows(const T* x, int64_t x_stride, int64_t rows, int64_t d) : own(nullptr, std::free) {
+    if constexpr (std::is_same_v<T, Factor<T>>) {
+      at = x, stride = x_stride;
+    } else {
+      own = owned<Factor<T>>(rows * d), at = own.get(), stride = d;
+#pragma omp parallel for schedule(static)
+      for (int64_t r = 0; r < rows; r++) factors(x + r * x_stride, d, own.get() + r * d);
+    }
+  }
+};
+
 // B blocks of 16 columns from the n-th of `width` on, of some words, as [word][block][16].
-template <class T, int B> static void lay(const Term<T>& t, int64_t n, int64_t width, int64_t begin, int64_t words, __m512i* to) {
+template <class T, int B> static void lay(const Term<T>& t, int64_t n, int64_t width, int64_t begin, int64_t count, Words* to) {
   const int inputs = Word<T>::inputs;
   for (int b = 0; b < B; b++) {
     const int64_t at = n + b * 16;
     if (t.as_read) {
-      for (int64_t s = 0; s < words; s++)
-        to[s * B + b] = Word<T>::rows(t.w + (begin + s) * inputs * t.w_stride + at, t.w_stride, first(width - at));
+      for (int64_t s = 0; s < count; s++)
+        to[s * B + b] = Word<T>::rows(t.w + (begin + s) * inputs * t.w_stride + at, t.w_stride, width - at);
     } else {
-      for (int64_t s = 0; s < words; s += WORDS) {
-        __m512i r[16];
-        EACH(i, 16) r[i] = at + i < width ? _mm512_maskz_loadu_epi32(first(words - s), t.w + (at + i) * t.w_stride + (begin + s) * inputs) : _mm512_setzero_si512();
+      for (int64_t s = 0; s < count; s += 16) {
+        Words r[16];
+        EACH(i, 16) r[i] = at + i < width ? Word<T>::along(t.w + (at + i) * t.w_stride + (begin + s) * inputs, count - s) : words(none());
         transpose(r);
-        for (int i = 0; i < std::min<int64_t>(WORDS, words - s); i++) to[(s + i) * B + b] = r[i];
+        for (int i = 0; i < std::min<int64_t>(16, count - s); i++) to[(s + i) * B + b] = r[i];
       }
     }
   }
   if (t.scale != 1)
-    for (int64_t i = 0; i < words * B; i++) to[i] = Word<T>::scaled(to[i], float(t.scale));
+    for (int64_t i = 0; i < count * B; i++) to[i] = Word<T>::scaled(to[i], float(t.scale));
 }
 
 // Added to `sums` a stretch of words at a time: a sum of sums is nearer the truth than one long sum.
 static const int64_t STRETCH = 192;
 
-template <class T, int M, int B> static inline void tile(const T* const* x, const __m512i* w, int64_t words, __m512 (&sums)[R][B]) {
-  for (int64_t s = 0; s < words;) {
-    __m512 a[M][B];
-    EACH(r, M) EACH(b, B) a[r][b] = _mm512_setzero_ps();
-    for (const int64_t end = std::min(words, s + STRETCH); s < end; s++) {
-      __m512i column[B];
+template <class T, int M, int B> static inline void tile(const Factor<T>* const* x, const Words* w, int64_t count, Floats (&sums)[R][B]) {
+  for (int64_t s = 0; s < count;) {
+    Floats a[M][B];
+    EACH(r, M) EACH(b, B) a[r][b] = none();
+    for (const int64_t end = std::min(count, s + STRETCH); s < end; s++) {
+      Words column[B];
       EACH(b, B) column[b] = w[s * B + b];
       EACH(r, M) EACH(b, B) a[r][b] = Word<T>::add(a[r][b], column[b], x[r] + s * Word<T>::inputs);
     }
-    EACH(r, M) EACH(b, B) sums[r][b] = _mm512_add_ps(sums[r][b], a[r][b]);
+    EACH(r, M) EACH(b, B) sums[r][b] = sums[r][b] + a[r][b];
   }
 }
 
-template <class T, int B> static void tiles(int rows, const T* const* x, const __m512i* w, int64_t words, __m512 (&sums)[R][B]) {
-#define ROWS(M) case M: tile<T, M, B>(x, w, words, sums); break;
-  switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) }
-#undef ROWS
+// `run` with the number of rows of a tile as a constant.
+#define CASE(M) case M: if constexpr (M <= R) return run(std::integral_constant<int, M>()); break;
+template <class F> static inline void with_rows(int64_t rows, F run) {
+  switch (rows) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) }
+}
+#undef CASE
+
+template <class T, int B> static void tiles(int rows, const Factor<T>* const* x, const Words* w, int64_t count, Floats (&sums)[R][B]) {
+  with_rows(rows, [&](auto m) { tile<T, decltype(m)::value, B>(x, w, count, sums); });
 }

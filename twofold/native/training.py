@@ -215,6 +215,21 @@ def _chunk_loss(logits: Tensor, labels: Tensor, softcap: float | None, *, gradie
     return HeadLoss(losses.sum(), right.sum())
 
 
+def _logits_of(hidden: Tensor, head: Tensor) -> Tensor:
+    term = Term(hidden, head)
+    return _sum_of_products([term]) if _widened(head) else original(loss.logits_of)(hidden, head)
+
+
+def _hidden_gradient(dlogits: Tensor, head: Tensor) -> Tensor:
+    term = Term(dlogits, head, as_read=True)
+    return _sum_of_products([term]) if _widened(head) else original(loss.hidden_gradient)(dlogits, head)
+
+
+def _widened(weight: Tensor) -> bool:
+    """Whether this processor has no products of the type: PyTorch's library, elsewhere the better one for a head, then takes many times as long."""
+    return weight.dtype == torch.bfloat16 and weight.is_cpu and bool(library("training").widens_bfloat16())
+
+
 def _attention_kernels(*tensors: Tensor) -> SimpleNamespace | None:
     heads_side_by_side = all(t.stride(1) == t.shape[2] and t.shape[2] % 2 == 0 for t in tensors)
     return _of(*tensors) if heads_side_by_side else None
@@ -291,6 +306,8 @@ KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {
     attention.attention_backward: _attention_backward,
     attention.attention_products: _attention_products,
     loss.chunk_loss: _chunk_loss,
+    loss.logits_of: _logits_of,
+    loss.hidden_gradient: _hidden_gradient,
 }
 """What takes the place of which function."""
 

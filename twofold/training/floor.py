@@ -14,14 +14,13 @@ from dataclasses import asdict, dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from twofold.base.batch import PackedBatch
 from twofold.base.blocks import Decoder
 from twofold.events import Event, Step
 from twofold.functional.attention import attention_products
-from twofold.functional.loss import chunk_rows
+from twofold.functional.loss import chunk_rows, hidden_gradient, logits_of
 from twofold.functional.segments import AttentionPlan
 from twofold.layers.block import BlockTensors
 from twofold.lowrank.linear import Group
@@ -108,7 +107,7 @@ def _products(decoder: Decoder, layout: Layout) -> None:
         learns_below |= bool(learned)
     head = cast(Tensor, decoder.head.weight)
     for hidden in some(layout.labels.numel(), head.shape[1]).split(chunk_rows(layout.labels.numel(), len(head))):
-        torch.mm(F.linear(hidden, head), head)
+        hidden_gradient(logits_of(hidden, head), head)
 
 
 class _Operands:
