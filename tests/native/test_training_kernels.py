@@ -109,6 +109,14 @@ def check(run: Callable[..., Any], *arguments: Any) -> None:
 
 
 @DTYPES
+def test_a_head_and_its_gradient(dtype: torch.dtype) -> None:
+    hidden, head, dlogits = drawn(dtype, 32, 48), drawn(dtype, 1000, 48), drawn(dtype, 32, 1000)
+    with fast_training():
+        near(loss.logits_of(hidden, head), hidden.double() @ head.double().T)
+        near(loss.hidden_gradient(dlogits, head), dlogits.double() @ head.double())
+
+
+@DTYPES
 @pytest.mark.parametrize("width", [64, 576, 50])
 @pytest.mark.parametrize("wide", [True, False], ids=["weight in float32", "weight in its type"])
 @pytest.mark.usefixtures("only_kernels")

@@ -101,15 +101,6 @@ template <class T> struct Laid {
   Words* column(int64_t n, int64_t key) { return along.get() + (n / PANEL * words + key / Word<T>::inputs) * BLOCKS; }
 };
 
-static inline Floats tanh16(Floats x) {
-  const Floats e = exp16(magnitude(x) * all(-2));
-  return with_sign((all(1) - e) / (all(1) + e), x);
-}
-static inline Floats bent(Floats x, float scale, float cap) {
-  x = x * all(scale);
-  return cap ? all(cap) * tanh16(x / all(cap)) : x;
-}
-
 // Products of a tile of rows with the panels of keys [base, end), scaled and bent, into rows of `to` with room for `width` keys.
 template <class T>
 static void meet(const Factor<T>* const* x, int rows, Laid<T>& keys, int64_t base, int64_t end, float scale, float cap, float* to, int64_t width) {
@@ -193,9 +184,9 @@ template <class T> static void attend(const Attention<T>& a, const Unit& u, T* o
 }
 
 // Rows side by side, as many as a word holds; a missing one is zero.
-static inline Words word(Floats v, Floats, float) { return words(v); }
+INLINE Words word(Floats v, Floats, float) { return words(v); }
 #if defined(__AVX512BF16__)
-static inline Words word(Floats low, Floats high, bf16) { return Word<bf16>::together(narrowed(low), narrowed(high)); }
+INLINE Words word(Floats low, Floats high, bf16) { return Word<bf16>::together(narrowed(low), narrowed(high)); }
 #endif
 
 // What the backward of a unit works in.

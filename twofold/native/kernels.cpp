@@ -8,135 +8,43 @@
 // A weight may also lie in eight bits: whole numbers, four inputs at a time, and a scale for each output, by which its sum is
 // multiplied at the end. The numbers are exact in either type, so nothing is rounded but what any product rounds.
 //
-// The vectors are the compiler's own (16 floats), so this runs on any processor it compiles for; only the product of bfloat16 has a
-// second form for AVX-512. Sums are in float32, results rounded once. Threads are OpenMP's, the library that PyTorch loaded.
+// Sums are in float32, results rounded once. Threads are OpenMP's, the library that PyTorch loaded.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <functional>
-#include <vector>
-#include <omp.h>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
-// A loop of fixed length whose every turn has registers of its own.
-#define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < n; i++)
-
-typedef float v16 __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t u16v __attribute__((vector_size(64), aligned(4)));
-typedef int32_t i16v __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t h16 __attribute__((vector_size(32), aligned(2)));
-typedef int8_t b16 __attribute__((vector_size(16), aligned(1)));
-
-struct bf16 {
-  uint16_t bits;
-};
-
-static inline float widen(float v) { return v; }
-static inline float widen(bf16 v) {
-  uint32_t bits = uint32_t(v.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, 4);
-  return wide;
-}
-
-static inline void narrow(float v, float* to) { *to = v; }
-static inline void narrow(float v, bf16* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  if (v != v) {
-    to->bits = 0x7fc0;
-  } else {
-    to->bits = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  }
-}
-
-static inline v16 load16(const float* p) { return *(const v16*)p; }
-static inline v16 load16(const bf16* p) {
-  u16v wide = __builtin_convertvector(*(const h16*)p, u16v) << 16;
-  return (v16)wide;
-}
-static inline void store16(v16 v, float* p) { *(v16*)p = v; }
-static inline void store16(v16 v, bf16* p) {
-#if defined(__AVX512BF16__)
-  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
-#else
-  for (int i = 0; i < 16; i++) narrow(v[i], p + i);
-#endif
-}
-static inline float sum16(v16 v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  float total = 0;
-  for (int i = 0; i < 16; i++) total += v[i];
-  return total;
-#endif
-}
-static inline v16 all16(float v) { return v - (v16){}; }
-
-// e^x of 16 values, to two units in the last place (the polynomial of the Cephes library).
-static inline v16 exp16(v16 x) {
-  x = x < -87.0f ? all16(-87.0f) : x;
-  x = x > 88.0f ? all16(88.0f) : x;
-  v16 n = x * 1.44269504f;
-  i16v whole = __builtin_convertvector(n + (n < 0.0f ? all16(-0.5f) : all16(0.5f)), i16v);
-  v16 back = __builtin_convertvector(whole, v16);
-  x = x - back * 0.693359375f + back * 2.12194440e-4f;
-  v16 y = ((((1.9875691500e-4f * x + 1.3981999507e-3f) * x + 8.3334519073e-3f) * x + 4.1665795894e-2f) * x + 1.6666665459e-1f) * x + 5.0000001201e-1f;
-  y = y * x * x + x + 1.0f;
-  return y * (v16)((whole + 127) << 23);
-}
+#include "tiles.hpp"
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-template <class T> struct Step;
-template <> struct Step<float> {
-  static const int inputs = 1;
-  static inline v16 add(v16 acc, v16 w, const float* x) { return acc + w * *x; }
-};
-template <> struct Step<bf16> {
-  static const int inputs = 2;
-  static inline v16 add(v16 acc, v16 w, const bf16* x) {
-#if defined(__AVX512BF16__)
-    uint32_t pair;
-    std::memcpy(&pair, x, 4);
-    return (v16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
-#else
-    u16v both = (u16v)w;
-    return acc + (v16)(both << 16) * widen(x[0]) + (v16)(both & 0xffff0000u) * widen(x[1]);
-#endif
-  }
-};
-
-// The form of a weight: how many inputs lie side by side, where in the 64 bytes each value is, and as how many vectors it multiplies.
+// The form of a weight that multiplies inputs of T: how many inputs lie side by side, where in the 64 bytes each value is, and as
+// how many vectors, of a word of inputs each, it multiplies.
 template <class T> struct Dense {
   typedef T Value;
-  static const int inputs = Step<T>::inputs, vectors = 1;
-  static inline int64_t place(int64_t output, int64_t input) { return output * inputs + input; }
-  static inline T kept(T value) { return value; }
-  static inline T given(T value) { return value; }
-  static inline void vectors_of(const char* w, v16 (&to)[1]) { to[0] = *(const v16*)w; }
+  static const int inputs = 4 / sizeof(T), vectors = inputs / Word<T>::inputs;
+  INLINE int64_t place(int64_t output, int64_t input) { return output * inputs + input; }
+  INLINE T kept(T value) { return value; }
+  INLINE T given(T value) { return value; }
+  INLINE void vectors_of(const char* w, Words (&to)[vectors]) {
+    const Words both = words_at(w);
+    if constexpr (vectors == 1) to[0] = both;
+    else to[0] = words(low_halves(both)), to[1] = words(high_halves(both));
+  }
 };
 
 // Whole numbers from -127 to 127, one behind the other input by input.
 template <class T> struct Codes {
   typedef int8_t Value;
-  static const int inputs = 4, vectors = inputs / Step<T>::inputs;
-  static inline int64_t place(int64_t output, int64_t input) { return input * 16 + output; }
-  static inline int8_t kept(int8_t value) { return value; }
-  static inline int8_t given(int8_t value) { return value; }
-  static inline void vectors_of(const char* w, v16 (&to)[vectors]) {
-    v16 wide[4];
-    EACH(i, 4) wide[i] = __builtin_convertvector(__builtin_convertvector(*(const b16*)(w + i * 16), i16v), v16);
-    if constexpr (vectors == 4) {
-      EACH(i, 4) to[i] = wide[i];
-    } else {
-      EACH(i, 2) to[i] = (v16)((u16v)wide[2 * i] >> 16 | ((u16v)wide[2 * i + 1] & 0xffff0000u));
-    }
+  static const int inputs = 4, vectors = inputs / Word<T>::inputs;
+  INLINE int64_t place(int64_t output, int64_t input) { return input * 16 + output; }
+  INLINE int8_t kept(int8_t value) { return value; }
+  INLINE int8_t given(int8_t value) { return value; }
+  INLINE void vectors_of(const char* w, Words (&to)[vectors]) {
+    Floats wide[4];
+    EACH(i, 4) wide[i] = from_bytes((const int8_t*)w + i * 16);
+    if constexpr (vectors == 4) EACH(i, 4) to[i] = words(wide[i]);
+#if defined(__AVX512BF16__)
+    else EACH(i, 2) to[i] = Word<bf16>::together(narrowed(wide[2 * i]), narrowed(wide[2 * i + 1]));
+#endif
   }
 };
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
@@ -160,14 +68,14 @@ static constexpr Bytes BYTES = bytes_of_numbers();
 template <> struct Codes<bf16> {
   typedef int8_t Value;
   static const int inputs = 4, vectors = 2;
-  static inline int64_t place(int64_t output, int64_t input) { return output / 4 * 16 + input / 2 * 8 + output % 4 * 2 + input % 2; }
-  static inline int8_t kept(int8_t value) { return value < 0 ? int8_t(-value | 0x80) : value; }
-  static inline int8_t given(int8_t kept) { return kept < 0 ? int8_t(-(kept & 0x7f)) : kept; }
-  static inline void vectors_of(const char* w, v16 (&to)[2]) {
+  INLINE int64_t place(int64_t output, int64_t input) { return output / 4 * 16 + input / 2 * 8 + output % 4 * 2 + input % 2; }
+  INLINE int8_t kept(int8_t value) { return value < 0 ? int8_t(-value | 0x80) : value; }
+  INLINE int8_t given(int8_t kept) { return kept < 0 ? int8_t(-(kept & 0x7f)) : kept; }
+  INLINE void vectors_of(const char* w, Words (&to)[2]) {
     const __m512i *high = (const __m512i*)BYTES.high, *low = (const __m512i*)BYTES.low, code = _mm512_loadu_si512(w);
     __m512i l = _mm512_permutex2var_epi8(low[0], code, low[1]), h = _mm512_permutex2var_epi8(high[0], code, high[1]);
     h = _mm512_ternarylogic_epi64(h, code, _mm512_set1_epi8(char(0x80)), 0xf8);  // the sign
-    to[0] = (v16)_mm512_unpacklo_epi8(l, h), to[1] = (v16)_mm512_unpackhi_epi8(l, h);
+    to[0] = _mm512_unpacklo_epi8(l, h), to[1] = _mm512_unpackhi_epi8(l, h);
   }
 };
 #endif
@@ -177,86 +85,82 @@ template <class F> static int64_t steps_of(int64_t in) { return (in + F::inputs 
 // Codes take longer to be widened than to be read, and are then asked for too late; so far ahead they are asked for early.
 static const int64_t AHEAD = 1024;
 
-// R rows times N blocks of 16 outputs.
-template <class F, class T, int R, int N>
-static inline void tile(const T* const* x, const char* w, int64_t steps, v16 (&acc)[R][N]) {
-  EACH(r, R) EACH(n, N) acc[r][n] = (v16){};
+// M rows times N blocks.
+template <class F, class T, int M, int N>
+INLINE void tile(const Factor<T>* const* x, const char* w, int64_t steps, Floats (&sums)[M][N]) {
+  Floats acc[M][N];
+  EACH(r, M) EACH(n, N) acc[r][n] = none();
   for (int64_t s = 0; s < steps; s++)
     EACH(n, N) {
-      v16 wide[F::vectors];
+      Words wide[F::vectors];
       if (F::vectors > 1) __builtin_prefetch(w + (n * steps + s) * 64 + AHEAD);
       F::vectors_of(w + (n * steps + s) * 64, wide);
-      EACH(i, F::vectors) EACH(r, R) acc[r][n] = Step<T>::add(acc[r][n], wide[i], x[r] + s * F::inputs + i * Step<T>::inputs);
+      EACH(i, F::vectors) EACH(r, M) acc[r][n] = Word<T>::add(acc[r][n], wide[i], x[r] + s * F::inputs + i * Word<T>::inputs);
     }
+  EACH(r, M) EACH(n, N) sums[r][n] = acc[r][n];
 }
 
-// Some steps of codes as a dense weight, which many rows then multiply.
-template <class T> static void widen_steps(const char* w, int64_t steps, char* to) {
+// Some steps of a weight as the words that it multiplies, for many rows.
+template <class F> static void widen_steps(const char* w, int64_t steps, char* to) {
   for (int64_t s = 0; s < steps; s++) {
-    v16 wide[Codes<T>::vectors];
-    Codes<T>::vectors_of(w + s * 64, wide);
-    EACH(i, Codes<T>::vectors) *(v16*)(to + (s * Codes<T>::vectors + i) * 64) = wide[i];
+    Words wide[F::vectors];
+    F::vectors_of(w + s * 64, wide);
+    EACH(i, F::vectors) put(floats(wide[i]), (float*)to + (s * F::vectors + i) * 16);
   }
 }
 
 // What becomes of a tile's sums.
-template <class T> struct Out {
-  T* const* y;           // of each row, at the first output of the block
+template <class Y> struct Out {
+  Y* const* y;           // of each row, at the first output of the block
   const float* scale;    // by which sums are multiplied, at the first output of the block; null for none
-  const T* bias;         // likewise
+  const Y* bias;         // likewise
   int64_t width;         // outputs from there on
   bool onto;             // added to what is there
 };
 
-template <class T> static inline void finish(v16 sum, int r, int64_t at, const Out<T>& out) {
-  int64_t count = std::min<int64_t>(16, out.width - at);
-  T* y = out.y[r] + at;
-  if (count == 16) {
-    if (out.scale) sum *= load16(out.scale + at);
-    if (out.bias) sum += load16(out.bias + at);
-    if (out.onto) sum += load16(y);
-    store16(sum, y);
-    return;
-  }
-  for (int64_t i = 0; i < count; i++)
-    narrow(sum[i] * (out.scale ? out.scale[at + i] : 1) + (out.bias ? widen(out.bias[at + i]) : 0) + (out.onto ? widen(y[i]) : 0), y + i);
+template <class Y> INLINE void finish(Floats sum, int64_t r, int64_t at, const Out<Y>& out) {
+  const int64_t left = out.width - at;
+  Y* y = out.y[r] + at;
+  if (out.scale) sum = sum * get(out.scale + at, left);
+  if (out.bias) sum = sum + get(out.bias + at, left);
+  if (out.onto) sum = sum + get(y, left);
+  put(sum, y, left);
 }
 
-template <class F, class T, int R, int N>
-static void run_tile(const T* const* x, const char* w, int64_t steps, int first, const Out<T>& out) {
-  v16 acc[R][N];
-  tile<F, T, R, N>(x, w, steps, acc);
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) finish(acc[r][n], first + r, n * 16, out);
-}
+// How many rows have registers for their sums, of so many blocks; and of how many blocks many rows are the fastest.
+static constexpr int most_rows(int blocks) { return blocks == 1 ? R : R * BLOCKS / blocks; }
+INLINE int64_t blocks_for(int64_t rows) { return rows <= most_rows(4) ? 4 : rows <= most_rows(2) ? 2 : BLOCKS; }
 
-static const int MOST_ROWS = 12;
-static constexpr int most_rows(int blocks) { return blocks == 4 ? MOST_ROWS / 2 : MOST_ROWS; }
-
-template <class F, class T, int N>
-static void run_rows(int rows, const T* const* x, const char* w, int64_t steps, int first, const Out<T>& out) {
-#define ROWS(R) case R: if constexpr (R <= most_rows(N)) run_tile<F, T, R, N>(x, w, steps, first, out); break;
-  switch (rows) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12) }
-#undef ROWS
+template <class F, class T, class Y, int N>
+static void run_rows(int64_t rows, const Factor<T>* const* x, const char* w, int64_t steps, int64_t first, const Out<Y>& out) {
+  with_rows(rows, [&](auto count) {
+    constexpr int M = decltype(count)::value;
+    if constexpr (M <= most_rows(N)) {
+      Floats sums[M][N];
+      tile<F, T, M, N>(x, w, steps, sums);
+      for (int r = 0; r < M; r++)
+        for (int n = 0; n < N; n++) finish(sums[r][n], first + r, n * 16, out);
+    }
+  });
 }
 
 // What is read next is asked for early: where a piece begins, the processor does not know yet that it is read in order.
-static inline void fetch(const char* p) {
+INLINE void fetch(const char* p) {
   for (int i = 0; i < 8; i++) __builtin_prefetch(p + i * 64);
 }
 
 // All rows against N blocks: in as few passes as the registers allow, as even as can be.
-template <class F, class T, int N>
-static void run_blocks(int64_t rows, const T* const* x, const char* w, int64_t steps, const Out<T>& out) {
+template <class F, class T, class Y, int N>
+static void run_blocks(int64_t rows, const Factor<T>* const* x, const char* w, int64_t steps, const Out<Y>& out) {
   int64_t most = most_rows(N), passes = (rows + most - 1) / most;
   for (int64_t p = 0, first = 0; p < passes; p++) {
     int64_t count = (rows - first + passes - p - 1) / (passes - p);
-    run_rows<F, T, N>(int(count), x + first, w, steps, int(first), out);
+    run_rows<F, T, Y, N>(count, x + first, w, steps, first, out);
     first += count;
   }
 }
 
-template <class T> static Out<T> from_output(const Out<T>& out, int64_t at, std::vector<T*>& y, int64_t rows) {
+template <class Y> static Out<Y> from_output(const Out<Y>& out, int64_t at, std::vector<Y*>& y, int64_t rows) {
   y.resize(rows);
   for (int64_t r = 0; r < rows; r++) y[r] = out.y[r] + at;
   return {y.data(), out.scale ? out.scale + at : nullptr, out.bias ? out.bias + at : nullptr, out.width - at, out.onto};
@@ -265,41 +169,41 @@ template <class T> static Out<T> from_output(const Out<T>& out, int64_t at, std:
 // What a thread needs for a product, kept from one piece of it to the next.
 template <class T> struct Rooms {
   std::vector<T*> shifted;
-  std::vector<char> wide;
+  std::vector<Words> wide;
 };
 
 // All rows against some blocks: 4 or 2 together where these are whole, else one by one.
 template <class F, class T>
-static void run_some(int64_t rows, const T* const* x, const char* w, int64_t steps, int64_t count, const Out<T>& whole, int64_t first,
+static void run_some(int64_t rows, const Factor<T>* const* x, const char* w, int64_t steps, int64_t count, const Out<T>& whole, int64_t first,
                      Rooms<T>& rooms) {
-  if (count == 4 || (count == 2 && rows > MOST_ROWS / 2)) {
+  if (count == 4 || (count == 2 && rows > most_rows(4))) {
     Out<T> part = from_output(whole, first * 16, rooms.shifted, rows);
-    if (count == 4) return run_blocks<F, T, 4>(rows, x, w, steps, part);
-    return run_blocks<F, T, 2>(rows, x, w, steps, part);
+    if (count == 4) return run_blocks<F, T, T, 4>(rows, x, w, steps, part);
+    return run_blocks<F, T, T, 2>(rows, x, w, steps, part);
   }
   for (int64_t b = 0; b < count; b++) {
     Out<T> part = from_output(whole, (first + b) * 16, rooms.shifted, rows);
-    run_blocks<F, T, 1>(rows, x, w + b * steps * 64, steps, part);
+    run_blocks<F, T, T, 1>(rows, x, w + b * steps * 64, steps, part);
   }
 }
 
-// All rows against all blocks of a weight, shared out to the threads that are here. Codes are widened once for many rows.
+// All rows against all blocks of a weight, shared out to the threads that are here. What is not read as it multiplies is widened once
+// for many rows.
 template <class F, class T>
-static void run_weight(int64_t rows, const T* const* x, const char* w, int64_t in, const Out<T>& whole, Rooms<T>& rooms) {
+static void run_weight(int64_t rows, const Factor<T>* const* x, const char* w, int64_t in, const Out<T>& whole, Rooms<T>& rooms) {
   const int64_t steps = steps_of<F>(in), blocks = (whole.width + 15) / 16;
-  const bool many = rows > MOST_ROWS / 2;
-  const int64_t together = many ? 2 : 4, tasks = (blocks + together - 1) / together;
+  const bool many = rows > 6;
+  const int64_t together = blocks_for(rows), tasks = (blocks + together - 1) / together;
 #pragma omp for schedule(static) nowait
   for (int64_t t = 0; t < tasks; t++) {
     int64_t first = t * together, count = std::min(together, blocks - first);
     const char* at = w + first * steps * 64;
     if (F::vectors > 1 && many) {
-      rooms.wide.resize(count * steps * F::vectors * 64 + 63);
-      char* wide = (char*)((uintptr_t(rooms.wide.data()) + 63) / 64 * 64);
-      widen_steps<T>(at, count * steps, wide);
-      if (t + 1 < tasks)  // the products take a while, in which the next codes can come
+      rooms.wide.resize(count * steps * F::vectors);
+      widen_steps<F>(at, count * steps, (char*)rooms.wide.data());
+      if (t + 1 < tasks)  // the products take a while, in which the next weights can come
         for (int64_t i = 0; i < count * steps; i++) __builtin_prefetch(at + (count * steps + i) * 64, 0, 2);
-      run_some<Dense<T>, T>(rows, x, wide, steps * F::vectors, count, whole, first, rooms);
+      run_some<Dense<Factor<T>>, T>(rows, x, (const char*)rooms.wide.data(), steps * F::vectors, count, whole, first, rooms);
     } else {
       run_some<F, T>(rows, x, at, steps, count, whole, first, rooms);
     }
@@ -319,10 +223,12 @@ template <class T>
 static void linear(const T* x, int64_t x_stride, const char* w, const float* scale, const T* bias, T* y, int64_t y_stride, int64_t rows, int64_t in,
                    int64_t out, int64_t onto, int64_t members, const int64_t* widths, int64_t segments, const Segment* found,
                    const int32_t* starts, const int32_t* of_rows, const float* weights) {
+  typedef Factor<T> H;
   const int64_t steps = steps_of<Dense<T>>(in);
-  std::vector<const T*> xs(rows);
+  const Rows<T> given(x, x_stride, rows, in);
+  std::vector<const H*> xs(rows);
   std::vector<T*> ys(rows);
-  for (int64_t r = 0; r < rows; r++) xs[r] = x + r * x_stride, ys[r] = y + r * y_stride;
+  for (int64_t r = 0; r < rows; r++) xs[r] = given.at + r * given.stride, ys[r] = y + r * y_stride;
   const Out<T> whole{ys.data(), scale, bias, out, onto != 0};
   // Low rank: where each segment's rank columns begin, and how many tasks come before it.
   std::vector<int64_t> column(segments + 1, 0), before(segments + 1, 0);
@@ -331,11 +237,12 @@ static void linear(const T* x, int64_t x_stride, const char* w, const float* sca
     column[j + 1] = column[j] + ranks * (starts[j + 1] - starts[j]);
     before[j + 1] = before[j] + (ranks / 16 + 1) / 2;
   }
-  std::vector<T> h(column[segments] + 64);
+  std::vector<H> h(column[segments] + 64);
   const int64_t few = segments ? before[segments] : 0;
 #pragma omp parallel
   {
-    std::vector<const T*> from;
+    std::vector<const H*> from;
+    std::vector<H*> into;
     std::vector<T*> to;
     Rooms<T> rooms;
     if (scale) {
@@ -352,18 +259,15 @@ static void linear(const T* x, int64_t x_stride, const char* w, const float* sca
         const int32_t *row = of_rows + starts[j], some = starts[j + 1] - starts[j];
         const char* a = found[j].a + first * steps * 64;
         if (j + 2 < segments && found[j + 2].a) fetch(found[j + 2].a);
-        from.resize(some), to.resize(some);
-        for (int32_t i = 0; i < some; i++) from[i] = xs[row[i]], to[i] = h.data() + column[j] + i * wide + first * 16;
-        Out<T> part{to.data(), nullptr, nullptr, left * 16, false};
-        if (left > 1) {
-          run_blocks<Dense<T>, T, 2>(some, from.data(), a, steps, part);
-        } else {
-          run_blocks<Dense<T>, T, 1>(some, from.data(), a, steps, part);
-        }
+        from.resize(some), into.resize(some);
+        for (int32_t i = 0; i < some; i++) from[i] = xs[row[i]], into[i] = h.data() + column[j] + i * wide + first * 16;
+        const Out<H> part{into.data(), nullptr, nullptr, left * 16, false};
+        if (left > 1) run_blocks<Dense<T>, T, H, 2>(some, from.data(), a, steps, part);
+        else run_blocks<Dense<T>, T, H, 1>(some, from.data(), a, steps, part);
         for (int32_t i = 0; i < some; i++)
           for (int64_t b = 0; b < std::min<int64_t>(2, left); b++) {
-            T* ranks = to[i] + b * 16;
-            store16(load16(ranks) * float(weights[starts[j] + i] * found[j].scale[(first + b) * 16 / found[j].ranks]), ranks);
+            H* ranks = into[i] + b * 16;
+            put(get(ranks) * all(float(weights[starts[j] + i] * found[j].scale[(first + b) * 16 / found[j].ranks])), ranks);
           }
       }
       // Each thread adds to outputs of its own, adapter after adapter, so that it reads each B in one piece.
@@ -382,12 +286,9 @@ static void linear(const T* x, int64_t x_stride, const char* w, const float* sca
           }
           for (int64_t t = begin; t < end; t++) {
             const char* b = found[j].b[m] + t * 2 * deep * 64;
-            Out<T> part{to.data(), nullptr, nullptr, widths[m] - t * 32, true};
-            if (part.width > 16) {
-              run_blocks<Dense<T>, T, 2>(some, from.data(), b, deep, part);
-            } else {
-              run_blocks<Dense<T>, T, 1>(some, from.data(), b, deep, part);
-            }
+            const Out<T> part{to.data(), nullptr, nullptr, widths[m] - t * 32, true};
+            if (part.width > 16) run_blocks<Dense<T>, T, T, 2>(some, from.data(), b, deep, part);
+            else run_blocks<Dense<T>, T, T, 1>(some, from.data(), b, deep, part);
             for (int32_t i = 0; i < some; i++) to[i] += 32;
           }
         }
@@ -421,10 +322,10 @@ template <class F> static void unpack(const typename F::Value* w, int64_t in, co
 // ---- between the products -------------------------------------------------------------------------------------------
 
 template <class T> static void normed(const T* x, const float* weight, double eps, int64_t d, T* y) {
-  v16 squares = {};
-  for (int64_t i = 0; i < d; i += 16) squares += load16(x + i) * load16(x + i);
-  float rho = float(1.0 / std::sqrt(double(sum16(squares)) / double(d) + eps));
-  for (int64_t i = 0; i < d; i += 16) store16(load16(x + i) * rho * load16(weight + i), y + i);
+  Floats squares = none();
+  for (int64_t i = 0; i < d; i += 16) squares = fma(get(x + i), get(x + i), squares);
+  const Floats rho = all(float(1.0 / std::sqrt(double(sum(squares)) / double(d) + eps)));
+  for (int64_t i = 0; i < d; i += 16) put(get(x + i) * rho * get(weight + i), y + i);
 }
 
 template <class T> static void rms_norm(const T* x, const float* weight, double eps, int64_t rows, int64_t d, T* y) {
@@ -465,81 +366,56 @@ static void rotary(T* qkv, const Heads& heads, const float* cos, const float* si
   }
 }
 
-// The sums of 16 vectors, as one vector: each fold adds pairs of vectors into one, whose lanes are sums of `step` lanes less.
-template <int step> static inline v16 fold(v16 a, v16 b) {
-#define LOW(i) ((i / step) % 2 * 16 + i / (2 * step) * (2 * step) + i % step)
-#define LANES(at) {at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), at(9), at(10), at(11), at(12), at(13), at(14), at(15)}
-  const i16v low = LANES(LOW), high = low + step;
-#undef LANES
-#undef LOW
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-}
-static inline v16 sums_of_16(v16 (&v)[16]) {
-  EACH(i, 8) v[i] = fold<1>(v[2 * i], v[2 * i + 1]);
-  EACH(i, 4) v[i] = fold<2>(v[2 * i], v[2 * i + 1]);
-  EACH(i, 2) v[i] = fold<4>(v[2 * i], v[2 * i + 1]);
-  return fold<8>(v[0], v[1]);
-}
-
-static inline v16 dot(const float* a, const float* b, int64_t d) {
-  v16 sum = {};
-  for (int64_t i = 0; i < d; i += 16) sum += load16(a + i) * load16(b + i);
+INLINE Floats dot(const float* a, const float* b, int64_t d) {
+  Floats sum = none();
+  for (int64_t i = 0; i < d; i += 16) sum = fma(get(a + i), get(b + i), sum);
   return sum;
 }
-static inline v16 dot(const bf16* a, const bf16* b, int64_t d) {
-#if defined(__AVX512BF16__)
-  __m512 sum = _mm512_setzero_ps();
+INLINE Floats dot(const bf16* a, const bf16* b, int64_t d) {
+  Floats sum = none();
   int64_t i = 0;
+#if defined(__AVX512BF16__)
   for (; i + 32 <= d; i += 32) sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
-  v16 total = (v16)sum;
-  for (; i < d; i += 16) total += load16(a + i) * load16(b + i);
-  return total;
-#else
-  v16 sum = {};
-  for (int64_t i = 0; i < d; i += 16) sum += load16(a + i) * load16(b + i);
-  return sum;
 #endif
+  for (; i < d; i += 16) sum = fma(get(a + i), get(b + i), sum);
+  return sum;
 }
 
 // softmax of one row of scores, in place, its end filled up with zeros.
 static void softmax(float* scores, int64_t seen, int64_t wide, float scale, float softcap) {
-  for (int64_t t = 0; t < wide; t += 16) store16(load16(scores + t) * scale, scores + t);
-  if (softcap > 0)
-    for (int64_t t = 0; t < seen; t++) scores[t] = softcap * std::tanh(scores[t] / softcap);
-  for (int64_t t = seen; t < wide; t++) scores[t] = -INFINITY;
-  v16 peak = load16(scores), total = {};
-  for (int64_t t = 16; t < wide; t += 16) {
-    v16 some = load16(scores + t);
-    peak = some > peak ? some : peak;
-  }
-  float most = peak[0];
-  for (int i = 1; i < 16; i++) most = std::max(most, peak[i]);
+  Floats peak = all(-INFINITY), total = none();
   for (int64_t t = 0; t < wide; t += 16) {
-    v16 shifted = load16(scores + t) - most, e = exp16(shifted);
-    e = shifted < -86.0f ? (v16){} : e;
-    store16(e, scores + t);
-    total += e;
+    const Floats some = where(between(t, 0, seen), bent(get(scores + t), scale, softcap), all(-INFINITY));
+    put(some, scores + t);
+    peak = max(peak, some);
   }
-  float inverse = 1.0f / sum16(total);
-  for (int64_t t = 0; t < wide; t += 16) store16(load16(scores + t) * inverse, scores + t);
+  const Floats highest = all(most(peak));
+  for (int64_t t = 0; t < wide; t += 16) {
+    const Floats e = exp16(get(scores + t) - highest);
+    put(e, scores + t);
+    total = total + e;
+  }
+  const Floats inverse = all(1 / sum(total));
+  for (int64_t t = 0; t < wide; t += 16) put(get(scores + t) * inverse, scores + t);
 }
 
-// Probabilities times values, of G queries, 64 dimensions (or the rest) at a time.
+// Probabilities times values, of G queries, so many dimensions at a time as there are registers for.
 template <class T, int G>
 static void weigh(const float* p, int64_t wide, const T* values, int64_t seen, int64_t d, T* out) {
-  for (int64_t i = 0; i < d; i += 64) {
-    const int64_t n = std::min<int64_t>(4, (d - i) / 16);
-    v16 sum[G][4];
-    EACH(g, G) EACH(k, 4) sum[g][k] = (v16){};
+  const int K = R / 3;
+  for (int64_t i = 0; i < d; i += 16 * K) {
+    const int64_t n = std::min<int64_t>(K, (d - i) / 16);
+    Floats sums[G][K];
+    EACH(g, G) EACH(k, K) sums[g][k] = none();
     for (int64_t t = 0; t < seen; t++)
-      EACH(k, 4) {
+      EACH(k, K) {
         if (k == n) break;
-        v16 value = load16(values + t * d + i + k * 16);
-        EACH(g, G) sum[g][k] += value * p[g * wide + t];
+        const Floats value = get(values + t * d + i + k * 16);
+        EACH(g, G) sums[g][k] = fma(value, all(p[g * wide + t]), sums[g][k]);
       }
-    EACH(g, G) EACH(k, 4) {
+    EACH(g, G) EACH(k, K) {
       if (k == n) break;
-      store16(sum[g][k], out + g * d + i + k * 16);
+      put(sums[g][k], out + g * d + i + k * 16);
     }
   }
 }
@@ -553,9 +429,9 @@ static void attend_one(const T* q, int64_t group, int64_t d, const T* keys, cons
   float* p = room.data();
   for (int64_t t = 0; t < wide; t += 16)
     for (int64_t g = 0; g < group; g++) {
-      v16 sums[16];
+      Floats sums[16];
       EACH(i, 16) sums[i] = dot(keys + std::min(t + i, seen - 1) * d, q + g * d, d);
-      store16(sums_of_16(sums), p + g * wide + t);
+      put(sums_of_16(sums), p + g * wide + t);
     }
   for (int64_t g = 0; g < group; g++) softmax(p + g * wide, seen, wide, scale, softcap);
   for (int64_t g = 0; g < group;) {
@@ -585,17 +461,11 @@ static void attention(const T* qkv, const Heads& heads, const T* keys, const T* 
   }
 }
 
-enum Activation { SILU = 0, GELU_TANH = 1 };
-
 // f(gate) · up of rows that hold both side by side.
-template <class T> static void gated(const T* both, int64_t activation, int64_t rows, int64_t d, T* y) {
+template <class T> static void gated(const T* both, int64_t gelu, int64_t rows, int64_t d, T* y) {
 #pragma omp parallel for if (rows > 4)
   for (int64_t r = 0; r < rows; r++)
-    for (int64_t i = 0; i < d; i += 16) {
-      v16 gate = load16(both + r * 2 * d + i), up = load16(both + r * 2 * d + d + i);
-      v16 bent = activation == SILU ? gate : 1.5957691216f * (gate + 0.044715f * gate * gate * gate);
-      store16(gate / (1.0f + exp16(-bent)) * up, y + r * d + i);
-    }
+    for (int64_t i = 0; i < d; i += 16) put(activated(get(both + r * 2 * d + i), gelu) * get(both + r * 2 * d + d + i), y + r * d + i);
 }
 
 // ---- whole layers ---------------------------------------------------------------------------------------------------
@@ -618,7 +488,7 @@ struct Layer {
 };
 struct Pass {
   Heads heads;
-  int64_t rows, capacity, slots, activation, segments;
+  int64_t rows, capacity, slots, gelu, segments;
   double scale, softcap;
   const int32_t *of_slots, *positions;
   const Segment* found;  // of each place, all segments
@@ -658,7 +528,7 @@ template <class T> struct Run {
       add(l.o, 4 * i + 1, attended.data(), l.attention_post, x, room);
       rms_norm(x, l.mlp.weight, l.mlp.eps, p.rows, l.gate_up.in, n.data());
       product(l.gate_up, 4 * i + 2, n.data(), both.data(), false);
-      gated(both.data(), p.activation, p.rows, l.down.in, product_of.data());
+      gated(both.data(), p.gelu, p.rows, l.down.in, product_of.data());
       add(l.down, 4 * i + 3, product_of.data(), l.mlp_post, x, room);
     }
   }
@@ -668,7 +538,7 @@ template <class T> struct Run {
 
 // The bits of a float that is not negative rise with its value: the first of them are its bin, 64 for each factor of two.
 static const int BIN = 17, BINS = (0x3f800000 >> BIN) + 1;
-static inline int bin_of(float weight) {
+INLINE int bin_of(float weight) {
   uint32_t bits;
   std::memcpy(&bits, &weight, 4);
   return std::min<int>(bits >> BIN, BINS - 1);
@@ -758,8 +628,8 @@ extern "C" void cut(float* weights, int64_t rows, int64_t size, const int64_t* t
     attention(qkv, *heads, keys, values, slots, positions, capacity, window, scale, softcap, out, rows);                           \
   }                                                                                                                                \
   extern "C" void layers_##name(const Layer* found, int64_t count, const Pass* pass, T* x) { Run<T>{*pass}.layers(found, count, x); } \
-  extern "C" void gated_##name(const T* both, int64_t activation, int64_t rows, int64_t d, T* y) {                                 \
-    gated(both, activation, rows, d, y);                                                                                           \
+  extern "C" void gated_##name(const T* both, int64_t gelu, int64_t rows, int64_t d, T* y) {                                       \
+    gated(both, gelu, rows, d, y);                                                                                           \
   }
 
 DOORS(float, float32)

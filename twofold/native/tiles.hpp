@@ -32,37 +32,37 @@ template <class T> struct Term {
 template <class T> struct Word {
   typedef float Factor;  // what multiplies it
   static const int inputs = 1;
-  static inline Floats add(Floats sum, Words w, const float* x) { return fma(floats(w), all(*x), sum); }
-  static inline Words scaled(Words w, float by) { return words(floats(w) * all(by)); }
-  static inline Words rows(const T* w, int64_t, int64_t n) { return words(get(w, n)); }  // of up to 16 columns
-  static inline Words along(const T* w, int64_t n) { return words(get(w, n)); }          // up to 16 words of one column
+  INLINE Floats add(Floats sum, Words w, const float* x) { return fma(floats(w), all(*x), sum); }
+  INLINE Words scaled(Words w, float by) { return words(floats(w) * all(by)); }
+  INLINE Words rows(const T* w, int64_t, int64_t n) { return words(get(w, n)); }  // of up to 16 columns
+  INLINE Words along(const T* w, int64_t n) { return words(get(w, n)); }          // up to 16 words of one column
 };
 #if defined(__AVX512BF16__)
 // A pair of inputs in bfloat16.
 template <> struct Word<bf16> {
   typedef bf16 Factor;
   static const int inputs = 2;
-  static inline Floats add(Floats sum, Words w, const bf16* x) {
+  INLINE Floats add(Floats sum, Words w, const bf16* x) {
     int32_t pair;
     std::memcpy(&pair, x, 4);
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
   }
-  static inline Words together(__m256i low, __m256i high) {
+  INLINE Words together(__m256i low, __m256i high) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
   }
-  static inline Words scaled(Words w, float by) { return together(narrowed(low_halves(w) * all(by)), narrowed(high_halves(w) * all(by))); }
-  static inline Words rows(const bf16* w, int64_t stride, int64_t n) {
+  INLINE Words scaled(Words w, float by) { return together(narrowed(low_halves(w) * all(by)), narrowed(high_halves(w) * all(by))); }
+  INLINE Words rows(const bf16* w, int64_t stride, int64_t n) {
     return together(_mm256_maskz_loadu_epi16(first(n), w), _mm256_maskz_loadu_epi16(first(n), w + stride));
   }
-  static inline Words along(const bf16* w, int64_t n) { return _mm512_maskz_loadu_epi32(first(n), w); }
+  INLINE Words along(const bf16* w, int64_t n) { return _mm512_maskz_loadu_epi32(first(n), w); }
 };
 #endif
 template <class T> using Factor = typename Word<T>::Factor;
-template <class T> static inline Factor<T> factor(T v) {
+template <class T> INLINE Factor<T> factor(T v) {
   if constexpr (std::is_same_v<T, Factor<T>>) return v;
   else return widen(v);
 }
-template <class T> static inline void factors(const T* x, int64_t n, Factor<T>* to) {
+template <class T> INLINE void factors(const T* x, int64_t n, Factor<T>* to) {
   for (int64_t i = 0; i < n; i += 16) put(get(x + i, n - i), to + i, n - i);
 }
 
@@ -77,7 +77,7 @@ template <class T> struct Rows {
       at = x, stride = x_stride;
     } else {
       own = owned<Factor<T>>(rows * d), at = own.get(), stride = d;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows > 16)
       for (int64_t r = 0; r < rows; r++) factors(x + r * x_stride, d, own.get() + r * d);
     }
   }
@@ -107,7 +107,7 @@ template <class T, int B> static void lay(const Term<T>& t, int64_t n, int64_t w
 // Added to `sums` a stretch of words at a time: a sum of sums is nearer the truth than one long sum.
 static const int64_t STRETCH = 192;
 
-template <class T, int M, int B> static inline void tile(const Factor<T>* const* x, const Words* w, int64_t count, Floats (&sums)[R][B]) {
+template <class T, int M, int B> INLINE void tile(const Factor<T>* const* x, const Words* w, int64_t count, Floats (&sums)[R][B]) {
   for (int64_t s = 0; s < count;) {
     Floats a[M][B];
     EACH(r, M) EACH(b, B) a[r][b] = none();
@@ -122,7 +122,7 @@ template <class T, int M, int B> static inline void tile(const Factor<T>* const*
 
 // `run` with the number of rows of a tile as a constant.
 #define CASE(M) case M: if constexpr (M <= R) return run(std::integral_constant<int, M>()); break;
-template <class F> static inline void with_rows(int64_t rows, F run) {
+template <class F> INLINE void with_rows(int64_t rows, F run) {
   switch (rows) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) }
 }
 #undef CASE

@@ -102,15 +102,15 @@ template <class T> static void product(const Product<T>& p) {
 // ---- crossed products: of all rows, for the gradient of a factor ----------------------------------------------------
 
 // A word's rows of a panel's values as the words of its blocks, in an order of their own.
-template <class T> static inline void words_of(const T* x, int64_t, int64_t, int64_t n, Words (&w)[BLOCKS]) { EACH(b, BLOCKS) w[b] = words(get(x + 16 * b, n - 16 * b)); }
-static inline void in_order(Floats (&)[BLOCKS], float) {}
+template <class T> INLINE void words_of(const T* x, int64_t, int64_t, int64_t n, Words (&w)[BLOCKS]) { EACH(b, BLOCKS) w[b] = words(get(x + 16 * b, n - 16 * b)); }
+INLINE void in_order(Floats (&)[BLOCKS], float) {}
 #if defined(__AVX512BF16__)
-static inline void words_of(const bf16* x, int64_t stride, int64_t rows, int64_t n, Words (&w)[2]) {
+INLINE void words_of(const bf16* x, int64_t stride, int64_t rows, int64_t n, Words (&w)[2]) {
   const __mmask32 m = __mmask32(first(n - 16)) << 16 | first(n);
   __m512i one = _mm512_maskz_loadu_epi16(m, x), two = _mm512_maskz_loadu_epi16(rows > 1 ? m : 0, x + stride);
   w[0] = _mm512_unpacklo_epi16(one, two), w[1] = _mm512_unpackhi_epi16(one, two);
 }
-static inline void in_order(Floats (&v)[2], bf16) {
+INLINE void in_order(Floats (&v)[2], bf16) {
   const __m512i early = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i late = _mm512_add_epi32(early, _mm512_set1_epi32(8));
   __m512 a = _mm512_permutex2var_ps(v[0], early, v[1]), b = _mm512_permutex2var_ps(v[0], late, v[1]);
@@ -176,7 +176,7 @@ template <class T> static void crossed(const Crossed<T>& c) {
 #define OVER(i, d) for (int64_t i = 0; i < d; i += 16)
 
 // W: the weight's type. Of the same type as x, x rho is rounded before it is multiplied; wider, after.
-template <class T, class W> static inline Floats normed(Floats x, float rho, const W* weight, int64_t n) {
+template <class T, class W> INLINE Floats normed(Floats x, float rho, const W* weight, int64_t n) {
   const Floats even = x * all(rho);
   return (sizeof(W) == sizeof(T) ? rounded(even, T{}) : even) * get(weight, n);
 }
@@ -210,17 +210,11 @@ static void norm_backward(const T* dy, const T* x, const float* rho, const W* we
   }
 }
 
-// f(x) = x sigma(z): silu with z = x, gelu by tanh with z = 2 sqrt(2 / pi) (x + 0.044715 x^3).
-static const float GELU = 1.5957691216f, CUBE = 0.044715f;
-static inline Floats sigma(Floats z) { return all(1) / (all(1) + exp16(none() - z)); }
-static inline Floats inner(Floats x, bool gelu) { return gelu ? x * all(GELU) * fma(x * x, all(CUBE), all(1)) : x; }
-static inline Floats slope(Floats x, bool gelu) { return gelu ? all(GELU) * fma(x * x, all(3 * CUBE), all(1)) : all(1); }
-
 template <class T>
 static void gated(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, int64_t gelu, int64_t rows, int64_t d, T* y) {
   OVER_ROWS OVER(i, d) {
     const Floats x = get(gate + r * gate_stride + i, d - i);
-    put(x * sigma(inner(x, gelu)) * get(up + r * up_stride + i, d - i), y + r * d + i, d - i);
+    put(activated(x, gelu) * get(up + r * up_stride + i, d - i), y + r * d + i, d - i);
   }
 }
 
