@@ -52,6 +52,12 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _seconds(torch.bfloat16, device) < 0.8 * _seconds(torch.float32, device) else torch.float32
 
 
+def multiplied_fast(matrix: Tensor) -> Tensor:
+    """A matrix in a type that this machine multiplies fast and well: in float32, or as it is where its type is the faster one."""
+    kept = matrix.dtype in (torch.float32, fastest_dtype(matrix.device))
+    return matrix if kept else matrix.float()
+
+
 def _seconds(dtype: torch.dtype, device: torch.device) -> float:
     """The best of a few products of a layer's size."""
     x, w = torch.ones(256, 1024, dtype=dtype, device=device), torch.ones(1024, 1024, dtype=dtype, device=device)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.intruders import ALIKE, frobenius_norm, intruders, intruders_exactly, spectral_norm
+from twofold.machine import multiplied_fast
 
 SPECTRA = {
     "power": lambda i: (i + 1) ** -0.7,
@@ -42,8 +43,8 @@ def test_they_are_those_of_a_dense_decomposition(
     dense = dense[:, values > 1e-3 * values[0]]  # what W maps to nothing has no directions of its own
     y = torch.linalg.svd(W.double() + change.scale * change.B.double() @ change.A.double()).U[:, :10]
     expected = (dense.T @ y).abs().amax(0)
-    exact, found = (torch.tensor(f(W, change, 10).cosines) for f in (intruders_exactly, intruders))
-    clear = (expected - ALIKE).abs() > 0.15
+    exact, found = (torch.tensor(f(multiplied_fast(W), change, 10).cosines) for f in (intruders_exactly, intruders))
+    clear = (expected - ALIKE).abs() > 0.2  # a mixture of neighbours in a flat spectrum is known no better
     torch.testing.assert_close(exact[clear], expected.float()[clear], rtol=0, atol=0.01)
     if spectrum == "rank-deficient" and dtype is torch.bfloat16:
         return  # its rounding fills what W maps to nothing with directions; only whole decompositions tell these apart

@@ -82,7 +82,7 @@ def test_the_fast_path_gives_the_gradients_of_the_models_own_forward(base: Base,
     losses = [o(batch(base)).loss_sum for o in (fast, plain)]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
     ours, theirs = (torch.autograd.grad(loss, trained) for loss in losses)
-    assert all((a - b).norm() <= 1e-4 * b.norm() for a, b in zip(ours, theirs, strict=True))
+    assert all((a - b).norm() <= 2e-4 * b.norm() for a, b in zip(ours, theirs, strict=True))
 
 
 def test_greedy_answers_are_those_of_transformers(base: Base) -> None:

@@ -20,7 +20,7 @@ from twofold.inspection.lint import Finding
 from twofold.lowrank.algebra import bases_of
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.intruders import ALIKE, Likeness, amplification, frobenius_norm, spectral_norm
-from twofold.machine import fastest_dtype
+from twofold.machine import multiplied_fast
 from twofold.tensorfile import nonfinite
 
 Look: TypeAlias = Callable[[Tensor, LowRank], Likeness]
@@ -62,7 +62,7 @@ def beside_base(
     for i, (name, update) in enumerate(updates.items(), 1):
         base.expect(f"{following[i - 1]}.weight")
         if not nonfinite({"A": update.A, "B": update.B}):
-            weight = _quick(base.read(f"{name}.weight")).flatten(1)
+            weight = multiplied_fast(base.read(f"{name}.weight")).flatten(1)
             found[name] = _beside(weight.T if shapes[name].kind in TRANSPOSED else weight, update, look)
         emit(Progress(task="reading the base", done=i, total=len(updates)))
     return found
@@ -78,12 +78,6 @@ def _beside(weight: Tensor, update: LowRank, look: Look | None) -> BesideBase:
         intruders=None if likeness is None else sum(cosine < ALIKE for cosine in likeness.cosines),
         likeness=None if likeness is None else likeness.cosines,
     )
-
-
-def _quick(weight: Tensor) -> Tensor:
-    """In a type that this machine multiplies fast: bfloat16 only where it does."""
-    kept = weight.dtype == torch.float32 or weight.dtype == fastest_dtype(torch.device("cpu"))
-    return weight if kept else weight.float()
 
 
 def fits(update: LowRank, shape: ModuleShape | None) -> bool:

@@ -129,28 +129,39 @@ template <class T> struct Crossed {
   float* y;
 };
 
+static const int64_t GROUP = 6;   // panels side by side of the wide one, of which a row is read in one piece
+static const int64_t CHUNK = 384; // rows that all panels of a group take before the next ones: they stay in the second cache
+
 // M rows from the i-th on, of the panel of columns from the at-th on; `left` holds the narrow one's words, m side by side.
-template <class T, int M> static void crossed_tile(const Crossed<T>& c, const Factor<T>* left, int64_t i, int64_t at) {
+template <class T, int M>
+static void crossed_tile(const Crossed<T>& c, const Factor<T>* left, int64_t i, int64_t at, int64_t from, int64_t to, Floats* kept) {
   const int inputs = Word<T>::inputs;
   Floats sums[M][BLOCKS];
-  EACH(r, M) EACH(b, BLOCKS) sums[r][b] = none();
-  for (int64_t row = 0; row < c.rows;) {
+  EACH(r, M) EACH(b, BLOCKS) sums[r][b] = kept[r * BLOCKS + b];
+  for (int64_t row = from; row < to;) {
     Floats a[M][BLOCKS];
     EACH(r, M) EACH(b, BLOCKS) a[r][b] = none();
-    for (const int64_t end = std::min(c.rows, row + STRETCH * inputs); row < end; row += inputs) {
+    for (const int64_t end = std::min(to, row + STRETCH * inputs); row < end; row += inputs) {
       Words w[BLOCKS];
       words_of(c.wide + row * c.wide_stride + at, c.wide_stride, c.rows - row, c.n - at, w);
       EACH(r, M) EACH(b, BLOCKS) a[r][b] = Word<T>::add(a[r][b], w[b], left + (row / inputs * c.m + i + r) * inputs);
     }
     EACH(r, M) EACH(b, BLOCKS) sums[r][b] = sums[r][b] + a[r][b];
   }
-  EACH(r, M) {
-    in_order(sums[r], Factor<T>{});
-    EACH(b, BLOCKS) {
-      const Floats v = sums[r][b] * all(float(c.scale));
+  EACH(r, M) EACH(b, BLOCKS) kept[r * BLOCKS + b] = sums[r][b];
+}
+
+// A panel's sums, scaled, to where they belong.
+template <class T> static void finish(const Crossed<T>& c, int64_t at, const Floats* kept) {
+  for (int64_t i = 0; i < c.m; i++) {
+    Floats sums[BLOCKS];
+    EACH(b, BLOCKS) sums[b] = kept[i * BLOCKS + b];
+    in_order(sums, Factor<T>{});
+    for (int b = 0; b < BLOCKS; b++) {
+      const Floats v = sums[b] * all(float(c.scale));
       const int64_t column = at + 16 * b;
-      if (!c.turned) put(v, c.y + (i + r) * c.n + column, c.n - column);
-      else scatter(v, c.y + column * c.m + i + r, c.m, c.n - column);
+      if (!c.turned) put(v, c.y + i * c.n + column, c.n - column);
+      else scatter(v, c.y + column * c.m + i, c.m, c.n - column);
     }
   }
 }
@@ -160,14 +171,25 @@ template <class T> static void crossed(const Crossed<T>& c) {
   const std::unique_ptr<Factor<T>[]> left(new Factor<T>[up(c.rows, inputs) * c.m]());
   for (int64_t row = 0; row < c.rows; row++)
     for (int64_t i = 0; i < c.m; i++) left[(row / inputs * c.m + i) * inputs + row % inputs] = factor(c.narrow[row * c.narrow_stride + i]);
-  const int64_t panels = (c.n + PANEL - 1) / PANEL, passes = (c.m + R - 1) / R;
-#pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t at = 0; at < panels * PANEL; at += PANEL)
-    for (int64_t pass = 0, i = 0; pass < passes; pass++) {
-      const int64_t rows = (c.m - i + passes - pass - 1) / (passes - pass);
-      with_rows(rows, [&](auto m) { crossed_tile<T, decltype(m)::value>(c, left.get(), i, at); });
-      i += rows;
+  const int64_t panels = (c.n + PANEL - 1) / PANEL, groups = (panels + GROUP - 1) / GROUP, passes = (c.m + R - 1) / R;
+#pragma omp parallel
+  {
+    const Own<Floats> kept = owned<Floats>(GROUP * c.m * BLOCKS);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t group = 0; group < groups; group++) {
+      const int64_t first_panel = group * GROUP, count = std::min(GROUP, panels - first_panel);
+      std::fill_n(kept.get(), GROUP * c.m * BLOCKS, none());
+      for (int64_t from = 0; from < c.rows; from += CHUNK)
+        for (int64_t p = 0; p < count; p++)
+          for (int64_t pass = 0, i = 0; pass < passes; pass++) {
+            const int64_t rows = (c.m - i + passes - pass - 1) / (passes - pass);
+            Floats* sums = kept.get() + (p * c.m + i) * BLOCKS;
+            with_rows(rows, [&](auto m) { crossed_tile<T, decltype(m)::value>(c, left.get(), i, (first_panel + p) * PANEL, from, std::min(c.rows, from + CHUNK), sums); });
+            i += rows;
+          }
+      for (int64_t p = 0; p < count; p++) finish(c, (first_panel + p) * PANEL, kept.get() + p * c.m * BLOCKS);
     }
+  }
 }
 
 // ---- between the products -------------------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ def _hidden_gradient(dlogits: Tensor, head: Tensor) -> Tensor:
 
 
 def _widened(weight: Tensor) -> bool:
-    """Whether this processor has no products of the type: PyTorch's library, elsewhere the better one for a head, then takes many times as long."""
+    """Whether this processor has no products of the type: PyTorch's, elsewhere faster for a head, take many times as long."""
     return weight.dtype == torch.bfloat16 and weight.is_cpu and bool(library("training").widens_bfloat16())
 
 
