@@ -16,6 +16,11 @@ settings.register_profile("twofold", deadline=None, max_examples=25, derandomize
 settings.load_profile("twofold")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that take minutes begin, so that no process waits for another's last one."""
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from twofold.events import Emit, Progress, silent
 from twofold.functional.loss import HeadLoss, head_loss, logits_loss
 from twofold.functional.norm import rms_norm
 from twofold.layers.protocol import AdapterLayer
+from twofold.native.training import fast_training
 from twofold.training.block import Trunk, asked_states
 from twofold.training.layout import lay_out
 from twofold.training.tasks import task_objective
@@ -131,12 +132,13 @@ def evaluate_loss(
     """Run held-out batches through an objective, dealt out among the processes; the figures are those of all."""
     loss, correct, count = 0.0, 0.0, 0.0
     own = batches[world.rank :: world.size]
-    for done, batch in enumerate(own, start=1):
-        found = objective(batch)
-        loss, correct = loss + float(found.loss_sum), correct + int(found.correct)
-        count += batch.supervised_tokens
-        emit(Progress(task=task, done=done, total=len(own)))
-    for _ in range(-(-len(batches) // world.size) - len(own)):
-        objective(idle_batch())
+    with fast_training():
+        for done, batch in enumerate(own, start=1):
+            found = objective(batch)
+            loss, correct = loss + float(found.loss_sum), correct + int(found.correct)
+            count += batch.supervised_tokens
+            emit(Progress(task=task, done=done, total=len(own)))
+        for _ in range(-(-len(batches) // world.size) - len(own)):
+            objective(idle_batch())
     loss, correct, count = world.sum(loss, correct, count)
     return HeldOut(loss / count, correct / count, int(count))
