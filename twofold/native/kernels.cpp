@@ -225,7 +225,8 @@ static void linear(const T* x, int64_t x_stride, const char* w, const float* sca
                    const int32_t* starts, const int32_t* of_rows, const float* weights) {
   typedef Factor<T> H;
   const int64_t steps = steps_of<Dense<T>>(in);
-  const Rows<T> given(x, x_stride, rows, in);
+  H* room = (H*)kept_room(rows * widened<T>(in) * sizeof(H));
+  const Rows<T> given(x, x_stride, rows, in, room);
   std::vector<const H*> xs(rows);
   std::vector<T*> ys(rows);
   for (int64_t r = 0; r < rows; r++) xs[r] = given.at + r * given.stride, ys[r] = y + r * y_stride;

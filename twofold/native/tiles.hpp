@@ -66,19 +66,31 @@ template <class T> INLINE void factors(const T* x, int64_t n, Factor<T>* to) {
   for (int64_t i = 0; i < n; i += 16) put(get(x + i, n - i), to + i, n - i);
 }
 
-// Rows as what multiplies words: where they are, or widened.
+// Room that a thread keeps from one product to the next: what comes and goes by the megabyte would leave the heap full of holes.
+static char* kept_room(int64_t bytes) {
+  static thread_local Own<char> room(nullptr, std::free);
+  static thread_local int64_t size = 0;
+  if (size < bytes) room = owned<char>(bytes), size = bytes;
+  return room.get();
+}
+
+template <class T> static constexpr bool WIDENED = !std::is_same_v<T, Factor<T>>;
+// Values that a row of d takes in that room.
+template <class T> INLINE int64_t widened(int64_t d) { return WIDENED<T> ? d : 0; }
+
+// Rows as what multiplies words: where they are, or widened into `room`, which then begins behind them.
 template <class T> struct Rows {
   const Factor<T>* at;
   int64_t stride;
-  Own<Factor<T>> own;
 
-  Rows(const T* x, int64_t x_stride, int64_t rows, int64_t d) : own(nullptr, std::free) {
-    if constexpr (std::is_same_v<T, Factor<T>>) {
+  Rows(const T* x, int64_t x_stride, int64_t rows, int64_t d, Factor<T>*& room) {
+    if constexpr (!WIDENED<T>) {
       at = x, stride = x_stride;
     } else {
-      own = owned<Factor<T>>(rows * d), at = own.get(), stride = d;
+      Factor<T>* const to = room;
 #pragma omp parallel for schedule(static) if (rows > 16)
-      for (int64_t r = 0; r < rows; r++) factors(x + r * x_stride, d, own.get() + r * d);
+      for (int64_t r = 0; r < rows; r++) factors(x + r * x_stride, d, to + r * d);
+      at = to, stride = d, room += rows * d;
     }
   }
 };

@@ -28,6 +28,7 @@ template <class T> struct Product {
 
 static const int64_t LAID = 288;           // words that are laid out at once: 18 KiB a block
 static const int64_t CACHED = 400 * 1024;  // bytes of rows that stay in the second cache from one piece to the next
+static const int64_t WIDE = 16 << 20;      // bytes of rows that are widened at once
 
 struct Room {
   Words laid[LAID * BLOCKS];
@@ -75,12 +76,12 @@ template <class T, int B> static void columns(const Product<T>& p, const Rows<T>
   }
 }
 
-template <class T> static void product(const Product<T>& p) {
+template <class T> static void product_of_some(const Product<T>& p, Factor<T>* widened) {
   int64_t words = 1;
   std::vector<Rows<T>> xs;
   for (int64_t i = 0; i < p.count; i++) {
     words = std::max(words, std::min(LAID, p.terms[i].inputs / Word<T>::inputs));
-    xs.emplace_back(p.terms[i].x, p.terms[i].x_stride, p.rows, p.terms[i].inputs);
+    xs.emplace_back(p.terms[i].x, p.terms[i].x_stride, p.rows, p.terms[i].inputs, widened);
   }
   const int64_t pieces = (p.width + PANEL - 1) / PANEL, enough = 4 * omp_get_max_threads();
   int64_t parts = (p.rows * words * 4 + CACHED - 1) / CACHED;
@@ -96,6 +97,20 @@ template <class T> static void product(const Product<T>& p) {
       if (p.width - n > PANEL - 16) columns<T, BLOCKS>(p, xs.data(), n, from, to, *(Room*)room.get());
       else columns<T, 1>(p, xs.data(), n, from, to, *(Room*)room.get());
     }
+  }
+}
+
+// All rows, or as many at a time as are widened in WIDE bytes.
+template <class T> static void product(const Product<T>& p) {
+  int64_t a_row = 0;
+  for (int64_t i = 0; i < p.count; i++) a_row += widened<T>(p.terms[i].inputs) * sizeof(Factor<T>);
+  const int64_t each = a_row ? std::min(p.rows, std::max<int64_t>(R, WIDE / a_row / R * R)) : p.rows;
+  Factor<T>* const room = (Factor<T>*)kept_room(a_row * each);
+  for (int64_t from = 0; from < p.rows; from += each) {
+    std::vector<Term<T>> terms(p.terms, p.terms + p.count);
+    for (Term<T>& t : terms) t.x += from * t.x_stride;
+    const T* onto = p.onto ? p.onto + from * p.onto_stride : nullptr;
+    product_of_some<T>({terms.data(), p.count, p.bias, onto, p.onto_stride, p.y + from * p.y_stride, std::min(each, p.rows - from), p.width, p.y_stride}, room);
   }
 }
 
