@@ -21,6 +21,8 @@ from twofold.functional.gated import ACTIVATIONS
 from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
 from twofold.lowrank.products import Term, crossed, sum_of_products
+from twofold.native import training
+from twofold.native.build import NotBuilt
 from twofold.native.training import KERNELS, fast_training, why_not
 from twofold.replaceable import original
 from twofold.training.objective import FastObjective
@@ -86,6 +88,20 @@ def test_the_gradient_of_a_factor_is_in_float32(dtype: torch.dtype, rows: int, r
     assert of_a.dtype == of_b.dtype == torch.float32
     near(of_a, 2 * h.double().T @ dy.double())
     near(of_b, 2 * dy.double().T @ h.double())
+
+
+def test_without_kernels_a_head_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_built(_: str) -> None:
+        raise NotBuilt("there is no C++ compiler")
+
+    monkeypatch.setattr(training, "library", not_built)
+    training._kernels.cache_clear()
+    hidden, head = drawn(torch.bfloat16, 32, 48), drawn(torch.bfloat16, 100, 48)
+    with fast_training():
+        found = loss.logits_of(hidden, head), loss.hidden_gradient(hidden @ head.T, head)
+    training._kernels.cache_clear()
+    assert torch.equal(found[0], hidden @ head.T)
+    assert torch.equal(found[1], hidden @ head.T @ head)
 
 
 def in_double(run: Callable[..., Any], *arguments: Any) -> Any:

@@ -227,7 +227,8 @@ def _hidden_gradient(dlogits: Tensor, head: Tensor) -> Tensor:
 
 def _widened(weight: Tensor) -> bool:
     """Whether this processor has no products of the type: PyTorch's, elsewhere faster for a head, take many times as long."""
-    return weight.dtype == torch.bfloat16 and weight.is_cpu and bool(library("training").widens_bfloat16())
+    known = weight.dtype == torch.bfloat16 and weight.is_cpu and _kernels(weight.dtype) is not None
+    return known and bool(library("training").widens_bfloat16())
 
 
 def _attention_kernels(*tensors: Tensor) -> SimpleNamespace | None:
