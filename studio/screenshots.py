@@ -62,6 +62,7 @@ def described(page: Page) -> None:
 
 def laid_over(page: Page) -> None:
     expect(page.get_by_text("Where these runs differ")).to_be_visible(timeout=PATIENCE)
+    page.get_by_role("region", name="home-r4").evaluate("e => scrollTo(0, e.offsetTop + e.offsetHeight - 60)")
 
 
 def spectra(page: Page) -> None:
@@ -153,7 +154,8 @@ def train(browser: Browser, address: str, name: str, rank: str) -> None:
     page.goto(f"{address}#/train/new")
     filled(page, name, rank)
     page.get_by_role("button", name="Start training").click()
-    expect(page.get_by_text("finished", exact=True).first).to_be_visible(timeout=PATIENCE)
+    card = page.get_by_role("region", name=name)
+    expect(card.get_by_text("finished", exact=True)).to_be_visible(timeout=PATIENCE)
     page.close()
 
 

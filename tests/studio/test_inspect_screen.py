@@ -82,6 +82,13 @@ def test_a_combination_is_previewed_and_written(page: Page, live: Live) -> None:
     assert exact["r"] == 3
 
 
+def test_two_that_were_compared_are_offered_for_combining(page: Page, live: Live) -> None:
+    combine({live.root / "green": 1.0}, live.root / "yellow", method="svd", r=2)
+    page.goto(f"{live.url}/#/inspect?adapter=work/red&with=work/yellow&tab=combine")
+    expect(page.get_by_role("slider", name="yellow")).to_be_visible()
+    expect(page.get_by_role("slider", name="green")).to_have_count(0)
+
+
 def test_a_smaller_rank_is_chosen_by_what_it_keeps(page: Page, live: Live) -> None:
     opened(page, live, "resize")
     page.get_by_role("slider", name="New rank").press("Home")

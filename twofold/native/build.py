@@ -50,6 +50,15 @@ def library(name: str = "kernels") -> ctypes.CDLL:
         raise NotBuilt(f"what the compiler made cannot be loaded ({error})") from error
 
 
+def built() -> bool:
+    """Whether there are compiled kernels here."""
+    try:
+        library()
+    except NotBuilt:
+        return False
+    return True
+
+
 def _compile(compiler: str, source: Path, path: Path) -> None:
     try:
         with new_file(path) as temporary:

@@ -6,11 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from twofold.base.blocks import Decoder, describe
 from twofold.base.load import BUILT_IN, DEFAULT_BASE, Base, Precision, load_base, public_name
 from twofold.engine.encoder import Encoder, load_encoder
 from twofold.engine.scheduler import Scheduler
+from twofold.engine.weights import why_not_native
 from twofold.errors import ConfigError
 from twofold.events import Emit, silent
+from twofold.native.build import built
 from twofold.quant import Kind, Scheme
 
 CONTEXT = 2048
@@ -32,7 +37,8 @@ class ServeConfig:
         admin_key: keys that may load and unload adapters; none: every key may.
         allowed_hosts: names that requests may call the server by, besides localhost and addresses; `*` for any.
         allowed_origins: origins of web pages that may use the server.
-        dtype: type of the base's weights; `auto` takes what this machine multiplies fastest.
+        dtype: type of the base's weights; `auto` takes bfloat16 where our own kernels decode, else what this machine multiplies
+            fastest.
         device: `auto` takes a GPU where there is one.
         weights: `taken` keeps each weight once, in the form that decodes fastest; `int8` in eight bits, adapters as they are.
         merge_after: steps in a row with one adapter's traffic alone after which it is folded into a second copy of the
@@ -138,11 +144,22 @@ def load_served(config: ServeConfig, emit: Emit = silent) -> Served:
         raise ConfigError(f"the base and the encoder are both called '{encoder.name}'; give the base another --name")
     scheme = None if config.quantization is None else Scheme(config.quantization)
     base = load_base(config.base, config.dtype, config.device, emit, scheme)
+    if config.dtype == "auto":
+        _halve(base)
     context = _context(base, config.context)
     scheduler = Scheduler(
         base.model, streams=config.streams, capacity=context, weights=config.weights, merge_after=config.merge_after
     )
     return Served(base, scheduler, names, context, encoder)
+
+
+def _halve(base: Base) -> None:
+    """Weights of float32 that our own kernels decode become bfloat16: a pass reads them all once, and half the bytes are half the
+    time, also on a machine that multiplies float32 faster."""
+    described = describe(base.model)
+    if base.dtype == torch.float32 and isinstance(described, Decoder) and why_not_native(described) is None and built():
+        for parameter in base.model.parameters():
+            parameter.data = parameter.data.bfloat16()
 
 
 def _context(base: Base, asked: int | None) -> int:
