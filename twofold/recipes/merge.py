@@ -174,11 +174,11 @@ def said_of_check(found: Mapping[str, Any]) -> str:
         return f"{folder} is this base with this adapter merged in, bit for bit"
     if found["but_for_rounding"]:
         return (
-            f"{folder} is this base with this adapter merged in, but for values of {len(differing)} tensors that are rounded to "
-            "a neighbour: it was merged on another machine, or by another tool"
+            f"{folder} is this base with this adapter merged in, but for values in {len(differing)} of its tensors that are "
+            "rounded to a neighbour: it was merged on another machine, or by another tool"
         )
     listed = ", ".join(f"{key} ({what})" for key, what in list(differing.items())[:4])
-    return f"{folder} is something else: {len(differing)} tensors differ, such as {listed}"
+    return f"{folder} is something else: it differs in {len(differing)} of its tensors, such as {listed}"
 
 
 def over_packed(packed: Base, folder: Path, examples: list[Example] | None, emit: Emit = silent) -> dict[str, Any]:

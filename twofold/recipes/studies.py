@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from twofold.base.load import Precision
 from twofold.recipes.grid import spaced
 
 Material = Literal["home-intents", "king-james", "vader"]
@@ -25,12 +26,14 @@ class Arm:
         settings: by their names as flags.
         rates: the learning rates it is tried at.
         full: full fine-tuning.
+        dtype: of the base, in place of the study's, where trainings are processes of their own.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...]
     full: bool = False
+    dtype: Precision | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +192,9 @@ PROVED = Study(
     name="proved",
     claim="Zero at the start, the base frozen, and no latency after merging",
     expected="by construction (arXiv 2106.09685, section 4)",
-    arms=(Arm(name="r = 16", settings={"adapter.r": 16}, rates=(1e-3,)),),
+    arms=tuple(
+        Arm(name=dtype, settings={"adapter.r": 16}, rates=(1e-3,), dtype=dtype) for dtype in ("bfloat16", "float32")
+    ),
     reading="proof",
     examples=64,
     held_out=32,

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from twofold import atomic
+from twofold.base.load import Base, Precision, load_base
 from twofold.config import write_yaml
 from twofold.errors import RunError
 from twofold.events import Emit, Message, silent
@@ -90,6 +91,11 @@ class Bench:
     @cached_property
     def loaded(self) -> Loaded:
         return load(self.config, self.emit, ALONE)
+
+    def base_in(self, dtype: Precision) -> Base:
+        """The study's base, or the same in another type."""
+        own = self.config
+        return self.loaded.base if dtype == own.dtype else load_base(own.base, dtype, own.device, self.emit)
 
     def keep(self, rows: dict[str, Row]) -> None:
         """Write down what is known."""
@@ -213,7 +219,7 @@ def _one_apart(bench: Bench, arm: Arm, rate: float, seed: int) -> Row:
     started = time.perf_counter()
     run = bench.folder / "arms" / _plain(arm.name) / f"rate={rate:g}-seed={seed}"
     config = changed(bench.config, {**arm.settings, RATE: rate, "training.seed": seed})
-    config = replace(config, full=arm.full, output=str(run))
+    config = replace(config, full=arm.full, output=str(run), dtype=arm.dtype or config.dtype)
     row: Row = {"arm": arm.name, "rate": rate, "seed": seed, "alone": True}
     report = _trained(config, run)
     if report is None:
@@ -231,7 +237,9 @@ def _one_apart(bench: Bench, arm: Arm, rate: float, seed: int) -> Row:
         "verification": report["verification"],
         "base_unchanged": report["base_unchanged"],
         "merged_loss": (report["evaluation"]["merged"] or {}).get("loss"),
-        "probes": (probe_full if arm.full else probe_adapter)(bench.study, bench.ground, bench.loaded.base, made),
+        "probes": (probe_full if arm.full else probe_adapter)(
+            bench.study, bench.ground, bench.base_in(config.dtype), made
+        ),
     }
     if arm.full:
         shutil.rmtree(made)
@@ -277,7 +285,7 @@ def _report(asked: Study, bench: Bench, found: Found) -> dict[str, Any]:
         "examples": asked.examples,
         "held_out": asked.held_out,
         "seeds": asked.seeds,
-        "dtype": bench.config.dtype,
+        "dtype": " and ".join(dict.fromkeys(arm.dtype or bench.config.dtype for arm in asked.arms)),
         "device": device.type,
         "threads": torch.get_num_threads(),
         "budget_hours": asked.hours,

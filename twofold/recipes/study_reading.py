@@ -250,54 +250,73 @@ def _spectra(study: Study, rows: Rows, folder: Path) -> Found:
         energy = {int(r): statistics.fmean(s["energy"][r] for s in own) for r in own[0]["energy"]}
         series.append(Series(arm.name, [(math.log10(r), share) for r, share in energy.items()]))
     drawn = {f"{study.name}.svg": picture("Share of an update's energy by rank", "rank", series, power_of_ten)}
-    verdict = f"Mean over the modules; {'; '.join(f'{row[0]} keeps 90 % at rank {row[1]}' for row in table[1:])}."
-    overlaps = _overlaps(study, rows, folder)
-    table += [["", *("" for _ in range(3))], ["shared directions", *(f"first {k}" for k in TOP)], *overlaps]
-    return Found(verdict, table, drawn)
+    kept = "; ".join(f"{row[0]} keeps 90 % at rank {row[1]}" for row in table[1:])
+    shared = _shared_directions(study, rows, folder)
+    table += [["", *("" for _ in TOP)], ["shared directions", *(f"first {k}" for k in TOP)], *shared.table]
+    return Found(f"Mean over the modules; {kept}. {shared.verdict}", table, drawn)
 
 
-def _overlaps(study: Study, rows: Rows, folder: Path) -> list[list[str]]:
-    """The mean share of the first directions of A that two adapters have in common."""
-    kept = [(f"{r['arm']}, seed {r['seed']}", folder / r["adapter"]) for r in rows.values() if r.get("adapter")]
-    directions = {name: {m: decomposed(u).V for m, u in updates_of(open_adapter(path)).items()} for name, path in kept}
-    found = []
-    for (a, first), (b, second) in combinations(directions.items(), 2):
-        shares = [subspace_similarity(first[m], second[m]) for m in first]
-        found.append(
-            [f"{a} and {b}", *(f"{statistics.fmean(float(s[k - 1, k - 1]) for s in shares):.2f}" for k in TOP)]
-        )
-    return found
+def _shared_directions(study: Study, rows: Rows, folder: Path) -> Found:
+    """How much of the first directions every two adapters have in common, of what they read (A) and of what they write (B)."""
+    kept = {f"{r['arm']}, seed {r['seed']}": folder / r["adapter"] for r in rows.values() if r.get("adapter")}
+    found = {n: {m: decomposed(u) for m, u in updates_of(open_adapter(path)).items()} for n, path in kept.items()}
+    table, first = [], {}
+    for side, of in (("read", lambda d: d.V), ("written", lambda d: d.U)):
+        pairs = []
+        for a, b in combinations(found, 2):
+            each = [subspace_similarity(of(found[a][m]), of(found[b][m])) for m in found[a]]
+            pairs.append([statistics.fmean(float(s[k - 1, k - 1]) for s in each) for k in TOP])
+            table.append([f"{side}: {a} and {b}", *(f"{share:.2f}" for share in pairs[-1])])
+        widths = [len(of(d)) for modules in found.values() for d in modules.values()]
+        chance = [statistics.fmean(k / width for width in widths) for k in TOP]
+        table.append([f"{side}: by chance", *(f"{share:.2f}" for share in chance)])
+        first[side] = statistics.fmean(shares[-1] for shares in pairs)
+    verdict = (
+        f"Of the first {TOP[-1]} directions two adapters share on average {first['read']:.0%} of those that they read and "
+        f"{first['written']:.0%} of those that they write."
+    )
+    return Found(verdict, table)
 
 
 def _proof(study: Study, rows: Rows, folder: Path) -> Found:
-    (row,) = [r for r in rows.values() if "verification" in r]
+    found = [(arm.name, trained(study, rows, arm.name)[0]) for arm in study.arms]
+    columns = [[name, *_proof_figures(row).values()] for name, row in found]
+    labels = ["", *_proof_figures(found[0][1])]
+    table = [list(line) for line in zip(labels, *columns, strict=True)]
+    said = " ".join(_proof_words(name, row) for name, row in found)
+    return Found(f"{said} Times are medians; in the table, ± is half the distance of the quartiles.", table)
+
+
+def _proof_figures(row: Row) -> dict[str, str]:
     proof, promises = row["verification"], row["probes"]["promises"]
     times = medians(promises["milliseconds_per_token"])
-    table = [
-        ["", ""],
-        ["logits at step 0 that are the base's, bit for bit", _all_of(promises["zero_at_start"], promises)],
-        ["base bit for bit what it was after training", str(row["base_unchanged"])],
-        ["largest difference of a logit, adapter against merged", f"{proof['max_abs_logit_difference']:.3g}"],
-        ["what the models' own rounding moves a logit", f"{proof['tolerance']:.3g}"],
-        ["what the adapter moves a logit", f"{proof['control_difference']:.3g}"],
-        ["held-out loss, adapter apart", f"{row['loss']:.4f}"],
-        ["held-out loss, merged", f"{row['merged_loss']:.4f}"],
-        *([f"milliseconds a token, {name}", f"{t:.2f} ± {spread:.2f}"] for name, (t, spread) in times.items()),
-    ]
-    ratio = {name: t / times["base"][0] for name, (t, _) in times.items()}
+    return {
+        "logits at step 0 that are the base's, bit for bit": _all_of(promises["zero_at_start"], promises),
+        "base bit for bit what it was after training": str(row["base_unchanged"]),
+        "largest difference of a logit, adapter against merged": f"{proof['max_abs_logit_difference']:.3g}",
+        "what the models' own rounding moves a logit": f"{proof['tolerance']:.3g}",
+        "what the adapter moves a logit": f"{proof['control_difference']:.3g}",
+        "held-out loss, adapter apart": f"{row['loss']:.4f}",
+        "held-out loss, merged": f"{row['merged_loss']:.4f}",
+        **{f"milliseconds a token, {name}": f"{t:.2f} ± {spread:.2f}" for name, (t, spread) in times.items()},
+    }
+
+
+def _proof_words(name: str, row: Row) -> str:
+    proof, promises = row["verification"], row["probes"]["promises"]
+    times = {of: t for of, (t, _) in medians(promises["milliseconds_per_token"]).items()}
     merged = (
         "a merged model says what the adapter says, to its own rounding"
         if proof["passed"]
         else f"a merged model is NOT the adapter to its own rounding: a logit differs by {proof['max_abs_logit_difference']:.3g}, "
         f"and rounding moves it {proof['tolerance']:.3g}"
     )
-    verdict = (
-        f"A fresh adapter {'changes no bit' if promises['zero_at_start'] else 'CHANGES bits'} of the base's logits; the base was "
-        f"{'not written' if row['base_unchanged'] else 'WRITTEN'}; {merged}. A token takes {ratio['merged']:.2f} times the base's "
-        f"time in the merged model and {ratio['adapter apart']:.2f} with the adapter apart (medians; in the table, ± is half the "
-        "distance of the quartiles)."
+    return (
+        f"In {name} a fresh adapter {'changes no bit' if promises['zero_at_start'] else 'CHANGES bits'} of the base's logits; the "
+        f"base was {'not written' if row['base_unchanged'] else 'WRITTEN'}; {merged}; a token takes "
+        f"{times['merged'] / times['base']:.2f} times the base's time in the merged model and "
+        f"{times['adapter apart'] / times['base']:.2f} with the adapter apart."
     )
-    return Found(verdict, table)
 
 
 def _all_of(same: bool, promises: Mapping[str, Any]) -> str:
