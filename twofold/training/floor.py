@@ -2,8 +2,9 @@
 
 Every product of the step as it must be executed, at its own shapes and with the real layers' weights, one after the other: the
 frozen projections and their input gradients, the low-rank products, attention's, the logits and their gradient, made by
-whatever makes them in a step here: PyTorch's products, or our own kernels. What a step takes beyond that is overhead; the share
-that the floor has in a step says how near the machine's limit a training runs.
+whatever makes them in a step here: PyTorch's products, or our own kernels. Attention is taken whole where a kernel makes it in
+less time than its products one by one. What a step takes beyond that is overhead; the share that the floor has in a step says
+how near the machine's limit a training runs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from twofold.base.batch import PackedBatch
 from twofold.base.blocks import Decoder
 from twofold.events import Event, Step
-from twofold.functional.attention import attention_products
+from twofold.functional.attention import Scoring, attention_backward, attention_forward, attention_products
 from twofold.functional.loss import chunk_rows, hidden_gradient, logits_of
 from twofold.functional.segments import AttentionPlan
 from twofold.layers.block import BlockTensors
@@ -31,7 +32,9 @@ from twofold.training.block import plans_of
 from twofold.training.layout import Layout, lay_out
 from twofold.training.objective import FastObjective, Objective
 
-ROUNDS = 3
+ROUNDS = 2
+Attend: TypeAlias = Callable[..., None]
+"""Does what attention has to do: as `attention_products`."""
 
 
 class StepTimes:
@@ -81,29 +84,44 @@ def measured_floor(objective: Objective, times: StepTimes, batches: Callable[[in
 
 
 def floor_seconds(decoder: Decoder, batches: Sequence[PackedBatch], *, share: bool) -> float:
-    """Seconds of a step's matrix products, forward and backward: the least of a few rounds."""
+    """Seconds of a step's matrix products, forward and backward: the least of a few rounds with attention made in each way."""
     layouts = [lay_out(b, share=share) for b in batches]
     device = cast(Tensor, decoder.norm.weight).device
     rounds = []
     with torch.no_grad():
-        for _ in range(ROUNDS):
+        for attend in WAYS * ROUNDS:
             synchronise(device)
             started = time.perf_counter()
             for layout in layouts:
-                _products(decoder, layout)
+                _products(decoder, layout, attend)
             synchronise(device)
             rounds.append(time.perf_counter() - started)
     return min(rounds)
 
 
-def _products(decoder: Decoder, layout: Layout) -> None:
+def _whole_attention(
+    plan: AttentionPlan, d: int, scoring: Scoring, operand: Callable[..., Tensor], *, backward: bool
+) -> None:
+    heads = plan.heads
+    q = operand(len(plan.spans.asking), heads.queries, d)
+    k = operand(len(plan.own_keys) // heads.keys, heads.keys, d)
+    out, kept = attention_forward(q, k, k, plan, scoring)
+    if backward:
+        attention_backward(out, q, k, k, kept, plan, scoring)
+
+
+WAYS: tuple[Attend, ...] = (attention_products, _whole_attention)
+"""In which attention is made, of which the faster one counts."""
+
+
+def _products(decoder: Decoder, layout: Layout, attend: Attend) -> None:
     some = _Operands(cast(Tensor, decoder.norm.weight))
     plans = plans_of(decoder, layout, some.like)
     learns_below = any(p.requires_grad for p in decoder.embedding.parameters())
     for block, plan in zip(decoder.blocks, plans, strict=True):
         asked = layout.rows if block is not decoder.blocks[-1] else len(layout.asked)
         t, learned = decoder.tensors(block)
-        _block_products(t, plan, layout.rows, asked, some, input_gradient=learns_below)
+        _block_products(t, plan, layout.rows, asked, some, attend, input_gradient=learns_below)
         learns_below |= bool(learned)
     head = cast(Tensor, decoder.head.weight)
     for hidden in some(layout.labels.numel(), head.shape[1]).split(chunk_rows(layout.labels.numel(), len(head))):
@@ -124,7 +142,14 @@ class _Operands:
 
 
 def _block_products(
-    t: BlockTensors, plan: AttentionPlan, rows: int, asked: int, some: _Operands, *, input_gradient: bool
+    t: BlockTensors,
+    plan: AttentionPlan,
+    rows: int,
+    asked: int,
+    some: _Operands,
+    attend: Attend,
+    *,
+    input_gradient: bool,
 ) -> None:
     """As `block_backward`, no gradient is formed below the lowest projection that learns."""
     apart = asked != rows and len(t.qkv.members) == 3
@@ -133,7 +158,7 @@ def _block_products(
     ):
         _group_products(group, count, some, input_gradient=input_gradient)
     into_attention = input_gradient or t.qkv.learns
-    attention_products(plan, t.head_dim, t.scoring, some, backward=into_attention)
+    attend(plan, t.head_dim, t.scoring, some, backward=into_attention)
     below = into_attention
     for group in (t.o, t.gate_up, t.down):
         _group_products(group, asked, some, input_gradient=below)
