@@ -74,6 +74,12 @@ def test_every_verb_explains_itself(cli: WarmCli, verb: str) -> None:
     assert found.stderr == ""
 
 
+def test_help_may_stand_behind_a_flag_that_wants_a_value(cli: WarmCli) -> None:
+    found = cli("resize", "somewhere", "--tolerance", "--help")
+    assert found.code == 0
+    assert "held-out loss stays within a tolerance" in " ".join(found.stdout.split())
+
+
 def test_help_lists_every_verb_and_loads_no_torch() -> None:
     code = (
         "import sys; from twofold.cli.main import main; code = main(['--help']);"
@@ -277,6 +283,14 @@ def test_adapters_that_cannot_be_read(cli: WarmCli, llama_base: Path, broken: Pa
     tensors.write_bytes(whole)
     assert "is not valid JSON" in cli("inspect", broken).refusal()
     assert "no adapter folder at" in cli("inspect", tmp_path / "nowhere").refusal()
+
+
+def test_an_adapter_that_is_not_there_is_told_before_the_base_is_loaded(
+    cli: WarmCli, llama_base: Path, tmp_path: Path
+) -> None:
+    found = cli("generate", "--base", llama_base, "--adapter", tmp_path / "nowhere", "hello")
+    assert "no adapter folder at" in found.refusal()
+    assert "loading" not in found.stderr
 
 
 def test_an_adapter_whose_tensors_do_not_fit(cli: WarmCli, llama_base: Path, broken: Path) -> None:

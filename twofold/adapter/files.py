@@ -95,7 +95,7 @@ def open_adapter(path: Path) -> AdapterFiles:
         AdapterFileError: files are missing, damaged or pickled, the config asks for what Twofold does not do, or the tensors
             alone do not say what the adapter does (PEFT's PiSSA and OLoRA): `load_adapter` then takes the base to help.
     """
-    files = _open(path)
+    files = opened_folder(path)
     if is_subtracted(files.config.init_lora_weights):
         raise AdapterFileError(
             f"{path} holds the raw factors of init_lora_weights={files.config.init_lora_weights!r}, which fit a base that PEFT "
@@ -105,7 +105,12 @@ def open_adapter(path: Path) -> AdapterFiles:
     return files
 
 
-def _open(path: Path) -> AdapterFiles:
+def opened_folder(path: Path) -> AdapterFiles:
+    """An adapter folder whose files are there and can be read.
+
+    Raises:
+        AdapterFileError: as `open_adapter`, but for factors that need the base's help.
+    """
     if not path.is_dir():
         raise AdapterFileError(f"no adapter folder at {path}")
     if not (path / TENSORS).exists() and (path / "adapter_model.bin").exists():
@@ -174,7 +179,7 @@ def reading_adapter(model: nn.Module, path: Path | str, name: str = DEFAULT_NAME
     if file := foreign_file(Path(path)):
         config, made = read_foreign(model, file, name)
         return Fitted(AdapterFiles(file, config, TensorFile(file), None, None), config, made)
-    files = _open(Path(path))
+    files = opened_folder(Path(path))
     yield
     shapes = module_shapes(model)
     yield

@@ -45,6 +45,8 @@ def parse(
         ConfigError: an unknown flag, with the nearest right one; a value of the wrong type; a flag that is missing.
     """
     chosen: Any = {} if default is None else {"default": default}
+    if {"-h", "--help"} & set(arguments):
+        arguments = ["--help"]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -16,6 +16,11 @@ from twofold.cli.terminal import Terminal, stdout
 from twofold.merging.resize import Size
 from twofold.recipes.resize import resize
 
+DESCRIPTION = (
+    "An adapter at other ranks, and what that loses. --tolerance SHARE --data FILE measures the held-out loss at each smaller "
+    "rank instead, and takes the smallest that raises it no more (--tolerance --help)."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResizeFlags:
@@ -40,7 +45,7 @@ def run(arguments: list[str]) -> int:
     if any(a.partition("=")[0] == "--tolerance" for a in arguments):
         return resize_by_loss.run(arguments)
     arguments, as_json = take(arguments, "--json")
-    flags = parse(ResizeFlags, arguments, verb="resize", description="An adapter at other ranks, and what that loses.")
+    flags = parse(ResizeFlags, arguments, verb="resize", description=DESCRIPTION)
     size = Size(r=flags.r, energy=flags.energy, ratio=flags.ratio)
     with Terminal() as terminal:
         found = resize(flags.adapter, flags.output, size, terminal)

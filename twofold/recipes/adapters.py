@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from twofold.adapter.attach import activate
-from twofold.adapter.files import OURS, AdapterFiles, load_adapter, open_adapter
+from twofold.adapter.files import AdapterFiles, load_adapter, open_adapter, opened_folder
+from twofold.adapter.foreign import foreign_file
 from twofold.base.fingerprint import check_same_base
 from twofold.base.head import Head
 from twofold.base.load import Base, Precision, load_base, renderer_for
@@ -120,9 +121,11 @@ def recorded_head(folders: list[Path]) -> Head:
     """What adapters were trained to predict with; next tokens, unless they say otherwise.
 
     Raises:
+        AdapterFileError: there is none, or it cannot be read; this is told before a base is loaded.
         ConfigError: they were trained for different tasks, or classes.
     """
-    found = {_head(open_adapter(folder)) for folder in folders if (folder / OURS).is_file()}
+    files = [opened_folder(folder) for folder in folders if not foreign_file(folder)]
+    found = {_head(f) for f in files if f.provenance}
     if len(found) > 1:
         said = " and ".join(sorted(f"{h.task} {list(h.labels) or ''}".strip() for h in found))
         raise ConfigError(f"these adapters were trained for {said} and cannot go on one base; use them one at a time")
