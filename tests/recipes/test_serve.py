@@ -35,3 +35,9 @@ def test_what_pytorch_decodes_stays_in_the_faster_type(gpt2_base: Path) -> None:
 def test_a_type_that_is_asked_for_is_kept(wide_base: Path) -> None:
     served = load_served(ServeConfig(base=str(wide_base), dtype="float32"))
     assert served.base.dtype == torch.float32
+
+
+def test_our_kernels_decode_a_packed_base_in_the_type_it_was_packed_in(wide_base: Path) -> None:
+    served = load_served(ServeConfig(base=str(wide_base), quantization="int8"))
+    assert served.scheduler.path.startswith("our own kernels")
+    assert served.base.dtype == torch.float32

@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> int:
     if any(a.partition("=")[0] == "--tolerance" for a in arguments):
         return resize_by_loss.run(arguments)
     arguments, as_json = take(arguments, "--json")
-    flags = parse(ResizeFlags, arguments, verb="resize", description=DESCRIPTION)
+    flags = parse(ResizeFlags, arguments, verb="resize", description=DESCRIPTION, bare=("--json", "--tolerance"))
     size = Size(r=flags.r, energy=flags.energy, ratio=flags.ratio)
     with Terminal() as terminal:
         found = resize(flags.adapter, flags.output, size, terminal)

@@ -15,6 +15,7 @@ from twofold.engine.scheduler import Scheduler
 from twofold.engine.weights import why_not_native
 from twofold.errors import ConfigError
 from twofold.events import Emit, silent
+from twofold.layers.quantised import QuantisedLinear
 from twofold.native.build import built
 from twofold.quant import Kind, Scheme
 
@@ -155,9 +156,12 @@ def load_served(config: ServeConfig, emit: Emit = silent) -> Served:
 
 def _halve(base: Base) -> None:
     """Weights of float32 that our own kernels decode become bfloat16: a pass reads them all once, and half the bytes are half the
-    time, also on a machine that multiplies float32 faster."""
+    time, also on a machine that multiplies float32 faster. Packed weights know the type they multiply in, and stay."""
     described = describe(base.model)
-    if base.dtype == torch.float32 and isinstance(described, Decoder) and why_not_native(described) is None and built():
+    packed = any(isinstance(m, QuantisedLinear) for m in base.model.modules())
+    if packed or base.dtype != torch.float32 or not isinstance(described, Decoder):
+        return
+    if why_not_native(described) is None and built():
         for parameter in base.model.parameters():
             parameter.data = parameter.data.bfloat16()
 

@@ -152,7 +152,17 @@ def _forgetting(study: Study, rows: Rows, folder: Path) -> Found:
         f"{o.mean:.3f})"
         for o in found
     ]
-    return Found(f"Mean rise of the loss on other texts: {'; '.join(said)}." + _edges(study, found), table, drawn)
+    verdict = f"Mean rise of the loss on other texts: {'; '.join(said)}.{_edges(study, found)}{_learned_alike(study, rows, before)}"
+    return Found(verdict, table, drawn)
+
+
+def _learned_alike(study: Study, rows: Rows, before: Mapping[str, float]) -> str:
+    """What each arm forgets for a loss on the task that all of them reach: who learns more may forget more for that alone."""
+    points = {arm.name: _learned_and_forgotten(trained(study, rows, arm.name), before) for arm in study.arms}
+    reached = max(min(loss for loss, _ in each) for each in points.values())
+    least = {name: min(rise for loss, rise in each if loss <= reached) for name, each in points.items()}
+    said = "; ".join(f"{name} {rise:+.3f}" for name, rise in least.items())
+    return f" At a loss on the task of at most {reached:.3f}, which all reach, the least rise of any rate (first seed) is: {said}."
 
 
 def _rise(row: Row, before: Mapping[str, float]) -> float:
