@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import shlex
@@ -11,13 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from warm_cli import Finished, WarmCli
 
+pytest_plugins = ("tiny_fixtures",)
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_HERE = ("git ", "cd ", "make ", "#")
 """What sets a machine up is tried in a fresh clone, not here."""
 PROGRAMS = {
-    "twofold": [sys.executable, "-m", "twofold"],
     "torchrun": [sys.executable, "-m", "torch.distributed.run"],
     "python": [sys.executable],
 }
@@ -33,15 +33,19 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)
-def test_commands_run(page: Path, tmp_path: Path) -> None:
+def test_commands_run(page: Path, tmp_path: Path, cli: WarmCli) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for command in commands(page):
-        words = shlex.split(command, comments=True)
-        program = PROGRAMS[words[0]]
-        done = subprocess.run(
-            [*program, *words[1:]], cwd=tmp_path, input="", capture_output=True, text=True, env=os.environ, check=False
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        program, *arguments = shlex.split(command, comments=True)
+        done = cli(*arguments, cwd=tmp_path) if program == "twofold" else cold(program, arguments, tmp_path)
+        assert done.code == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def cold(program: str, arguments: list[str], cwd: Path) -> Finished:
+    done = subprocess.run(
+        [*PROGRAMS[program], *arguments], cwd=cwd, input="", capture_output=True, text=True, check=False
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)

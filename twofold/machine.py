@@ -54,10 +54,9 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _seconds(torch.bfloat16, device) < 0.8 * _seconds(torch.float32, device) else torch.float32
 
 
-def multiplied_fast(matrix: Tensor) -> Tensor:
-    """A matrix in a type that this machine multiplies fast and well: in float32, or as it is where its type is the faster one."""
-    kept = matrix.dtype in (torch.float32, fastest_dtype(matrix.device))
-    return matrix if kept else matrix.float()
+def multiplied_in(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type in which this machine multiplies well what is stored in another: float32, or that one where it is the faster."""
+    return stored if stored == fastest_dtype(device) else torch.float32
 
 
 def _seconds(dtype: torch.dtype, device: torch.device) -> float:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from twofold.lowrank.factors import LowRank
-from twofold.lowrank.intruders import ALIKE, frobenius_norm, intruders, intruders_exactly, spectral_norm
-from twofold.machine import multiplied_fast
+from twofold.lowrank.intruders import ALIKE, intruders, intruders_exactly
+from twofold.machine import multiplied_in
 
 SPECTRA = {
     "power": lambda i: (i + 1) ** -0.7,
@@ -43,7 +43,8 @@ def test_they_are_those_of_a_dense_decomposition(
     dense = dense[:, values > 1e-3 * values[0]]  # what W maps to nothing has no directions of its own
     y = torch.linalg.svd(W.double() + change.scale * change.B.double() @ change.A.double()).U[:, :10]
     expected = (dense.T @ y).abs().amax(0)
-    exact, found = (torch.tensor(f(multiplied_fast(W), change, 10).cosines) for f in (intruders_exactly, intruders))
+    multiplied = W.to(multiplied_in(dtype, W.device))
+    exact, found = (torch.tensor(f(multiplied, change, 10).cosines) for f in (intruders_exactly, intruders))
     clear = (expected - ALIKE).abs() > 0.2  # a mixture of neighbours in a flat spectrum is known no better
     torch.testing.assert_close(exact[clear], expected.float()[clear], rtol=0, atol=0.01)
     if spectrum == "rank-deficient" and dtype is torch.bfloat16:
@@ -70,11 +71,3 @@ def test_nothing_is_like_a_zero_weight() -> None:
     W = torch.zeros(300, 200)
     for find in (intruders, intruders_exactly):
         assert find(W, update(300, 200, [1.0]), 3).cosines == [0.0] * 3
-
-
-def test_norms_leave_the_weight_as_it_is() -> None:
-    W = weight("power", 300, 400, torch.float32)
-    before = W.clone()
-    assert frobenius_norm(W) == pytest.approx(float(before.double().norm()))
-    assert spectral_norm(W) == pytest.approx(1.0, rel=0.05)
-    assert torch.equal(W, before)

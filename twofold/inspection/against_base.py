@@ -18,9 +18,10 @@ from twofold.errors import did_you_mean
 from twofold.events import Emit, Progress
 from twofold.inspection.lint import Finding
 from twofold.lowrank.algebra import bases_of
+from twofold.lowrank.beside import sizes
 from twofold.lowrank.factors import LowRank
-from twofold.lowrank.intruders import ALIKE, Likeness, amplification, frobenius_norm, spectral_norm
-from twofold.machine import multiplied_fast
+from twofold.lowrank.intruders import ALIKE, Likeness
+from twofold.machine import multiplied_in
 from twofold.tensorfile import nonfinite
 
 Look: TypeAlias = Callable[[Tensor, LowRank], Likeness]
@@ -62,22 +63,27 @@ def beside_base(
     for i, (name, update) in enumerate(updates.items(), 1):
         base.expect(f"{following[i - 1]}.weight")
         if not nonfinite({"A": update.A, "B": update.B}):
-            weight = multiplied_fast(base.read(f"{name}.weight")).flatten(1)
+            weight = base.read(f"{name}.weight").flatten(1)
             found[name] = _beside(weight.T if shapes[name].kind in TRANSPOSED else weight, update, look)
         emit(Progress(task="reading the base", done=i, total=len(updates)))
     return found
 
 
 def _beside(weight: Tensor, update: LowRank, look: Look | None) -> BesideBase:
-    found, size, likeness = bases_of(update), frobenius_norm(weight), look(weight, update) if look else None
-    largest = likeness.spectral_norm if likeness else spectral_norm(weight)
+    found, dtype = bases_of(update), multiplied_in(weight.dtype, weight.device)
+    likeness = look(weight.to(dtype), update) if look else None
+    own = sizes(weight, found, dtype, likeness.spectral_norm if likeness else None)
     return BesideBase(
-        relative_norm=float(found.values.norm()) / size if size else float("inf"),
-        relative_spectral_norm=float(found.values[0]) / largest if largest else float("inf"),
-        amplification=amplification(weight, found),
+        relative_norm=_share(found.values.norm(), own.frobenius_norm),
+        relative_spectral_norm=_share(found.values[0], own.spectral_norm),
+        amplification=own.amplification,
         intruders=None if likeness is None else sum(cosine < ALIKE for cosine in likeness.cosines),
         likeness=None if likeness is None else likeness.cosines,
     )
+
+
+def _share(size: Tensor, of: float) -> float:
+    return float(size) / of if of else float("inf")
 
 
 def fits(update: LowRank, shape: ModuleShape | None) -> bool:

@@ -73,11 +73,11 @@ def decomposed(update: LowRank) -> Decomposition:
 
 @dataclass(frozen=True)
 class Bases:
-    """Orthonormal bases of the spaces that a delta maps into and from, in float64, and its singular values, largest first."""
+    """Orthonormal bases of the spaces that a delta maps into and from, in float64, and all its singular values, largest first."""
 
     out: Float[Tensor, "out k"]
     in_: Float[Tensor, "in_ k"]
-    values: Float[Tensor, " k"]
+    values: Float[Tensor, " r"]
 
 
 def bases_of(update: LowRank) -> Bases:

@@ -1,7 +1,5 @@
-"""A weight and its update beside each other: how large, how much is amplified, what is new. Nothing is decomposed whole.
+"""What an update brings that its weight W did not have, without decomposing anything whole.
 
-*Amplification* (arXiv 2106.09685, section 7.3) is ‖delta‖_F / ‖Uᵀ W V‖_F with U, V the update's own singular directions: how much
-louder than in W they are.
 An *intruder* (arXiv 2410.21228) is one of the k largest left singular vectors y of W + delta that is like none of W's: max_i
 |cos(y, u_i)| < epsilon. By definition that takes two whole decompositions of W's size (`intruders_exactly`). `intruders` reads W a
 few times instead, each step only for the y that the one before left open:
@@ -19,18 +17,15 @@ Directions of W whose values lie too close to be told apart count as one; so a m
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from twofold.lowrank.algebra import Bases
-from twofold.lowrank.factors import SUMMED_ELEMENTS, LowRank
+from twofold.lowrank.beside import COLUMNS, times, times_transposed
+from twofold.lowrank.factors import LowRank
 
-COLUMNS = 16
-"""Of a block: torch multiplies a large matrix with sixteen columns many times faster than with ten."""
 BLOCKS = 4
 """Of the Krylov space; twice as many where what it shows is not settled."""
 CONVERGED = 0.05
@@ -57,36 +52,6 @@ class Likeness(NamedTuple):
 
     cosines: list[float]
     spectral_norm: float
-
-
-def amplification(weight: Float[Tensor, "out in_"], update: Bases) -> float:
-    """How much louder an update's directions are in it than in W: infinite where W does nothing in them, zero for a zero update."""
-    if not update.out.shape[1]:
-        return 0.0
-    own = float((update.out.float().T @ _times(weight, update.in_.float())).norm())
-    return float(update.values.norm()) / own if own else float("inf")
-
-
-def spectral_norm(weight: Float[Tensor, "out in_"]) -> float:
-    """From one block iteration, from below, by a few per cent at most."""
-    start = torch.randn(weight.shape[1], COLUMNS, generator=torch.Generator().manual_seed(0))
-    back = _times_transposed(weight, torch.linalg.qr(_times(weight, start)).Q)
-    return float(torch.linalg.matrix_norm(_times(weight, torch.linalg.qr(back).Q), 2))
-
-
-def frobenius_norm(weight: Float[Tensor, "out in_"]) -> float:
-    """Some rows at a time: in float32 they stay in a core's cache, which is several times as fast as the norm of it all."""
-    parts = weight.split(max(1, SUMMED_ELEMENTS // weight.shape[1]))
-    return math.sqrt(sum(float(part.float().square().sum()) for part in parts))
-
-
-def _times(weight: Tensor, block: Tensor) -> Tensor:
-    return (weight @ block.to(weight)).float()
-
-
-def _times_transposed(weight: Tensor, block: Tensor) -> Tensor:
-    """Wᵀ times a block: half the time of the same with a transposed view of W."""
-    return (block.T.to(weight) @ weight).T.float()
 
 
 def intruders_exactly(weight: Float[Tensor, "out in_"], update: LowRank, k: int) -> Likeness:
@@ -119,14 +84,14 @@ def _look(weight: Tensor, A: Tensor, B: Tensor, k: int, blocks: int) -> tuple[Li
     cosines, best = (y.T @ u).abs().max(1)
     found = [min(float(c), 1.0) for c in cosines]
     back = of_weight @ u
-    converged = _converged(_times(weight, back), space @ u, back)
+    converged = _converged(times(weight, back), space @ u, back)
     left = [i for i, cosine in enumerate(found) if cosine < SURELY or not converged[int(best[i])]]
     if left:
         for i, cosine in zip(left, _cosines(weight, space @ y[:, left]), strict=True):
             found[i] = cosine
     new = y[:, [i for i in left if found[i] < ALIKE]]
     back = images @ new
-    sure = not new.shape[1] or all(_converged(_times(weight, back) + B @ (A @ back), space @ new, back))
+    sure = not new.shape[1] or all(_converged(times(weight, back) + B @ (A @ back), space @ new, back))
     return Likeness(found, float((of_weight @ u[:, :1]).norm())), sure
 
 
@@ -136,10 +101,10 @@ def _krylov(weight: Tensor, A: Tensor, B: Tensor, blocks: int) -> tuple[Float[Te
     x = torch.randn(weight.shape[1], width, generator=torch.Generator().manual_seed(0))
     basis, images = torch.empty(len(weight), 0), torch.empty(weight.shape[1], 0)
     for _ in range(min(blocks, max(1, min(weight.shape) // width))):
-        y = _times(weight, x) + B @ (A @ x)
+        y = times(weight, x) + B @ (A @ x)
         for _ in range(2):  # once loses what rounding brings back
             y = torch.linalg.qr(y - basis @ (basis.T @ y)).Q
-        x = _times_transposed(weight, y) + A.T @ (B.T @ y)
+        x = times_transposed(weight, y) + A.T @ (B.T @ y)
         basis, images = torch.cat([basis, y], 1), torch.cat([images, x], 1)
     return basis, images
 
@@ -180,7 +145,7 @@ def _cosines(weight: Tensor, starts: Float[Tensor, "out k"]) -> list[float]:
     most = torch.zeros(starts.shape[1], dtype=torch.float64)
     for step in range(1, steps + 1):
         last, held = bases[:, step - 1].T, bases[:, :step]
-        new = _times(weight, _times_transposed(weight, last)).T
+        new = times(weight, times_transposed(weight, last)).T
         diagonal.append((new * last.T).sum(1))
         for _ in range(2):  # once loses what rounding brings back
             new = new - ((held @ new[:, :, None]).mT @ held)[:, 0]

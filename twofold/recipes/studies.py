@@ -6,7 +6,7 @@ runs with the others. A study that asks about the rates themselves (`every_rate`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -70,7 +70,9 @@ class Study:
 
 LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 FULL_RATES = (1e-4, 3e-4, 1e-3)
-GRID = tuple(spaced(1e-4, 1e-2, 5))
+RATES = tuple(spaced(3.2e-4, 1e-2, 4))
+HIGHER_RATES = tuple(spaced(1e-3, 3.2e-2, 4))
+"""For adapters whose scale is small."""
 
 
 def _rank(r: int, **settings: Any) -> Arm:
@@ -93,9 +95,19 @@ MATCHES_FULL_VERSES = Study(
     name="matches-full-verses",
     claim="The same on a task of style, which is harder to learn",
     expected=MATCHES_FULL.expected,
-    arms=(_rank(4), _rank(64), FULL),
+    arms=(*(replace(_rank(r), rates=LORA_RATES[1:]) for r in (4, 64)), FULL),
     reading="best",
     material="king-james",
+    examples=128,
+    held_out=64,
+)
+MATCHES_FULL_LONGER = Study(
+    name="matches-full-longer",
+    claim="The same after three epochs, which is nearer to what each can hold",
+    expected=MATCHES_FULL.expected,
+    arms=(replace(_rank(8), rates=LORA_RATES[1:3]), replace(FULL, rates=FULL_RATES[1:])),
+    reading="best",
+    common={"training.epochs": 3},
 )
 FORGETS_LESS = Study(
     name="forgets-less",
@@ -125,34 +137,46 @@ COSTS_LESS = Study(
     seeds=3,
     apart=True,
 )
-RATE_AND_RANK = tuple(
-    Arm(name=f"{scaling}, r = {r}", settings={"adapter.r": r, **settings(r)}, rates=GRID)
-    for scaling, settings in (
-        ("alpha/r", lambda r: {"adapter.lora_alpha": 32}),
-        ("alpha/sqrt(r)", lambda r: {"adapter.lora_alpha": 8, "adapter.use_rslora": True}),
-        ("no scale", lambda r: {"adapter.lora_alpha": 2 * r}),
-    )
-    for r in (4, 16, 64)
-)
+SCALINGS: Mapping[str, Callable[[int], dict[str, Any]]] = {
+    "alpha/r": lambda r: {"adapter.lora_alpha": 32},
+    "alpha/sqrt(r)": lambda r: {"adapter.lora_alpha": 8, "adapter.use_rslora": True},
+    "no scale": lambda r: {"adapter.lora_alpha": 2 * r},
+}
+"""Three that agree at r = 16, where each multiplies by 2."""
+
+
+def _scaled(name: str, r: int, settings: Mapping[str, Any], rates: tuple[float, ...] = RATES) -> Arm:
+    return Arm(name=name, settings={"adapter.r": r, **settings}, rates=rates)
+
+
+def _alpha(alpha: int, rates: tuple[float, ...] = RATES) -> Arm:
+    return _scaled(f"r = 16, alpha = {alpha}", 16, {"adapter.lora_alpha": alpha}, rates)
+
+
 RATE_BY_RANK = Study(
     name="rate-by-rank",
     claim="The best learning rate does not depend on the rank with alpha/r; it does with alpha/sqrt(r) or none",
     expected="independent of the rank under alpha/r (Schulman 2025)",
-    arms=RATE_AND_RANK,
+    arms=(
+        *(_scaled(f"{name}, r = 4", 4, settings(4)) for name, settings in SCALINGS.items()),
+        _alpha(32),
+        *(
+            _scaled(f"{name}, r = 64", 64, settings(64), HIGHER_RATES if name == "alpha/r" else RATES)
+            for name, settings in SCALINGS.items()
+        ),
+    ),
     reading="rates",
     examples=128,
     held_out=64,
     every_rate=True,
+    folder="rates",
 )
 ALPHA_BY_RATE = replace(
     RATE_BY_RANK,
     name="alpha-by-rate",
     claim="Twice the alpha is half the learning rate",
     expected="with Adam, A and B each move by their own rate, so that only B's half of it follows",
-    arms=tuple(
-        Arm(name=f"alpha = {alpha}", settings={"adapter.r": 16, "adapter.lora_alpha": alpha}, rates=GRID)
-        for alpha in (8, 16, 32, 64, 128)
-    ),
+    arms=(_alpha(8, HIGHER_RATES), _alpha(16), _alpha(32), _alpha(128)),
 )
 TARGETS = Study(
     name="targets",
@@ -241,7 +265,16 @@ SENTIMENT = Study(
 STUDIES = {
     s.name: s
     for s in (
-        *(SENTIMENT, MATCHES_FULL, MATCHES_FULL_VERSES, FORGETS_LESS, COSTS_LESS, RATE_BY_RANK, ALPHA_BY_RATE),
+        *(
+            SENTIMENT,
+            MATCHES_FULL,
+            MATCHES_FULL_LONGER,
+            MATCHES_FULL_VERSES,
+            FORGETS_LESS,
+            COSTS_LESS,
+            RATE_BY_RANK,
+            ALPHA_BY_RATE,
+        ),
         *(TARGETS, LOW_RANK, PROVED, VARIANTS),
     )
 }
