@@ -43,7 +43,7 @@ def test_they_are_those_of_dense_decompositions(
     found = sizes(weight, bases_of(update), multiplied)
     u, values, vh = torch.linalg.svd(update.delta().double(), full_matrices=False)
     own = u[:, :4].T @ before.double() @ vh[:4].T
-    assert found.frobenius_norm == pytest.approx(float(before.double().norm()), rel=1e-5)
+    assert found.frobenius_norm == pytest.approx(float(before.double().norm()), rel=1e-4)
     assert found.spectral_norm == pytest.approx(float(torch.linalg.matrix_norm(before.double(), 2)), rel=0.05)
     assert found.amplification == pytest.approx(float(values.norm() / own.norm()), rel=close)
     assert torch.equal(weight, before)
