@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twofold.lowrank.algebra import bases_of
-from twofold.lowrank.beside import sizes
+from twofold.lowrank.beside import Weight, sizes
 from twofold.lowrank.factors import LowRank
 
 
@@ -40,7 +40,7 @@ def test_they_are_those_of_dense_decompositions(
 ) -> None:
     weight = falling(in_, out).to(stored).T if turned else falling(out, in_).to(stored)
     before, update = weight.clone(), LowRank(random(4, in_, seed=1), random(out, 4, seed=2), 0.5)
-    found = sizes(weight, bases_of(update), multiplied)
+    found = sizes(Weight(weight, multiplied), bases_of(update))
     u, values, vh = torch.linalg.svd(update.delta().double(), full_matrices=False)
     own = u[:, :4].T @ before.double() @ vh[:4].T
     assert found.frobenius_norm == pytest.approx(float(before.double().norm()), rel=1e-4)
@@ -52,11 +52,11 @@ def test_they_are_those_of_dense_decompositions(
 def test_what_is_zero() -> None:
     update = LowRank(random(2, 30), random(40, 2), 1.0)
     nothing = LowRank(random(2, 30), torch.zeros(40, 2), 1.0)
-    assert sizes(torch.zeros(40, 30), bases_of(update), torch.float32) == (0.0, 0.0, math.inf)
-    assert sizes(random(40, 30), bases_of(nothing), torch.float32).amplification == 0.0
-    assert sizes(torch.zeros(40, 30), bases_of(nothing), torch.float32).amplification == 0.0
+    assert sizes(Weight(torch.zeros(40, 30), torch.float32), bases_of(update)) == (0.0, 0.0, math.inf)
+    assert sizes(Weight(random(40, 30), torch.float32), bases_of(nothing)).amplification == 0.0
+    assert sizes(Weight(torch.zeros(40, 30), torch.float32), bases_of(nothing)).amplification == 0.0
 
 
 def test_a_known_norm_is_kept() -> None:
     update = LowRank(random(2, 30), random(40, 2), 1.0)
-    assert sizes(random(40, 30), bases_of(update), torch.float32, 7.0).spectral_norm == 7.0
+    assert sizes(Weight(random(40, 30), torch.float32), bases_of(update), 7.0).spectral_norm == 7.0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from twofold.lowrank.beside import Weight
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.intruders import ALIKE, intruders, intruders_exactly
 from twofold.machine import multiplied_in
@@ -43,7 +44,7 @@ def test_they_are_those_of_a_dense_decomposition(
     dense = dense[:, values > 1e-3 * values[0]]  # what W maps to nothing has no directions of its own
     y = torch.linalg.svd(W.double() + change.scale * change.B.double() @ change.A.double()).U[:, :10]
     expected = (dense.T @ y).abs().amax(0)
-    multiplied = W.to(multiplied_in(dtype, W.device))
+    multiplied = Weight(W, multiplied_in(dtype, W.device))
     exact, found = (torch.tensor(f(multiplied, change, 10).cosines) for f in (intruders_exactly, intruders))
     clear = (expected - ALIKE).abs() > 0.2  # a mixture of neighbours in a flat spectrum is known no better
     torch.testing.assert_close(exact[clear], expected.float()[clear], rtol=0, atol=0.01)
@@ -55,12 +56,12 @@ def test_they_are_those_of_a_dense_decomposition(
 
 
 def test_a_zero_update_brings_none() -> None:
-    W = weight("power", 300, 400, torch.float32)
+    W = Weight(weight("power", 300, 400, torch.float32), torch.float32)
     assert min(intruders(W, update(300, 400, [0.0]), 10).cosines) > 0.95
 
 
 def test_a_weight_smaller_than_a_block_is_looked_at_whole() -> None:
-    W = torch.randn(12, 7, generator=torch.Generator().manual_seed(1))
+    W = Weight(torch.randn(12, 7, generator=torch.Generator().manual_seed(1)), torch.float32)
     change = update(12, 7, [30.0, 0.01])
     expected, found = intruders_exactly(W, change, 10).cosines, intruders(W, change, 10).cosines
     assert len(found) == len(expected) == 7
@@ -68,6 +69,6 @@ def test_a_weight_smaller_than_a_block_is_looked_at_whole() -> None:
 
 
 def test_nothing_is_like_a_zero_weight() -> None:
-    W = torch.zeros(300, 200)
+    W = Weight(torch.zeros(300, 200), torch.float32)
     for find in (intruders, intruders_exactly):
         assert find(W, update(300, 200, [1.0]), 3).cosines == [0.0] * 3

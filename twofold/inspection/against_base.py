@@ -18,13 +18,13 @@ from twofold.errors import did_you_mean
 from twofold.events import Emit, Progress
 from twofold.inspection.lint import Finding
 from twofold.lowrank.algebra import bases_of
-from twofold.lowrank.beside import sizes
+from twofold.lowrank.beside import Weight, sizes
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.intruders import ALIKE, Likeness
 from twofold.machine import multiplied_in
 from twofold.tensorfile import nonfinite
 
-Look: TypeAlias = Callable[[Tensor, LowRank], Likeness]
+Look: TypeAlias = Callable[[Weight, LowRank], Likeness]
 """From a weight and its update to the likeness of the changed weight's largest directions (`lowrank.intruders`)."""
 MATRICES = ("linear", "conv1d", "embedding", "convolution")
 
@@ -70,13 +70,14 @@ def beside_base(
 
 
 def _beside(weight: Tensor, update: LowRank, look: Look | None) -> BesideBase:
-    found, dtype = bases_of(update), multiplied_in(weight.dtype, weight.device)
-    likeness = look(weight.to(dtype), update) if look else None
-    own = sizes(weight, found, dtype, likeness.spectral_norm if likeness else None)
+    own = Weight(weight, multiplied_in(weight.dtype, weight.device))
+    likeness = look(own, update) if look else None
+    found = bases_of(update)
+    size = sizes(own, found, likeness.spectral_norm if likeness else None)
     return BesideBase(
-        relative_norm=_share(found.values.norm(), own.frobenius_norm),
-        relative_spectral_norm=_share(found.values[0], own.spectral_norm),
-        amplification=own.amplification,
+        relative_norm=_share(found.values.norm(), size.frobenius_norm),
+        relative_spectral_norm=_share(found.values[0], size.spectral_norm),
+        amplification=size.amplification,
         intruders=None if likeness is None else sum(cosine < ALIKE for cosine in likeness.cosines),
         likeness=None if likeness is None else likeness.cosines,
     )

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from twofold.lowrank.beside import COLUMNS, times, times_transposed
+from twofold.lowrank.beside import COLUMNS, Weight, random_block
 from twofold.lowrank.factors import LowRank
 
 BLOCKS = 4
@@ -54,9 +54,9 @@ class Likeness(NamedTuple):
     spectral_norm: float
 
 
-def intruders_exactly(weight: Float[Tensor, "out in_"], update: LowRank, k: int) -> Likeness:
+def intruders_exactly(weight: Weight, update: LowRank, k: int) -> Likeness:
     """By whole decompositions in float32 or wider."""
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    wide = weight.stored.to(torch.promote_types(weight.stored.dtype, torch.float32))
     own, values, _ = torch.linalg.svd(wide, full_matrices=False)
     changed = torch.linalg.svd(wide + update.delta().to(wide), full_matrices=False).U[:, :k]
     real = values.square() > NULL * values[0].square()
@@ -64,11 +64,11 @@ def intruders_exactly(weight: Float[Tensor, "out in_"], update: LowRank, k: int)
     return Likeness([float(x) for x in cosines.abs().amax(0)], float(values[0]))
 
 
-def intruders(weight: Float[Tensor, "out in_"], update: LowRank, k: int) -> Likeness:
+def intruders(weight: Weight, update: LowRank, k: int) -> Likeness:
     """The same without decomposing anything whole, to a few hundredths; of an intruder, at most this.
 
-    Products with W are made in its own type and summed in float32. In a 16-bit type, what W maps to nothing cannot be told from its
-    smallest directions, and may count as one of them.
+    Where products are made in a 16-bit type, what W maps to nothing cannot be told from its smallest directions, and may count as
+    one of them.
     """
     k = min(k, *weight.shape)
     factors = update.A.float(), update.B.float() * update.scale
@@ -76,7 +76,7 @@ def intruders(weight: Float[Tensor, "out in_"], update: LowRank, k: int) -> Like
     return found if sure else _look(weight, *factors, k, 2 * BLOCKS)[0]
 
 
-def _look(weight: Tensor, A: Tensor, B: Tensor, k: int, blocks: int) -> tuple[Likeness, bool]:
+def _look(weight: Weight, A: Tensor, B: Tensor, k: int, blocks: int) -> tuple[Likeness, bool]:
     """In a Krylov space of so many blocks; and whether all that seem to be intruders are directions of W + B A indeed."""
     space, images = _krylov(weight, A, B, blocks)
     of_weight = images - A.T @ (B.T @ space)
@@ -84,27 +84,27 @@ def _look(weight: Tensor, A: Tensor, B: Tensor, k: int, blocks: int) -> tuple[Li
     cosines, best = (y.T @ u).abs().max(1)
     found = [min(float(c), 1.0) for c in cosines]
     back = of_weight @ u
-    converged = _converged(times(weight, back), space @ u, back)
+    converged = _converged(weight.times(back), space @ u, back)
     left = [i for i, cosine in enumerate(found) if cosine < SURELY or not converged[int(best[i])]]
     if left:
         for i, cosine in zip(left, _cosines(weight, space @ y[:, left]), strict=True):
             found[i] = cosine
     new = y[:, [i for i in left if found[i] < ALIKE]]
     back = images @ new
-    sure = not new.shape[1] or all(_converged(times(weight, back) + B @ (A @ back), space @ new, back))
+    sure = not new.shape[1] or all(_converged(weight.times(back) + B @ (A @ back), space @ new, back))
     return Likeness(found, float((of_weight @ u[:, :1]).norm())), sure
 
 
-def _krylov(weight: Tensor, A: Tensor, B: Tensor, blocks: int) -> tuple[Float[Tensor, "out n"], Float[Tensor, "in_ n"]]:
+def _krylov(weight: Weight, A: Tensor, B: Tensor, blocks: int) -> tuple[Float[Tensor, "out n"], Float[Tensor, "in_ n"]]:
     """An orthonormal basis of the space of (M Mᵀ)^j M x for random x, M being W + B A; and Mᵀ times it."""
     width = min(COLUMNS, *weight.shape)
-    x = torch.randn(weight.shape[1], width, generator=torch.Generator().manual_seed(0))
-    basis, images = torch.empty(len(weight), 0), torch.empty(weight.shape[1], 0)
+    x = random_block(weight, width)
+    basis, images = x.new_empty(weight.shape[0], 0), x.new_empty(weight.shape[1], 0)
     for _ in range(min(blocks, max(1, min(weight.shape) // width))):
-        y = times(weight, x) + B @ (A @ x)
+        y = weight.times(x) + B @ (A @ x)
         for _ in range(2):  # once loses what rounding brings back
             y = torch.linalg.qr(y - basis @ (basis.T @ y)).Q
-        x = times_transposed(weight, y) + A.T @ (B.T @ y)
+        x = weight.times_transposed(y) + A.T @ (B.T @ y)
         basis, images = torch.cat([basis, y], 1), torch.cat([images, x], 1)
     return basis, images
 
@@ -132,20 +132,20 @@ def _converged(images: Tensor, vectors: Float[Tensor, "out n"], back: Float[Tens
     return [bool(x) for x in (residuals <= CONVERGED * values) & (values > 0)]
 
 
-def _cosines(weight: Tensor, starts: Float[Tensor, "out k"]) -> list[float]:
+def _cosines(weight: Weight, starts: Float[Tensor, "out k"]) -> list[float]:
     """The largest cosine of each start with a left singular vector of W, or with several that lie too close to be told apart.
 
     Lanczos runs go side by side, so that W is read twice a step for all of them, until each is known to be an intruder.
     """
-    steps = min(STEPS, len(weight))
-    bases = torch.zeros(starts.shape[1], steps + 1, len(weight))
+    steps = min(STEPS, weight.shape[0])
+    bases = torch.zeros(starts.shape[1], steps + 1, weight.shape[0])
     bases[:, 0] = (starts / starts.norm(dim=0)).T
     diagonal: list[Tensor] = []
     beside: list[Tensor] = []
     most = torch.zeros(starts.shape[1], dtype=torch.float64)
     for step in range(1, steps + 1):
         last, held = bases[:, step - 1].T, bases[:, :step]
-        new = times(weight, times_transposed(weight, last)).T
+        new = weight.times(weight.times_transposed(last)).T
         diagonal.append((new * last.T).sum(1))
         for _ in range(2):  # once loses what rounding brings back
             new = new - ((held @ new[:, :, None]).mT @ held)[:, 0]
