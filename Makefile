@@ -39,10 +39,12 @@ browser:
 	@if command -v npm >/dev/null; then $(MAKE) --no-print-directory studio; else \
 	  echo "no Node here: tests of Studio's page will be skipped"; fi
 
-# The base is fetched before, so that the two processes do not both do it.
-test: $(VENV)/dev.stamp check browser
+# Python's packages and the page are made side by side; the base is fetched before, so that the two processes do not both do it.
+test:
+	$(MAKE) --no-print-directory -j2 $(VENV)/dev.stamp browser
+	$(MAKE) --no-print-directory check
 	$(BIN)/twofold base pull smollm2-135m-instruct
-	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal --durations 20
 
 test-slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,7 +22,7 @@ from twofold.recipes.proving import nothing_changes
 from twofold.recipes.studies import STUDIES, Arm, Study
 from twofold.recipes.study import outlook, shortened, study
 from twofold.recipes.study_paper import write_paper
-from twofold.recipes.study_reading import outcome
+from twofold.recipes.study_reading import lowest_between, outcome, read
 from twofold.recipes.tasks import TASKS
 
 pytest_plugins = ("tiny_fixtures",)
@@ -111,6 +112,42 @@ def test_what_was_trained_is_not_trained_again_and_what_is_missing_is(ground: Gr
     assert again["rows"][gone]["loss"] == pytest.approx(loss, rel=1e-6)
     assert again["rows"][kept]["spent"] == 12345.0
     assert again["table"] == first["table"]
+
+
+def parabola(arm: str, best: float, rates: tuple[float, ...], seed: int) -> dict[str, dict[str, object]]:
+    """Trainings whose losses lie on a parabola around a best rate, in logarithms."""
+    losses = {rate: math.exp(math.log10(rate / best) ** 2 - 1) for rate in rates}
+    return {
+        f"{arm} | {rate:g} | {seed}": {"arm": arm, "rate": rate, "seed": seed, "loss": loss}
+        for rate, loss in losses.items()
+    }
+
+
+def test_the_best_rate_is_found_between_those_tried_and_followed_along_a_setting(tmp_path: Path) -> None:
+    asked = STUDIES["alpha-by-rate"]
+    rows = {}
+    for seed, off in enumerate((0.8, 1.0, 1.25)):
+        for arm in asked.arms:
+            best = 0.03 * off * arm.settings["adapter.lora_alpha"] ** -0.75
+            rows |= parabola(arm.name, best, arm.rates, seed)
+    found = read(asked, rows, tmp_path)
+    assert "lora_alpha it goes with the exponent: alpha -0.75 ± 0.00." in found.verdict
+    assert "alpha = 32 at 0.0022 (×/÷ 1.25)" in found.verdict
+    ElementTree.fromstring(found.pictures["alpha-by-rate.svg"])
+
+
+@pytest.mark.parametrize("end", [1e-5, 1.0])
+def test_a_best_rate_at_an_end_is_that_end(end: float) -> None:
+    rates = (1e-3, 1e-2, 1e-1)
+    points = [(math.log10(rate), math.log10(rate / end) ** 2) for rate in rates]
+    assert lowest_between(points) == math.log10(min(rates, key=lambda rate: abs(math.log10(rate / end))))
+
+
+def test_a_line_names_arms_that_are_there() -> None:
+    for asked in STUDIES.values():
+        settings = {arm.name: arm.settings for arm in asked.arms}
+        for names in asked.lines.values():
+            assert len({settings[name][asked.over] for name in names}) == len(names) > 1
 
 
 def test_the_outlook_counts_what_is_left(tmp_path: Path) -> None:

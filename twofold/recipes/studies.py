@@ -46,6 +46,7 @@ class Study:
         common: settings of all arms.
         every_rate: whether all rates run with every seed.
         apart: whether each training is a process of its own, so that time and memory are its own.
+        over, lines: how does the best rate move with a setting? The setting, and by name the arms that differ in it.
         probes: what is measured of each model besides its held-out loss.
         folder: of its trainings; studies that read the same ones name the same, and agree in all but their arms and readings.
         hours: its budget, on 2 cores.
@@ -62,6 +63,8 @@ class Study:
     seeds: int = 3
     common: Mapping[str, Any] = field(default_factory=dict)
     every_rate: bool = False
+    over: str = ""
+    lines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     apart: bool = False
     probes: tuple[Probe, ...] = ()
     folder: str = ""
@@ -169,14 +172,19 @@ RATE_BY_RANK = Study(
     examples=128,
     held_out=64,
     every_rate=True,
+    over="adapter.r",
+    lines={name: (f"{name}, r = 4", _alpha(32).name, f"{name}, r = 64") for name in SCALINGS},
     folder="rates",
 )
+ALPHAS = (_alpha(8, HIGHER_RATES), _alpha(16), _alpha(32), _alpha(128))
 ALPHA_BY_RATE = replace(
     RATE_BY_RANK,
     name="alpha-by-rate",
     claim="Twice the alpha is half the learning rate",
     expected="with Adam, A and B each move by their own rate, so that only B's half of it follows",
-    arms=(_alpha(8, HIGHER_RATES), _alpha(16), _alpha(32), _alpha(128)),
+    arms=ALPHAS,
+    over="adapter.lora_alpha",
+    lines={"alpha": tuple(arm.name for arm in ALPHAS)},
 )
 TARGETS = Study(
     name="targets",

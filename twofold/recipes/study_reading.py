@@ -215,18 +215,59 @@ def _against(found: Sequence[Outcome], reference: Outcome) -> str:
 
 
 def _rates(study: Study, rows: Rows, folder: Path) -> Found:
-    """Where the best rate lies for each arm; the curves."""
+    """Where the best rate lies for each arm, and how it moves from arm to arm; the curves."""
     rates = sorted({rate for arm in study.arms for rate in arm.rates})
-    table = [["", *(f"{rate:g}" for rate in rates), "best rate"]]
-    best = {}
+    table = [["", *(f"{rate:g}" for rate in rates), "best rate", "between the rates"]]
+    optima = {arm.name: _optima(trained(study, rows, arm.name)) for arm in study.arms}
     for arm in study.arms:
         by_rate = {rate: [r["loss"] for r in trained(study, rows, arm.name) if r["rate"] == rate] for rate in rates}
         cells = [_said(statistics.fmean(x), _deviation(x)) if x else "–" for x in by_rate.values()]
-        best[arm.name] = outcome(study, rows, arm.name).rate
-        table.append([arm.name, *cells, f"{best[arm.name]:g}"])
+        best = f"{outcome(study, rows, arm.name).rate:g}"
+        table.append([arm.name, *cells, best, _power_of_ten_said(list(optima[arm.name].values()))])
     series = [Series(arm.name, *_curve(trained(study, rows, arm.name))) for arm in study.arms]
     drawn = {f"{study.name}.svg": picture("Held-out loss after training", "learning rate", series, power_of_ten)}
-    return Found(f"Best rate: {'; '.join(f'{name} at {rate:g}' for name, rate in best.items())}.", table, drawn)
+    found = "; ".join(f"{row[0]} at {row[-1]}" for row in table[1:])
+    edges = _edges(study, [outcome(study, rows, arm.name) for arm in study.arms])
+    how = "by a parabola through the lowest loss and its neighbours, in logarithms, for each seed"
+    return Found(f"Best rate, {how}: {found}.{edges}{_moves(study, optima)}", table, drawn)
+
+
+def _optima(rows: Sequence[Row]) -> dict[int, float]:
+    """By seed, the logarithm of the best rate."""
+    return {
+        seed: lowest_between([(math.log10(r["rate"]), math.log(r["loss"])) for r in rows if r["seed"] == seed])
+        for seed in sorted({r["seed"] for r in rows})
+    }
+
+
+def lowest_between(points: Sequence[tuple[float, float]]) -> float:
+    """Where a parabola through the lowest of some points and its neighbours has its vertex; of a lowest at an end, that end."""
+    ordered = sorted(points)
+    at = min(range(len(ordered)), key=lambda i: ordered[i][1])
+    if at in (0, len(ordered) - 1):
+        return ordered[at][0]
+    (a, over_a), (b, least), (c, over_c) = ordered[at - 1 : at + 2]
+    left, right = (b - a) * (least - over_c), (b - c) * (least - over_a)
+    return b - ((b - a) * left - (b - c) * right) / (2 * (left - right))
+
+
+def _power_of_ten_said(logarithms: Sequence[float]) -> str:
+    spread = _deviation(logarithms)
+    return f"{10 ** statistics.fmean(logarithms):.2g}{'' if spread is None else f' (×/÷ {10**spread:.2f})'}"
+
+
+def _moves(study: Study, optima: Mapping[str, Mapping[int, float]]) -> str:
+    """As which power of a setting the best rate goes along each line of arms."""
+    settings, said = {arm.name: arm.settings for arm in study.arms}, []
+    for line, names in study.lines.items():
+        held = [name for name in names if name in settings]
+        x = [math.log10(settings[name][study.over]) for name in held]
+        if len(set(x)) > 1:
+            seeds = set.intersection(*(set(optima[name]) for name in held))
+            slopes = [statistics.linear_regression(x, [optima[n][s] for n in held]).slope for s in sorted(seeds)]
+            said.append(f"{line} {_said(statistics.fmean(slopes), _deviation(slopes), '+.2f', '.2f')}")
+    of = study.over.rpartition(".")[2]
+    return f" As a power of {of} it goes with the exponent: {'; '.join(said)}." if said else ""
 
 
 def _cost(study: Study, rows: Rows, folder: Path) -> Found:
