@@ -37,7 +37,8 @@ class TrainingConfig:
             hold them, longest first.
         epochs: passes over the data.
         max_steps: stop after so many steps.
-        learning_rate: at its highest, after warm-up.
+        learning_rate: at its highest, after warm-up. The default is for models of billions; SmolLM2 did best at ten times that
+            (docs/evidence).
         schedule: how it falls afterwards: `cosine` or `linear` to zero, or `constant`.
         warmup: share of the steps in which the rate rises linearly from zero.
         loraplus_lr_ratio: how many times faster B learns than A (LoRA+, arXiv 2402.12354, which found 16 good together with a
