@@ -24,7 +24,7 @@ def rate_advice(rate: float, config: LoraConfig, hidden: int) -> list[str]:
 
     With delta = scale · B A, doubling the scale is for B what doubling its rate is, so the two are judged as one:
     rate · scale · r / 32, in which scale · r is lora_alpha, or lora_alpha · sqrt(r) under rsLoRA. With Adam that overstates alpha:
-    on SmolLM2 the best rate went as alpha to the power -0.5 (docs/evidence, alpha-by-rate), which is no tenfold within usual alphas.
+    on SmolLM2 the best rate went as alpha to the power -0.5 (docs/evidence, alpha-by-rate), no tenfold within usual alphas.
     """
     low, high = good_rates(hidden)
     found = resolve(config, "")
@@ -64,7 +64,7 @@ def target_advice(attention_only: bool) -> list[str]:
         return []
     return [
         "only attention is adapted: at the same number of parameters that did worse than adapting the MLPs, and all-linear "
-        "did best (Schulman 2025, LoRA Without Regret; arXiv 2405.09673; by 23 % of SmolLM2's held-out loss: docs/evidence, targets)"
+        "did best (Schulman 2025, LoRA Without Regret; arXiv 2405.09673; by 23 % on SmolLM2: docs/evidence, targets)"
     ]
 
 
