@@ -125,7 +125,7 @@ def parabola(arm: str, best: float, rates: tuple[float, ...], seed: int) -> dict
 
 def test_the_best_rate_is_found_between_those_tried_and_followed_along_a_setting(tmp_path: Path) -> None:
     asked = STUDIES["alpha-by-rate"]
-    rows = {}
+    rows: dict[str, dict[str, object]] = {"untouched": {"loss": 50.0}}
     for seed, off in enumerate((0.8, 1.0, 1.25)):
         for arm in asked.arms:
             best = 0.03 * off * arm.settings["adapter.lora_alpha"] ** -0.75
@@ -133,7 +133,10 @@ def test_the_best_rate_is_found_between_those_tried_and_followed_along_a_setting
     found = read(asked, rows, tmp_path)
     assert "lora_alpha it goes with the exponent: alpha -0.75 ± 0.00." in found.verdict
     assert "alpha = 32 at 0.0022 (×/÷ 1.25)" in found.verdict
-    ElementTree.fromstring(found.pictures["alpha-by-rate.svg"])
+    assert "not shown" not in found.pictures["alpha-by-rate.svg"]
+    diverged = rows | parabola(asked.arms[0].name, 1e-9, asked.arms[0].rates[-1:], seed=0)
+    drawn = read(asked, diverged, tmp_path).pictures["alpha-by-rate.svg"]
+    assert "not shown: 1 that ended above the untouched base" in "".join(ElementTree.fromstring(drawn).itertext())
 
 
 @pytest.mark.parametrize("end", [1e-5, 1.0])

@@ -79,7 +79,7 @@ def _section(study: Study, report: Mapping[str, Any]) -> Iterator[str]:
         yield f"\n![{study.claim}]({picture})"
     spent = duration(report["compute_seconds"]).replace("\u00a0", " ")
     count = report["trainings"]
-    note = f"{report['note']}. " if report["note"] else ""
+    note = f"{report['note'].rstrip('.')}. " if report["note"] else ""
     where = f"{report['dtype']} on {report['threads']} thread{'s' * (report['threads'] > 1)} of a {report['device'].upper()}"
     yield (
         f"\n{count} training{'s' * (count > 1)} on {report['examples']:,} examples of {report['material']}, {report['held_out']} "

@@ -114,8 +114,7 @@ def _best(study: Study, rows: Rows, folder: Path) -> Found:
         accuracy = statistics.fmean(r["accuracy"] for r in o.rows)
         first = [o.arm, _share(study, o, reference), f"{o.rate:g}", _said(o.mean, o.spread)]
         table.append([*first, change, f"{accuracy:.1%}", str(len(o.rows))])
-    series = [Series(arm.name, *_curve(trained(study, rows, arm.name))) for arm in study.arms]
-    drawn = {f"{study.name}.svg": picture("Held-out loss after training", "learning rate", series, power_of_ten)}
+    drawn = _by_rate(study, rows)
     return Found(_against(found, reference) + _edges(study, found), table, drawn)
 
 
@@ -186,6 +185,16 @@ def _edges(study: Study, found: Sequence[Outcome]) -> str:
     )
 
 
+def _by_rate(study: Study, rows: Rows) -> dict[str, str]:
+    """The picture of losses by rate. One training that diverged would leave no height for what the others differ in."""
+    worst = rows["untouched"]["loss"]
+    kept = {arm.name: [r for r in trained(study, rows, arm.name) if r["loss"] <= worst] for arm in study.arms}
+    left_out = sum(len(trained(study, rows, name)) - len(own) for name, own in kept.items())
+    but = f"; not shown: {left_out} that ended above the untouched base" if left_out else ""
+    series = [Series(name, *_curve(own)) for name, own in kept.items()]
+    return {f"{study.name}.svg": picture(f"Held-out loss after training{but}", "learning rate", series, power_of_ten)}
+
+
 def _curve(rows: Sequence[Row]) -> tuple[list[tuple[float, float]], list[float | None]]:
     """Mean loss by the logarithm of the rate, and its spread."""
     by_rate: dict[float, list[float]] = {}
@@ -224,8 +233,7 @@ def _rates(study: Study, rows: Rows, folder: Path) -> Found:
         cells = [_said(statistics.fmean(x), _deviation(x)) if x else "–" for x in by_rate.values()]
         best = f"{outcome(study, rows, arm.name).rate:g}"
         table.append([arm.name, *cells, best, _power_of_ten_said(list(optima[arm.name].values()))])
-    series = [Series(arm.name, *_curve(trained(study, rows, arm.name))) for arm in study.arms]
-    drawn = {f"{study.name}.svg": picture("Held-out loss after training", "learning rate", series, power_of_ten)}
+    drawn = _by_rate(study, rows)
     found = "; ".join(f"{row[0]} at {row[-1]}" for row in table[1:])
     edges = _edges(study, [outcome(study, rows, arm.name) for arm in study.arms])
     how = "by a parabola through the lowest loss and its neighbours, in logarithms, for each seed"
