@@ -271,18 +271,19 @@ SENTIMENT = Study(
     hours=1.0,
 )
 STUDIES = {
-    s.name: s
-    for s in (
-        *(
-            SENTIMENT,
-            MATCHES_FULL,
-            MATCHES_FULL_LONGER,
-            MATCHES_FULL_VERSES,
-            FORGETS_LESS,
-            COSTS_LESS,
-            RATE_BY_RANK,
-            ALPHA_BY_RATE,
-        ),
-        *(TARGETS, LOW_RANK, PROVED, VARIANTS),
+    study.name: study
+    for study in (
+        SENTIMENT,
+        MATCHES_FULL,
+        MATCHES_FULL_LONGER,
+        MATCHES_FULL_VERSES,
+        FORGETS_LESS,
+        COSTS_LESS,
+        RATE_BY_RANK,
+        ALPHA_BY_RATE,
+        TARGETS,
+        LOW_RANK,
+        PROVED,
+        VARIANTS,
     )
 }
