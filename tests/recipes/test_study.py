@@ -70,8 +70,10 @@ def test_every_reading(name: str, ground: Ground, tmp_path: Path) -> None:
         for promises in [row["probes"]["promises"] for row in found["rows"].values() if row["probes"]]:
             assert promises["zero_at_start"]
             assert set(promises["milliseconds_per_token"]) == {"base", "adapter apart", "merged"}
+    (tmp_path / "evidence" / "discussion.md").write_text("## What to take from it\n\nLittle.\n")
     page = write_paper(tmp_path / "evidence", {asked.name: asked, "targets": STUDIES["targets"]}).read_text()
     assert found["verdict"] in page
+    assert "Little." in page
     assert "twofold study targets" in page.partition("## Not run yet")[2]
 
 

@@ -1,4 +1,4 @@
-"""The page that reads the studies: docs/evidence/README.md, written from their JSON files and from nothing else."""
+"""The page that reads the studies: docs/evidence/README.md, written from their JSON files and a discussion beside them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ unless a table says otherwise; AdamW without weight decay, a cosine schedule, ba
 Full fine-tuning is `twofold train --full`: the same data, order, loss and evaluation, with float32 copies of the weights where
 they have 16 bits. It runs through the model's own forward, as adapters do only on families without a fast path.
 """
+DISCUSSION = "discussion.md"
+"""What people make of the figures, which no program says."""
 
 
 def write_paper(evidence: Path, studies: Mapping[str, Study]) -> Path:
@@ -46,7 +48,9 @@ def write_paper(evidence: Path, studies: Mapping[str, Study]) -> Path:
         RunError: it cannot be written.
     """
     found = {name: _read(evidence / f"{name}.json") for name in studies}
+    discussion = evidence / DISCUSSION
     parts = [INTRODUCTION, "\n".join(_summary(studies, found))]
+    parts += [discussion.read_text(encoding="utf-8")] if discussion.is_file() else []
     parts += ["\n".join(_section(studies[name], report)) for name, report in found.items() if report]
     parts += ["\n".join(_missing([studies[name] for name, report in found.items() if report is None]))]
     path = evidence / "README.md"
