@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "twofold"
 FLOORS = {
-    **dict.fromkeys(("errors", "events"), -2),
+    **dict.fromkeys(("errors", "events", "garbage"), -2),
     **dict.fromkeys(("config", "atomic", "machine", "world", "replaceable"), -1),
     "downloads": 0,
     **dict.fromkeys(("lowrank", "functional", "quant", "tensorfile"), 1),

@@ -21,6 +21,7 @@ from twofold.base.known_shapes import KNOWN_SHAPES
 from twofold.downloads import cache_folder, wheel_file
 from twofold.errors import BaseError, did_you_mean
 from twofold.events import Emit, Warned, silent, working
+from twofold.garbage import collected_rarely
 from twofold.machine import checked_device, fastest_dtype
 from twofold.quant import Scheme
 
@@ -98,6 +99,7 @@ def public_name(reference: str) -> str:
     return path.name if path.is_absolute() else reference
 
 
+@collected_rarely()
 def load_base(
     reference: str,
     dtype: Precision = "auto",

@@ -9,6 +9,8 @@ import select
 import sys
 from typing import Any, TextIO
 
+from twofold.garbage import collected_rarely
+
 VERBS = {
     "demo": "the main job on the embedded default, end to end",
     "base": "list built-in bases, or pull one into the cache",
@@ -88,8 +90,9 @@ def _run(given: list[str]) -> int:
 
         raise ConfigError(f"no verb '{verb}'{did_you_mean(verb, VERBS)}; see twofold --help")
     quiet_libraries()
-    result: Any = importlib.import_module(f"twofold.cli.{verb}_verb").run(rest)
-    return int(result or 0)
+    with collected_rarely():
+        module: Any = importlib.import_module(f"twofold.cli.{verb}_verb")
+    return int(module.run(rest) or 0)
 
 
 def help_text() -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from twofold.cli.flags import parse
 from twofold.cli.remote import KEY
 from twofold.cli.terminal import Terminal
+from twofold.garbage import collected_rarely
 from twofold.recipes.serve import ServeConfig
 
 
@@ -20,7 +21,8 @@ def run(arguments: list[str]) -> int:
             from twofold.server.vllm.launch import serve as serve_with_vllm
 
             return serve_with_vllm(config, terminal)
-        from twofold.server.run import serve
+        with collected_rarely():
+            from twofold.server.run import serve
 
         serve(config, terminal)
     return 0
