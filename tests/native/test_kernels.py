@@ -187,7 +187,7 @@ def test_attention_is_that_of_batched_products(dtype: torch.dtype, d: int, heads
     for window, softcap in ((None, None), (7, None), (None, 3.0)):
         scoring = Scoring(d**-0.5, softcap)
         found = Kernels(dtype).attention(
-            qkv, np.array([heads, kv, d, d]), (slots, positions), keys, values, scoring, window
+            qkv, np.array([heads, kv, d, d]), (slots, positions), keys, values, scoring, window, 5
         )
         q = qkv.double()[:, : heads * d].view(5, 1, heads, d)
         at = slots.long()
@@ -195,6 +195,28 @@ def test_attention_is_that_of_batched_products(dtype: torch.dtype, d: int, heads
             q, keys[at].double(), values[at].double(), positions[:, None].long(), scoring, window
         )
         near(found, expected.view(5, -1), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize(("d", "heads", "kv"), [(64, 9, 3), (16, 4, 4), (80, 6, 1), (256, 2, 1)])
+@pytest.mark.parametrize(("few", "counts"), [(0, [1]), (2, [1, 1, 17, 40]), (0, [130, 3]), (1, [5, 16, 33])], ids=str)
+def test_parts_of_prompts_see_what_their_rows_see(
+    dtype: torch.dtype, d: int, heads: int, kv: int, few: int, counts: list[int]
+) -> None:
+    """A row of a part, whose slot is laid out once for all of them, against a row on its own."""
+    keys, values = (torch.randn(4, kv, 200, d).to(dtype) for _ in range(2))
+    starts = [60, 3, 0, 25][: len(counts)]
+    slots = torch.tensor([s for s, n in zip((2, 0, 3, 1), counts, strict=False) for _ in range(n)], dtype=torch.int32)
+    positions = torch.tensor([s + i for s, n in zip(starts, counts, strict=True) for i in range(n)], dtype=torch.int32)
+    qkv = torch.randn(len(slots), (heads + 2 * kv) * d).to(dtype)
+    for window, softcap in ((None, None), (9, None), (None, 3.0)):
+        scoring, sizes = Scoring(d**-0.5, softcap), np.array([heads, kv, d, d])
+        found = Kernels(dtype).attention(qkv, sizes, (slots, positions), keys, values, scoring, window, few)
+        q, at = qkv.double()[:, : heads * d].view(-1, 1, heads, d), slots.long()
+        expected = cached_attention(
+            q, keys[at].double(), values[at].double(), positions[:, None].long(), scoring, window
+        )
+        near(found, expected.view(len(slots), -1), dtype)
 
 
 def test_without_a_compiler_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

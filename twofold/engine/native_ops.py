@@ -20,7 +20,6 @@ from twofold.engine.resident import Change, Resident, places, stretch_and_shift
 from twofold.engine.step import Part, Wearing, Worn, wearing
 from twofold.engine.weights import Matrix, Weights, form_of, give, packed_size
 from twofold.events import Pieces
-from twofold.functional.attention import cached_attention
 from twofold.functional.gated import ACTIVATIONS
 from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
@@ -33,8 +32,8 @@ from twofold.native.kernels import LAYER, PASS, SEGMENT, Kernels, Updates
 from twofold.native.packed import WIDTH, Packed, Room, packed_bytes
 from twofold.quant import Int8Weight
 
-BY_PRODUCTS_FROM = 32
-"""Tokens of a part from which attention by batched products is faster than row by row."""
+LAID_FROM = 16
+"""Tokens of a part from which its attention is faster with its slot laid out than row by row."""
 
 BETWEEN_RETURNS = 8
 """Places that are packed before the memory of those that were given up for them goes back to the system."""
@@ -119,7 +118,7 @@ class NativePass:
     ) -> None:
         self.ops, self.laid, self.parts, self.worn, self.angles = ops, laid, parts, worn, angles
         counts = [len(p.tokens) for p in parts]
-        self.rows_few = sum(c for c in counts if c < BY_PRODUCTS_FROM)
+        self.rows_few = sum(c for c in counts if c < LAID_FROM)
         slots = np.repeat([p.slot for p in parts], counts)
         positions = np.concatenate([np.arange(p.start, p.start + c) for p, c in zip(parts, counts, strict=True)])
         self.at = (torch.from_numpy(slots.astype(np.int32)), torch.from_numpy(positions.astype(np.int32)))
@@ -149,7 +148,7 @@ class NativePass:
     def layers(self, x: Float[Tensor, "rows d"], cache: SlotCache) -> bool:
         """All layers at once, in place, if nothing in this pass needs an operation beyond the kernels'."""
         turned = {a.cos.shape[-1] for a in self.angles.values()}
-        if self.rows_few < len(x) or len(turned) > 1 or any(w.resident.special for w in self.worn):
+        if len(turned) > 1 or any(w.resident.special for w in self.worn):
             return False
         decoder, layers = self.ops.decoder, self.laid.layers
         for layer, block in zip(layers, decoder.blocks, strict=True):
@@ -161,7 +160,7 @@ class NativePass:
         found = 0 if self.segments is None else self.segments.ctypes.data
         addresses = (self.at[0].data_ptr(), self.at[1].data_ptr(), found, updates.starts.ctypes.data)
         rest = (updates.rows.ctypes.data, updates.weights.ctypes.data, cache.keys.data_ptr(), cache.values.data_ptr())
-        sizes = (len(x), cache.capacity, cache.count, self.ops.activation, len(self.worn))
+        sizes = (len(x), self.rows_few, cache.capacity, cache.count, self.ops.activation, len(self.worn))
         shared[()] = (*counts, *sizes, scale, softcap, *addresses, *rest)
         self.ops.kernels.layers(layers, shared, x)
         return True
@@ -192,22 +191,8 @@ class NativePass:
         heads = np.array(counts, np.int64)
         wide = [None if n is None else ops.wide(n) for n in norms]
         ops.kernels.rotary(qkv, heads, angles, wide, self.at, keys, values)
-        few, at = qkv[: self.rows_few], (self.at[0][: self.rows_few], self.at[1][: self.rows_few])
-        out = ops.kernels.attention(few, heads, at, keys, values, decoder.scoring, block.window)
-        return out if len(few) == len(qkv) else torch.cat([out, *self._long(qkv, keys, values, block)])
-
-    def _long(self, qkv: Tensor, keys: Tensor, values: Tensor, block: Block) -> list[Tensor]:
-        """Attention of the parts of many tokens, one after the other."""
-        first, decoder, found = self.rows_few, self.ops.decoder, []
-        for part in (p for p in self.parts if len(p.tokens) >= BY_PRODUCTS_FROM):
-            end, at = part.start + len(part.tokens), slice(part.slot, part.slot + 1)
-            q = qkv[None, first : first + len(part.tokens), : decoder.heads.queries * decoder.head_dim]
-            q = q.reshape(1, len(part.tokens), decoder.heads.queries, decoder.head_dim)
-            positions = torch.arange(part.start, end)[None]
-            seen = (keys[at, :, :end], values[at, :, :end])
-            found.append(cached_attention(q, *seen, positions, decoder.scoring, block.window).flatten(2)[0])
-            first += len(part.tokens)
-        return found
+        scored = (decoder.scoring, block.window, self.rows_few)
+        return ops.kernels.attention(qkv, heads, self.at, keys, values, *scored)
 
 
 def _updates(worn: Sequence[Wearing]) -> Updates:

@@ -14,14 +14,15 @@ struct Span {
 };
 
 template <class T> struct Attention {
-  const T *q, *k, *v;          // (queries, heads, d), (rows, key heads, d) twice, heads without gaps
+  const T *q, *k, *v;          // (queries, heads, d), the heads without gaps, and twice (rows, key heads, d)
   int64_t q_stride, k_stride, v_stride;
   const Span* spans;
   int64_t count;
   const int64_t* asking;       // each query's row
   int64_t queries, rows, window, heads, key_heads, d;  // window 0: as far back as there are keys
+  int64_t key_head_stride;     // from one key head to the next, of keys and values
   double scale, cap;           // scores are scaled, then cap tanh(score / cap); cap 0: as they are
-  float* lse;                  // (queries, heads) log of the sum of a row's exponentials
+  float* lse;                  // (queries, heads) log of the sum of a row's exponentials; null where no gradient is wanted
 
   int64_t group() const { return heads / key_heads; }
 };
@@ -86,7 +87,7 @@ template <class T> struct Laid {
   void bring(const T* x, int64_t stride, const Places<T>& places) {
     panels = up(places.u.keys, PANEL) / PANEL;
     words = panels * PANEL / Word<T>::inputs;
-    for (int64_t j = 0; j < places.u.keys; j++) std::memcpy(together.get() + j * d, x + places.row(j) * stride + places.u.head * d, d * sizeof(T));
+    for (int64_t j = 0; j < places.u.keys; j++) std::memcpy(together.get() + j * d, x + places.row(j) * stride + places.u.head * places.a.key_head_stride, d * sizeof(T));
     std::memset((void*)(together.get() + places.u.keys * d), 0, (panels * PANEL - places.u.keys) * d * sizeof(T));
   }
   void lay_by_key() {
@@ -177,7 +178,7 @@ template <class T> static void attend(const Attention<T>& a, const Unit& u, T* o
       }
       const float all_of = sum(total);
       by[r] = 1 / all_of;
-      a.lse[places.query(from + r) * a.heads + places.head(from + r)] = peak + std::log(all_of);
+      if (a.lse) a.lse[places.query(from + r) * a.heads + places.head(from + r)] = peak + std::log(all_of);
     }
     gather(seat.p.get(), width, rows, seat.values, base, end, by, y);
   }

@@ -12,7 +12,7 @@
 
 #include <functional>
 
-#include "tiles.hpp"
+#include "attention.hpp"
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
@@ -445,21 +445,34 @@ static void attend_one(const T* q, int64_t group, int64_t d, const T* keys, cons
   }
 }
 
+// The first `few` rows one by one over what their slots hold; the others as the parts of prompts that they are, each with the rows of
+// its slot laid out once for all of its own.
 template <class T>
 static void attention(const T* qkv, const Heads& heads, const T* keys, const T* values, const int32_t* slots, const int32_t* positions,
-                      int64_t capacity, int64_t window, double scale, double softcap, T* out, int64_t rows) {
+                      int64_t capacity, int64_t window, double scale, double softcap, T* out, int64_t rows, int64_t few) {
   const int64_t d = heads.d, group = heads.queries / heads.keys, width = (heads.queries + 2 * heads.keys) * d;
 #pragma omp parallel
   {
     std::vector<float> room;
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < rows * heads.keys; t++) {
+    for (int64_t t = 0; t < few * heads.keys; t++) {
       int64_t r = t / heads.keys, h = t % heads.keys, end = positions[r] + 1;
       int64_t first = window > 0 ? std::max<int64_t>(0, end - window) : 0, at = ((int64_t(slots[r]) * heads.keys + h) * capacity + first) * d;
       attend_one(qkv + r * width + h * group * d, group, d, keys + at, values + at, end - first, float(scale), float(softcap), room,
                  out + (r * heads.queries + h * group) * d);
     }
   }
+  std::vector<Span> spans;
+  std::vector<int64_t> asking;
+  for (int64_t r = few; r < rows; r++) {
+    const int64_t start = int64_t(slots[r]) * heads.keys * capacity;
+    if (spans.empty() || spans.back().start != start) spans.push_back({start, 0, 0, 0, r - few, 0});
+    spans.back().queries++, spans.back().length = positions[r] + 1;
+    asking.push_back(start + positions[r]);
+  }
+  const Attention<T> parts{qkv + few * width, keys, values, width, d, d, spans.data(), int64_t(spans.size()), asking.data(), rows - few, 0,
+                           window, heads.queries, heads.keys, d, capacity * d, scale, softcap, nullptr};
+  if (!spans.empty()) attention_forward(parts, out + few * heads.queries * d);
 }
 
 // f(gate) · up of rows that hold both side by side.
@@ -489,7 +502,7 @@ struct Layer {
 };
 struct Pass {
   Heads heads;
-  int64_t rows, capacity, slots, gelu, segments;
+  int64_t rows, few, capacity, slots, gelu, segments;
   double scale, softcap;
   const int32_t *of_slots, *positions;
   const Segment* found;  // of each place, all segments
@@ -525,7 +538,7 @@ template <class T> struct Run {
       rms_norm(x, l.attention.weight, l.attention.eps, p.rows, l.qkv.in, n.data());
       product(l.qkv, 4 * i, n.data(), qkv.data(), false);
       rotary(qkv.data(), h, l.cos, l.sin, l.q.weight, l.k.weight, l.q.eps, p.of_slots, p.positions, p.capacity, keys, values, p.rows);
-      attention(qkv.data(), h, keys, values, p.of_slots, p.positions, p.capacity, l.window, p.scale, p.softcap, attended.data(), p.rows);
+      attention(qkv.data(), h, keys, values, p.of_slots, p.positions, p.capacity, l.window, p.scale, p.softcap, attended.data(), p.rows, p.few);
       add(l.o, 4 * i + 1, attended.data(), l.attention_post, x, room);
       rms_norm(x, l.mlp.weight, l.mlp.eps, p.rows, l.gate_up.in, n.data());
       product(l.gate_up, 4 * i + 2, n.data(), both.data(), false);
@@ -625,8 +638,8 @@ extern "C" void cut(float* weights, int64_t rows, int64_t size, const int64_t* t
   }                                                                                                                                \
   extern "C" void attention_##name(const T* qkv, const Heads* heads, const T* keys, const T* values, const int32_t* slots,         \
                                    const int32_t* positions, int64_t capacity, int64_t window, double scale, double softcap,       \
-                                   T* out, int64_t rows) {                                                                         \
-    attention(qkv, *heads, keys, values, slots, positions, capacity, window, scale, softcap, out, rows);                           \
+                                   T* out, int64_t rows, int64_t few) {                                                            \
+    attention(qkv, *heads, keys, values, slots, positions, capacity, window, scale, softcap, out, rows, few);                      \
   }                                                                                                                                \
   extern "C" void layers_##name(const Layer* found, int64_t count, const Pass* pass, T* x) { Run<T>{*pass}.layers(found, count, x); } \
   extern "C" void gated_##name(const T* both, int64_t gelu, int64_t rows, int64_t d, T* y) {                                       \

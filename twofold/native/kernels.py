@@ -44,7 +44,10 @@ LAYER = np.dtype(
 )
 """A decoder layer as the kernels read it: addresses, 0 for what is not there."""
 PASS = np.dtype(
-    [(n, "<i8") for n in ("queries", "keys_", "d", "turned", "rows", "capacity", "slots", "activation", "segments")]
+    [
+        (n, "<i8")
+        for n in ("queries", "keys_", "d", "turned", "rows", "few", "capacity", "slots", "activation", "segments")
+    ]
     + [("scale", "<f8"), ("softcap", "<f8")]
     + [(n, _P) for n in ("of_slots", "positions", "found", "starts", "of_rows", "weights", "keys", "values")]
 )
@@ -79,7 +82,7 @@ class Kernels:
         self._rotary = getattr(found, f"rotary_{name}")
         self._rotary.argtypes = [_A, _A, _A, _A, _A, _A, _F, _A, _A, _I, _A, _A, _I]
         self._attention = getattr(found, f"attention_{name}")
-        self._attention.argtypes = [_A, _A, _A, _A, _A, _A, _I, _I, _F, _F, _A, _I]
+        self._attention.argtypes = [_A, _A, _A, _A, _A, _A, _I, _I, _F, _F, _A, _I, _I]
         self._layers = getattr(found, f"layers_{name}")
         self._layers.argtypes = [_A, _I, _A, _A]
         self._gated = getattr(found, f"gated_{name}")
@@ -160,12 +163,17 @@ class Kernels:
         values: Float[Tensor, "slots kv_heads capacity d"],
         scoring: Scoring,
         window: int | None,
+        few: int,
     ) -> Float[Tensor, "rows queries_d"]:
-        """Each row's queries over its slot, up to the row's own position and as far back as `window`."""
+        """Each row's queries over its slot, up to the row's own position and as far back as `window`.
+
+        Args:
+            few: rows that are taken one by one; those behind them are parts of prompts, each in its order.
+        """
         out = qkv.new_empty(len(qkv), int(heads[0] * heads[2]))
         cache = (keys.data_ptr(), values.data_ptr(), at[0].data_ptr(), at[1].data_ptr(), keys.shape[2], window or 0)
         scaling = (scoring.scale, scoring.softcap or 0.0)
-        self._attention(qkv.data_ptr(), heads.ctypes.data, *cache, *scaling, out.data_ptr(), len(qkv))
+        self._attention(qkv.data_ptr(), heads.ctypes.data, *cache, *scaling, out.data_ptr(), len(qkv), few)
         return out
 
     def layers(self, found: NDArray[Any], shared: NDArray[Any], x: Float[Tensor, "rows d"]) -> None:

@@ -48,7 +48,7 @@ _DOORS: dict[str, list[Any]] = {
 PLACES = 384
 """Rows of a floor's products of attention, so that what they give stays in the caches, as a kernel's does."""
 _TERM = struct.Struct("=QqQqqqd")
-_ATTENTION = struct.Struct("=QQQqqqQqQqqqqqqddQ")
+_ATTENTION = struct.Struct("=QQQqqqQqQqqqqqqqddQ")
 
 
 def _typed(dtype: torch.dtype) -> SimpleNamespace:
@@ -289,7 +289,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scoring: Sc
         *(t.data_ptr() for t in (q, k, v)),
         *(t.stride(0) for t in (q, k, v)),
         *(table.data_ptr(), len(table), asking.data_ptr()),
-        *(queries, rows, window or 0, heads, key_heads, d),
+        *(queries, rows, window or 0, heads, key_heads, d, d),
         *(scoring.scale, scoring.softcap or 0.0, sums.data_ptr()),
     )
 

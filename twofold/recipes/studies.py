@@ -98,7 +98,7 @@ MATCHES_FULL_VERSES = Study(
     name="matches-full-verses",
     claim="The same on a task of style, which is harder to learn",
     expected=MATCHES_FULL.expected,
-    arms=(*(replace(_rank(r), rates=LORA_RATES[1:]) for r in (4, 64)), FULL),
+    arms=(*(replace(_rank(r), rates=LORA_RATES[1:3]) for r in (4, 64)), replace(FULL, rates=FULL_RATES[:2])),
     reading="best",
     material="king-james",
     examples=128,
