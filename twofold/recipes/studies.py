@@ -96,7 +96,7 @@ MATCHES_FULL = Study(
 )
 MATCHES_FULL_VERSES = Study(
     name="matches-full-verses",
-    claim="The same on a task of style, which is harder to learn",
+    claim="The same on a task of style",
     expected=MATCHES_FULL.expected,
     arms=(*(replace(_rank(r), rates=LORA_RATES[1:3]) for r in (4, 64)), replace(FULL, rates=FULL_RATES[:2])),
     reading="best",
