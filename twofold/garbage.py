@@ -14,7 +14,7 @@ RARELY = 100_000
 def collected_rarely() -> Iterator[None]:
     """For what makes hundreds of thousands of objects that stay: looking through them again and again is a tenth of a start."""
     usual = gc.get_threshold()
-    if usual[0] >= RARELY:  # a surrounding one restores them
+    if not 0 < usual[0] < RARELY:  # somebody else's, who restores it; or none at all
         yield
         return
     gc.set_threshold(RARELY, *usual[1:])

@@ -141,6 +141,19 @@ def test_the_best_rate_is_found_between_those_tried_and_followed_along_a_setting
     assert "not shown: 1 that ended above the untouched base" in "".join(ElementTree.fromstring(drawn).itertext())
 
 
+def test_where_all_diverged_all_are_drawn(tmp_path: Path) -> None:
+    asked = STUDIES["alpha-by-rate"]
+    rows: dict[str, dict[str, object]] = {"untouched": {"loss": 1e-9}}
+    for arm in asked.arms:
+        rows |= parabola(arm.name, 1e-3, arm.rates, seed=0)
+    assert "not shown" not in read(asked, rows, tmp_path).pictures["alpha-by-rate.svg"]
+
+
+def test_of_losses_that_are_all_alike_the_first_between_is_the_lowest() -> None:
+    assert lowest_between([(0.0, 1.0), (1.0, 1.0), (2.0, 1.0)]) == 0.0
+    assert lowest_between([(0.0, 2.0), (1.0, 1.0), (2.0, 2.0)]) == 1.0
+
+
 @pytest.mark.parametrize("end", [1e-5, 1.0])
 def test_a_best_rate_at_an_end_is_that_end(end: float) -> None:
     rates = (1e-3, 1e-2, 1e-1)

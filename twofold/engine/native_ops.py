@@ -110,13 +110,14 @@ class NativePass:
     """One pass over some rows.
 
     Args:
+        parts: the shortest first, so that rows taken one by one come before those of prompts.
         worn: the adapters that are not in the weights.
     """
 
     def __init__(
         self, ops: NativeOps, laid: Laid, parts: Sequence[Part], worn: list[Wearing], angles: dict[str, Angles]
     ) -> None:
-        self.ops, self.laid, self.parts, self.worn, self.angles = ops, laid, parts, worn, angles
+        self.ops, self.laid, self.worn, self.angles = ops, laid, worn, angles
         counts = [len(p.tokens) for p in parts]
         self.rows_few = sum(c for c in counts if c < LAID_FROM)
         slots = np.repeat([p.slot for p in parts], counts)
@@ -191,8 +192,8 @@ class NativePass:
         heads = np.array(counts, np.int64)
         wide = [None if n is None else ops.wide(n) for n in norms]
         ops.kernels.rotary(qkv, heads, angles, wide, self.at, keys, values)
-        scored = (decoder.scoring, block.window, self.rows_few)
-        return ops.kernels.attention(qkv, heads, self.at, keys, values, *scored)
+        seen = (self.at, keys, values)
+        return ops.kernels.attention(qkv, heads, *seen, decoder.scoring, block.window, self.rows_few)
 
 
 def _updates(worn: Sequence[Wearing]) -> Updates:

@@ -176,7 +176,7 @@ RATE_BY_RANK = Study(
     lines={name: (f"{name}, r = 4", _alpha(32).name, f"{name}, r = 64") for name in SCALINGS},
     folder="rates",
 )
-ALPHAS = (_alpha(8, HIGHER_RATES), _alpha(16), _alpha(32), _alpha(128))
+ALPHAS = (_alpha(8, (*RATES, HIGHER_RATES[-1])), _alpha(16), _alpha(32), _alpha(128))
 ALPHA_BY_RATE = replace(
     RATE_BY_RANK,
     name="alpha-by-rate",

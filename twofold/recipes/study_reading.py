@@ -187,9 +187,10 @@ def _edges(study: Study, found: Sequence[Outcome]) -> str:
 
 def _by_rate(study: Study, rows: Rows) -> dict[str, str]:
     """The picture of losses by rate. One training that diverged would leave no height for what the others differ in."""
-    worst = rows["untouched"]["loss"]
-    kept = {arm.name: [r for r in trained(study, rows, arm.name) if r["loss"] <= worst] for arm in study.arms}
-    left_out = sum(len(trained(study, rows, name)) - len(own) for name, own in kept.items())
+    found, worst = {arm.name: trained(study, rows, arm.name) for arm in study.arms}, rows["untouched"]["loss"]
+    kept = {name: [r for r in own if r["loss"] <= worst] for name, own in found.items()}
+    kept = kept if any(kept.values()) else found
+    left_out = sum(len(found[name]) - len(own) for name, own in kept.items())
     but = f"; not shown: {left_out} that ended above the untouched base" if left_out else ""
     series = [Series(name, *_curve(own)) for name, own in kept.items()]
     return {f"{study.name}.svg": picture(f"Held-out loss after training{but}", "learning rate", series, power_of_ten)}
@@ -256,7 +257,8 @@ def lowest_between(points: Sequence[tuple[float, float]]) -> float:
         return ordered[at][0]
     (a, over_a), (b, least), (c, over_c) = ordered[at - 1 : at + 2]
     left, right = (b - a) * (least - over_c), (b - c) * (least - over_a)
-    return b - ((b - a) * left - (b - c) * right) / (2 * (left - right))
+    bend = 2 * (left - right)
+    return b - ((b - a) * left - (b - c) * right) / bend if bend else b
 
 
 def _power_of_ten_said(logarithms: Sequence[float]) -> str:
