@@ -111,7 +111,7 @@ def _decode(scheduler: Scheduler, streams: int, adapters: int) -> float:
         name = adapter_of(i, adapters)
         worn = {name: 1.0} if name else {}
         scheduler.add(Request(token_ids=prompt, max_new_tokens=NEW, adapters=worn, ignore_stop=True))
-    made, started = 0, time.perf_counter()
+    made, begun, started = 0, time.perf_counter(), time.perf_counter()
     first: set[int] = set()
     while not scheduler.idle:
         events = [e for e in scheduler.step() if isinstance(e, Made)]
@@ -120,7 +120,9 @@ def _decode(scheduler: Scheduler, streams: int, adapters: int) -> float:
         else:
             first |= {e.stream for e in events}
             started = time.perf_counter()
-    return made / (time.perf_counter() - started)
+    ended = time.perf_counter()
+    print(f"{streams} prompts, {adapters} adapters: read in {started - begun:.2f} s", file=sys.stderr)
+    return made / (ended - started)
 
 
 def with_transformers(folder: Path, rounds: int) -> dict[str, list[float]]:

@@ -24,9 +24,10 @@ twofold study all            # resumes where it stopped; --left says what is lef
 
 Bases are SmolLM2-135M-Instruct (GGUF in 4 bits, unpacked to 16) and, for sentiment, MiniLM-L6 (22.7 million parameters). Tasks
 are home commands to JSON intents, held out by sentence template; modern to King James English, held out by book; and the
-sentiment of film reviews. All are small, so what is shown is small too: one epoch over some two hundred examples, which is a dozen
-steps, with held-out sets of about a hundred; three epochs in matches-full-longer. A dozen steps compare how fast arms learn, and
-not what they can hold in the end: nothing here speaks of models of billions, or of training that fills an adapter's capacity.
+sentiment of film reviews. All are small, so what is shown is small too: one epoch over one or two hundred examples, which is
+a dozen steps at most, with held-out sets of 32 to 96; three epochs in matches-full-longer, and a thousand reviews for sentiment. A
+dozen steps compare how fast arms learn, and not what they can hold in the end: nothing here speaks of models of billions, or of
+training that fills an adapter's capacity.
 
 Every arm is compared at its own best learning rate: all its rates are tried with one seed, and the best runs with the other seeds.
 ± is the standard deviation over seeds, which draw the start and the order of the data. Two arms are told apart where their means
