@@ -43,15 +43,16 @@ class Search:
         dimensions: numbers that learn.
         projection: how they are spread: sparse or fastfood.
         layers: learn a factor for each layer too (SAID), which are counted among the dimensions.
-        rate_factors: rates of z to try, as shares of the rate at which a step is as long as one of full fine-tuning, that is
-            training.learning_rate · sqrt(values / d); the best counts.
+        rate_factors: rates of z to try, as multiples of the rate at which a step is as long as one of full fine-tuning, that is
+            training.learning_rate · sqrt(values / d); the best counts. Little of a step in a small subspace goes the way of the
+            gradient, so that longer ones are wanted.
         seeds: subspaces of each dimension.
     """
 
     dimensions: tuple[int, ...] = (10, 30, 100, 300, 1000, 3000, 10000)
     projection: Kind = "sparse"
     layers: bool = False
-    rate_factors: tuple[float, ...] = (0.1, 0.3, 1.0)
+    rate_factors: tuple[float, ...] = (3.0, 10.0, 30.0)
     seeds: int = 1
 
     def __post_init__(self) -> None:
