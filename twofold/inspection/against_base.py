@@ -22,6 +22,7 @@ from twofold.lowrank.beside import Weight, sizes
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.intruders import ALIKE, Likeness
 from twofold.machine import multiplied_in
+from twofold.native.training import fast_training, why_not
 from twofold.tensorfile import nonfinite
 
 Look: TypeAlias = Callable[[Weight, LowRank], Likeness]
@@ -49,6 +50,7 @@ class BesideBase:
 
 
 @torch.no_grad()
+@fast_training()
 def beside_base(
     files: AdapterFiles, shapes: Mapping[str, ModuleShape], base: StreamedBase, look: Look | None, emit: Emit
 ) -> dict[str, BesideBase]:
@@ -70,7 +72,7 @@ def beside_base(
 
 
 def _beside(weight: Tensor, update: LowRank, look: Look | None) -> BesideBase:
-    own = Weight(weight, multiplied_in(weight.dtype, weight.device))
+    own = Weight(weight, _multiplied_in(weight))
     likeness = look(own, update) if look else None
     found = bases_of(update)
     size = sizes(own, found, likeness.spectral_norm if likeness else None)
@@ -81,6 +83,12 @@ def _beside(weight: Tensor, update: LowRank, look: Look | None) -> BesideBase:
         intruders=None if likeness is None else sum(cosine < ALIKE for cosine in likeness.cosines),
         likeness=None if likeness is None else likeness.cosines,
     )
+
+
+def _multiplied_in(weight: Tensor) -> torch.dtype:
+    """Its own type where our kernels can read it; else the one that PyTorch multiplies well."""
+    read = weight.stride(-1) == 1 and why_not(weight.dtype, weight.device) is None
+    return weight.dtype if read else multiplied_in(weight.dtype, weight.device)
 
 
 def _share(size: Tensor, of: float) -> float:

@@ -15,13 +15,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from twofold.lowrank.algebra import Bases
+from twofold.lowrank.products import Term, crossed, sum_of_products
 
 COLUMNS = 16
 """Of a block: torch multiplies a large matrix with sixteen columns many times faster than with ten."""
-PIECE = 1 << 21
-"""Values of W that are looked at at once: few enough for a cache, and enough that what comes after each costs little."""
-SUMMED_ROWS, NARROW = 128, 32
-"""Rows of W that its transpose's product with a narrow block sums at once in float32: half the time of all rows in one product."""
+PIECE = 1 << 22
+"""Values of W that are multiplied at once: few enough for a cache, and enough that what comes after each costs little."""
+SQUARED = 1 << 18
+"""Of these, so many are squared at once."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,7 @@ class Weight:
 
     def beside(self, matrix: Float[Tensor, "out n"]) -> tuple[Tensor, ...]:
         """The rows of a matrix that lie beside the pieces."""
-        groups = max(1, PIECE // (self.shape[1] * SUMMED_ROWS))
-        return torch.split(matrix, groups * SUMMED_ROWS)
+        return torch.split(matrix, max(1, PIECE // self.shape[1]))
 
     def times(self, block: Float[Tensor, "in_ n"]) -> Float[Tensor, "out n"]:
         """W times a block, as float32."""
@@ -63,6 +63,17 @@ class Weight:
         for rows, beside in zip(self.pieces(), self.beside(block), strict=True):
             back += _crossed(beside, rows)
         return back.T
+
+    def there_and_back(
+        self, block: Float[Tensor, "in_ n"], added: Float[Tensor, "out n"]
+    ) -> tuple[Float[Tensor, "out n"], Float[Tensor, "in_ n"]]:
+        """W times a block and what is added to that, and Wᵀ times the sum; W is read once."""
+        images = torch.empty_like(added, dtype=torch.float32)
+        back = images.new_zeros(block.shape[1], self.shape[1])
+        for rows, image, more in zip(self.pieces(), self.beside(images), self.beside(added), strict=True):
+            torch.add(_times(rows, block), more, out=image)
+            back += _crossed(image, rows)
+        return images, back.T
 
 
 class Sizes(NamedTuple):
@@ -84,15 +95,18 @@ def sizes(weight: Weight, update: Bases, spectral_norm: float | None = None) -> 
     Args:
         spectral_norm: of W, where it is known: then W is read once.
     """
-    start = random_block(weight)
-    square = torch.zeros((), dtype=torch.float64, device=start.device)
-    back = start.new_zeros(start.shape[1] + update.out.shape[1], weight.shape[1])
-    for rows, own in zip(weight.pieces(), weight.beside(update.out.float()), strict=True):
-        square += _square(rows.float())
-        back += _crossed(torch.cat([_times(rows, start), own], 1), rows)
-    reached, seen = back[: start.shape[1]].T, back[start.shape[1] :]
-    norm = _largest_image(weight, torch.linalg.qr(reached).Q) if spectral_norm is None else spectral_norm
-    amplified = _ratio(float(update.values.norm()), float((seen @ update.in_.float()).norm()))
+    columns = update.in_.float()
+    if spectral_norm is None:
+        start = random_block(weight)
+        _, reached = weight.there_and_back(start, start.new_zeros(weight.shape[0], start.shape[1]))
+        columns = torch.cat([torch.linalg.qr(reached).Q, columns], 1)
+    square, images = torch.zeros((), dtype=torch.float64, device=columns.device), []
+    for rows in weight.pieces():
+        square += _square(rows)
+        images.append(_times(rows, columns))
+    others, own = torch.cat(images).split([columns.shape[1] - update.in_.shape[1], update.in_.shape[1]], 1)
+    norm = _largest(others) if spectral_norm is None else spectral_norm
+    amplified = _ratio(float(update.values.norm()), float((update.out.float().T @ own).norm()))
     return Sizes(math.sqrt(float(square)), norm, amplified)
 
 
@@ -102,9 +116,8 @@ def random_block(weight: Weight, columns: int = COLUMNS) -> Float[Tensor, "in_ n
     return drawn.to(weight.stored.device)
 
 
-def _largest_image(weight: Weight, space: Float[Tensor, "in_ n"]) -> float:
-    """The spectral norm of W in a space; in that of WᵀW x for random x, it is W's by a few per cent."""
-    images = weight.times(space)
+def _largest(images: Float[Tensor, "out n"]) -> float:
+    """The spectral norm of W in a space, by what it makes of a basis; in that of WᵀW x for random x, it is W's by a few per cent."""
     return math.sqrt(float(torch.linalg.eigvalsh(images.T @ images)[-1].clamp_min(0)))
 
 
@@ -113,21 +126,15 @@ def _ratio(delta: float, own: float) -> float:
 
 
 def _square(rows: Float[Tensor, "n in_"]) -> Tensor:
-    """The sum of the squares, in a third of the time that squares and then their sum take."""
-    flat = rows.flatten()
-    return flat.dot(flat)
+    """The sum of the squares, of so many at a time that they stay in a cache when they are widened."""
+    parts = (part.float() for part in rows.flatten().split(SQUARED))
+    return torch.stack([part.dot(part) for part in parts]).double().sum()
 
 
 def _times(rows: Float[Tensor, "m in_"], block: Float[Tensor, "in_ n"]) -> Float[Tensor, "m n"]:
-    return (rows @ block.to(rows)).float()
+    return sum_of_products([Term(rows, block.to(rows).contiguous(), as_read=True)]).float()
 
 
 def _crossed(block: Float[Tensor, "m n"], rows: Float[Tensor, "m in_"]) -> Float[Tensor, "n in_"]:
     """blockᵀ rows."""
-    left = block.to(rows)
-    if rows.dtype is not torch.float32 or left.shape[1] > NARROW:
-        return (left.T @ rows).float()
-    count = len(rows) // SUMMED_ROWS
-    whole = count * SUMMED_ROWS
-    beside, groups = (part[:whole].unflatten(0, (count, SUMMED_ROWS)) for part in (left, rows))
-    return left[whole:].T @ rows[whole:] + torch.bmm(beside.mT, groups).sum(0)
+    return crossed(block.to(rows).contiguous(), rows).float()

@@ -28,6 +28,8 @@ from twofold.lowrank.factors import LowRank
 
 BLOCKS = 4
 """Of the Krylov space; twice as many where what it shows is not settled."""
+REFINED = 2
+"""How often the space is widened where W's own directions in it are not known well enough."""
 CONVERGED = 0.05
 """A Ritz vector is a direction of W, or of some whose squared values lie that close, if its residual is below this share of it."""
 STEPS = 48
@@ -79,57 +81,78 @@ def intruders(weight: Weight, update: LowRank, k: int) -> Likeness:
 def _look(weight: Weight, A: Tensor, B: Tensor, k: int, blocks: int) -> tuple[Likeness, bool]:
     """In a Krylov space of so many blocks; and whether all that seem to be intruders are directions of W + B A indeed."""
     space, images = _krylov(weight, A, B, blocks)
-    of_weight = images - A.T @ (B.T @ space)
-    y, u = (_ritz(z)[:, :count] for z, count in ((images, k), (of_weight, COLUMNS)))
-    cosines, best = (y.T @ u).abs().max(1)
+    changed = _ritz(space, images, k)
+    for left_over in reversed(range(REFINED + 1)):
+        own = _ritz(space, images - B @ (A @ space), COLUMNS)
+        back = weight.times_transposed(own.left)
+        cosines, best = (changed.left.T @ own.left).abs().max(1)
+        like, known = cosines >= SURELY, own.converged(back)[best]
+        if not left_over or bool((known | ~like).all()):
+            break
+        more = _orthonormal_beside(space, back)
+        space, images = torch.cat([space, more], 1), torch.cat([images, weight.times(more) + B @ (A @ more)], 1)
     found = [min(float(c), 1.0) for c in cosines]
-    back = of_weight @ u
-    converged = _converged(weight.times(back), space @ u, back)
-    left = [i for i, cosine in enumerate(found) if cosine < SURELY or not converged[int(best[i])]]
+    left = (~(like & known)).nonzero().flatten().tolist()
     if left:
-        for i, cosine in zip(left, _cosines(weight, space @ y[:, left]), strict=True):
+        for i, cosine in zip(left, _cosines(weight, changed.left[:, left]), strict=True):
             found[i] = cosine
-    new = y[:, [i for i in left if found[i] < ALIKE]]
-    back = images @ new
-    sure = not new.shape[1] or all(_converged(weight.times(back) + B @ (A @ back), space @ new, back))
-    return Likeness(found, float((of_weight @ u[:, :1]).norm())), sure
+    new = changed.some([i for i in left if found[i] < ALIKE])
+    sure = not new.values.numel() or bool(
+        new.converged(weight.times_transposed(new.left) + A.T @ (B.T @ new.left)).all()
+    )
+    return Likeness(found, float(own.values[:1].sum())), sure
 
 
-def _krylov(weight: Weight, A: Tensor, B: Tensor, blocks: int) -> tuple[Float[Tensor, "out n"], Float[Tensor, "in_ n"]]:
-    """An orthonormal basis of the space of (M Mᵀ)^j M x for random x, M being W + B A; and Mᵀ times it."""
+def _krylov(weight: Weight, A: Tensor, B: Tensor, blocks: int) -> tuple[Float[Tensor, "in_ n"], Float[Tensor, "out n"]]:
+    """An orthonormal basis of the space of (Mᵀ M)^j x for random x, M being W + B A; and M times it."""
     width = min(COLUMNS, *weight.shape)
-    x = random_block(weight, width)
-    basis, images = x.new_empty(weight.shape[0], 0), x.new_empty(weight.shape[1], 0)
-    for _ in range(min(blocks, max(1, min(weight.shape) // width))):
-        y = weight.times(x) + B @ (A @ x)
-        for _ in range(2):  # once loses what rounding brings back
-            y = torch.linalg.qr(y - basis @ (basis.T @ y)).Q
-        x = weight.times_transposed(y) + A.T @ (B.T @ y)
-        basis, images = torch.cat([basis, y], 1), torch.cat([images, x], 1)
-    return basis, images
+    new = torch.linalg.qr(random_block(weight, width)).Q
+    space, images = new, []
+    for _ in range(min(blocks, max(1, min(weight.shape) // width)) - 1):
+        image, back = weight.there_and_back(new, B @ (A @ new))
+        images.append(image)
+        new = _orthonormal_beside(space, back + A.T @ (B.T @ image))
+        space = torch.cat([space, new], 1)
+    return space, torch.cat([*images, weight.times(new) + B @ (A @ new)], 1)
 
 
-def _ritz(images: Float[Tensor, "in_ n"]) -> Float[Tensor, "n n"]:
-    """The left singular vectors of a matrix in a space, by their coordinates there, the largest first.
+def _orthonormal_beside(space: Float[Tensor, "in_ n"], x: Float[Tensor, "in_ m"]) -> Float[Tensor, "in_ m"]:
+    """An orthonormal basis of what x adds to a space."""
+    for _ in range(2):  # once loses what rounding brings back
+        x = torch.linalg.qr(x - space @ (space.T @ x)).Q
+    return x
+
+
+class Ritz(NamedTuple):
+    """Singular vectors and values of a matrix in a space, the largest first: near its own, or mixtures of them."""
+
+    left: Float[Tensor, "out n"]
+    values: Float[Tensor, " n"]
+    right: Float[Tensor, "in_ n"]
+
+    def some(self, which: list[int]) -> Ritz:
+        return Ritz(self.left[:, which], self.values[which], self.right[:, which])
+
+    def converged(self, back: Float[Tensor, "in_ n"]) -> Bool[Tensor, " n"]:
+        """Which are the matrix's own.
+
+        Args:
+            back: its transpose times the left ones.
+        """
+        return ((back - self.right * self.values).norm(dim=0) <= CONVERGED * self.values) & (self.values > 0)
+
+
+def _ritz(space: Float[Tensor, "in_ n"], images: Float[Tensor, "out n"], count: int) -> Ritz:
+    """The first so many.
 
     Args:
-        images: its transpose times a basis of the space.
+        images: the matrix times an orthonormal basis of the space.
     """
     wide = images.double()
-    vectors: Tensor = torch.linalg.eigh(wide.T @ wide).eigenvectors
-    return vectors.flip(1).float()
-
-
-def _converged(images: Tensor, vectors: Float[Tensor, "out n"], back: Float[Tensor, "in_ n"]) -> list[bool]:
-    """Which Ritz vectors of a matrix M are directions of it.
-
-    Args:
-        back: Mᵀ times the vectors.
-        images: M times that.
-    """
-    values = back.square().sum(0)
-    residuals = (images - vectors * values).norm(dim=0)
-    return [bool(x) for x in (residuals <= CONVERGED * values) & (values > 0)]
+    vectors: Tensor = torch.linalg.eigh(wide.T @ wide).eigenvectors.flip(1)[:, :count].float()
+    left = images @ vectors
+    values = left.norm(dim=0)
+    return Ritz(left / values.clamp_min(TINY), values, space @ vectors)
 
 
 def _cosines(weight: Weight, starts: Float[Tensor, "out k"]) -> list[float]:

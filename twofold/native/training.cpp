@@ -28,7 +28,7 @@ template <class T> struct Product {
 
 static const int64_t LAID = 288;           // words that are laid out at once: 18 KiB a block
 static const int64_t CACHED = 400 * 1024;  // bytes of rows that stay in the second cache from one piece to the next
-static const int64_t WIDE = 16 << 20;      // bytes of rows that are widened at once
+static const int64_t WIDE = 4 << 20;      // bytes of rows that are widened at once
 
 struct Room {
   Words laid[LAID * BLOCKS];
@@ -144,26 +144,21 @@ template <class T> struct Crossed {
   float* y;
 };
 
-static const int64_t GROUP = 6;   // panels side by side of the wide one, of which a row is read in one piece
-static const int64_t CHUNK = 384; // rows that all panels of a group take before the next ones: they stay in the second cache
+static const int64_t GROUP = 12;   // panels side by side of the wide one at most, of which a row is read in one piece
+static const int64_t CHUNK = 192;  // rows of a group that are laid out at once: they stay in the second cache
+static const int64_t AHEAD = 8;    // rows between the one that is laid out and the one that is asked for
 
-// M rows from the i-th on, of the panel of columns from the at-th on; `left` holds the narrow one's words, m side by side.
-template <class T, int M>
-static void crossed_tile(const Crossed<T>& c, const Factor<T>* left, int64_t i, int64_t at, int64_t from, int64_t to, Floats* kept) {
+// Some rows of `count` panels, panel by panel: as they lie, rows a power of two apart would push each other out of the caches.
+template <class T> static void lay_panels(const Crossed<T>& c, int64_t first_panel, int64_t count, int64_t from, int64_t to, Words* laid) {
   const int inputs = Word<T>::inputs;
-  Floats sums[M][BLOCKS];
-  EACH(r, M) EACH(b, BLOCKS) sums[r][b] = kept[r * BLOCKS + b];
-  for (int64_t row = from; row < to;) {
-    Floats a[M][BLOCKS];
-    EACH(r, M) EACH(b, BLOCKS) a[r][b] = none();
-    for (const int64_t end = std::min(to, row + STRETCH * inputs); row < end; row += inputs) {
+  for (int64_t row = from, s = 0; row < to; row += inputs, s++)
+    for (int64_t p = 0; p < count; p++) {
+      const int64_t at = (first_panel + p) * PANEL;
       Words w[BLOCKS];
+      for (int i = 0; i < inputs; i++) __builtin_prefetch(c.wide + (row + AHEAD + i) * c.wide_stride + at);
       words_of(c.wide + row * c.wide_stride + at, c.wide_stride, c.rows - row, c.n - at, w);
-      EACH(r, M) EACH(b, BLOCKS) a[r][b] = Word<T>::add(a[r][b], w[b], left + (row / inputs * c.m + i + r) * inputs);
+      EACH(b, BLOCKS) laid[(p * CHUNK / inputs + s) * BLOCKS + b] = w[b];
     }
-    EACH(r, M) EACH(b, BLOCKS) sums[r][b] = sums[r][b] + a[r][b];
-  }
-  EACH(r, M) EACH(b, BLOCKS) kept[r * BLOCKS + b] = sums[r][b];
 }
 
 // A panel's sums, scaled, to where they belong.
@@ -183,25 +178,36 @@ template <class T> static void finish(const Crossed<T>& c, int64_t at, const Flo
 
 template <class T> static void crossed(const Crossed<T>& c) {
   const int inputs = Word<T>::inputs;
-  const std::unique_ptr<Factor<T>[]> left(new Factor<T>[up(c.rows, inputs) * c.m]());
-  for (int64_t row = 0; row < c.rows; row++)
-    for (int64_t i = 0; i < c.m; i++) left[(row / inputs * c.m + i) * inputs + row % inputs] = factor(c.narrow[row * c.narrow_stride + i]);
-  const int64_t panels = (c.n + PANEL - 1) / PANEL, groups = (panels + GROUP - 1) / GROUP, passes = (c.m + R - 1) / R;
+  const int64_t length = up(c.rows, inputs);
+  const std::unique_ptr<Factor<T>[]> left(new Factor<T>[length * c.m]());  // the narrow one's transpose
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < c.m; i++)
+    for (int64_t row = 0; row < c.rows; row++) left[i * length + row] = factor(c.narrow[row * c.narrow_stride + i]);
+  const int64_t panels = (c.n + PANEL - 1) / PANEL, passes = (c.m + R - 1) / R;
+  const int64_t group = std::min(GROUP, std::max<int64_t>(1, panels / (4 * omp_get_max_threads())));
 #pragma omp parallel
   {
     const Own<Floats> kept = owned<Floats>(GROUP * c.m * BLOCKS);
+    const Own<Words> laid = owned<Words>(GROUP * CHUNK / inputs * BLOCKS);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t group = 0; group < groups; group++) {
-      const int64_t first_panel = group * GROUP, count = std::min(GROUP, panels - first_panel);
+    for (int64_t first_panel = 0; first_panel < panels; first_panel += group) {
+      const int64_t count = std::min(group, panels - first_panel);
       std::fill_n(kept.get(), GROUP * c.m * BLOCKS, none());
-      for (int64_t from = 0; from < c.rows; from += CHUNK)
+      for (int64_t from = 0; from < c.rows; from += CHUNK) {
+        const int64_t to = std::min(c.rows, from + CHUNK);
+        lay_panels(c, first_panel, count, from, to, laid.get());
         for (int64_t p = 0; p < count; p++)
           for (int64_t pass = 0, i = 0; pass < passes; pass++) {
             const int64_t rows = (c.m - i + passes - pass - 1) / (passes - pass);
-            Floats* sums = kept.get() + (p * c.m + i) * BLOCKS;
-            with_rows(rows, [&](auto m) { crossed_tile<T, decltype(m)::value>(c, left.get(), i, (first_panel + p) * PANEL, from, std::min(c.rows, from + CHUNK), sums); });
+            const Factor<T>* x[R];
+            Floats sums[R][BLOCKS], *of_panel = kept.get() + (p * c.m + i) * BLOCKS;
+            for (int r = 0; r < rows; r++) x[r] = left.get() + (i + r) * length + from;
+            for (int j = 0; j < rows * BLOCKS; j++) sums[j / BLOCKS][j % BLOCKS] = of_panel[j];
+            tiles<T, BLOCKS>(int(rows), x, laid.get() + p * CHUNK / inputs * BLOCKS, (to - from + inputs - 1) / inputs, sums);
+            for (int j = 0; j < rows * BLOCKS; j++) of_panel[j] = sums[j / BLOCKS][j % BLOCKS];
             i += rows;
           }
+      }
       for (int64_t p = 0; p < count; p++) finish(c, (first_panel + p) * PANEL, kept.get() + p * c.m * BLOCKS);
     }
   }
