@@ -37,7 +37,8 @@ def falling(out: int, in_: int) -> Tensor:
 )
 @pytest.mark.parametrize("kernels", [fast_training, nullcontext], ids=["ours", "PyTorch's"])
 @pytest.mark.parametrize(
-    ("out", "in_", "turned"), [(1500, 700, False), (700, 1500, False), (1500, 700, True), (9000, 600, False), (12, 7, False)]
+    ("out", "in_", "turned"),
+    [(1500, 700, False), (700, 1500, False), (1500, 700, True), (9000, 600, False), (12, 7, False)],
 )
 def test_they_are_those_of_dense_decompositions(
     stored: torch.dtype, multiplied: torch.dtype, close: float, out: int, in_: int, turned: bool, kernels: Any

@@ -117,7 +117,7 @@ def random_block(weight: Weight, columns: int = COLUMNS) -> Float[Tensor, "in_ n
 
 
 def _largest(images: Float[Tensor, "out n"]) -> float:
-    """The spectral norm of W in a space, by what it makes of a basis; in that of WᵀW x for random x, it is W's by a few per cent."""
+    """The spectral norm of W in a space, by what it makes of a basis: W's by a few per cent in that of WᵀW x for random x."""
     return math.sqrt(float(torch.linalg.eigvalsh(images.T @ images)[-1].clamp_min(0)))
 
 

@@ -4,10 +4,11 @@ An *intruder* (arXiv 2410.21228) is one of the k largest left singular vectors y
 |cos(y, u_i)| < epsilon. By definition that takes two whole decompositions of W's size (`intruders_exactly`). `intruders` reads W a
 few times instead, each step only for the y that the one before left open:
 
-1. The y are the largest Ritz vectors of W + delta in a block Krylov space (Musco and Musco 2015), of eight products with W.
-2. The same space gives Ritz vectors of W itself without another product, since (W + delta)ᵀ Q is known and deltaᵀ Q cheap. A y that
-   is like one of these is no intruder, if that one is a direction of W, which one more product tells: ‖W Wᵀ u - lambda u‖ is small
-   beside lambda.
+1. The y are the largest left Ritz vectors of W + delta in a block Krylov space (Musco and Musco 2015), for which W is read four
+   times.
+2. The same space gives Ritz vectors u of W itself, with v and sigma, without another product, since (W + delta) X is known and
+   delta X cheap. A y that is like one of these is no intruder, if that one is a direction of W, which one more product tells:
+   ‖Wᵀ u - sigma v‖ is small beside sigma. Where it is not, Wᵀ u widens the space.
 3. For the others, Lanczos on W Wᵀ started at y gives cos²(y, u_i) as the weights of Gauss quadratures. By the separation theorem of
    Chebyshev, Markov and Stieltjes no u_i has more than two neighbouring weights together; once these are below epsilon² for all
    neighbours, y is an intruder, and more steps would tell nothing new.
@@ -31,7 +32,7 @@ BLOCKS = 4
 REFINED = 2
 """How often the space is widened where W's own directions in it are not known well enough."""
 CONVERGED = 0.05
-"""A Ritz vector is a direction of W, or of some whose squared values lie that close, if its residual is below this share of it."""
+"""A Ritz vector is a direction of W, or a mixture of some whose squares lie that close, if its residual is below this share."""
 STEPS = 48
 """Of Lanczos at most; after 32, the tail of a steep spectrum still counts as one direction."""
 CHECKED_EVERY, STAYS = 4, 0.02
@@ -139,7 +140,8 @@ class Ritz(NamedTuple):
         Args:
             back: its transpose times the left ones.
         """
-        return ((back - self.right * self.values).norm(dim=0) <= CONVERGED * self.values) & (self.values > 0)
+        residuals: Tensor = (back - self.right * self.values).norm(dim=0)
+        return (residuals <= CONVERGED * self.values) & (self.values > 0)
 
 
 def _ritz(space: Float[Tensor, "in_ n"], images: Float[Tensor, "out n"], count: int) -> Ritz:
