@@ -4,9 +4,9 @@
     python benchmarks/algebra.py --width 512     small, to see that it runs
 
 Each row does one thing in two ways, on the same random factors or weights: seconds of each, their ratio, and how far the error of
-ours is above the peer's. What is slow is timed on one module, so that the whole stays under five minutes; the last row is
+ours is above the peer's. What is slow is timed on one module, so that the whole stays under five minutes; the last rows are
 `twofold inspect` of a whole adapter file, 224 modules of r = 64, against the dense decomposition of one of its square modules,
-times 224.
+times 224, and `twofold compare` of two such files, against twice that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,7 @@ from twofold.adapter.shapes import module_shapes
 from twofold.base.streamed import open_streamed
 from twofold.events import silent
 from twofold.inspection.against_base import beside_base as measured_beside
+from twofold.inspection.compare import compare_adapters
 from twofold.inspection.report import report_adapter
 from twofold.lowrank.algebra import concatenated, factored, truncated
 from twofold.lowrank.factors import LowRank
@@ -120,13 +121,34 @@ def inspecting(width: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = written(width, Path(folder) / "adapter")
         ours, report = timed(lambda: report_adapter(open_adapter(path)))
-        update = random_update(width, DETAIL, 0)
-        theirs, values = timed(lambda: torch.linalg.svdvals(update.delta()))
+    theirs, largest = dense(width)
     square = next(m for m in report.modules if m.name.endswith("q_proj"))
-    if abs(square.spectral_norm / float(values[0]) - 1) > 1e-4:
+    if abs(square.spectral_norm / largest - 1) > 1e-4:
         raise SystemExit("the two decompositions differ")
     what = f"inspect {len(report.modules)} modules, r = {DETAIL}"
     return row(what, "dense svdvals, one module, times 224", ours, theirs * 224, None)
+
+
+@cache
+def dense(width: int) -> tuple[float, float]:
+    """Seconds of a dense decomposition of one square module's B·A, and its largest singular value."""
+    update = random_update(width, DETAIL, 0)
+    seconds, values = timed(lambda: torch.linalg.svdvals(update.delta()))
+    return seconds, float(values[0])
+
+
+def comparing(width: int) -> str:
+    """Two whole adapter files, against dense singular values of B·A of both."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [written(width, Path(folder) / f"adapter-{seed}", seed=seed) for seed in (0, 1)]
+        ours, found = timed(lambda: compare_adapters(*(open_adapter(path) for path in paths)))
+    deltas = [random_update(width, DETAIL, seed).delta() for seed in (0, 1)]
+    cosine = float((deltas[0] * deltas[1]).sum() / deltas[0].norm() / deltas[1].norm())
+    square = next(m for m in found.modules if m.name.endswith("q_proj"))
+    if abs(square.cosine - cosine) > 1e-4:
+        raise SystemExit("the two cosines differ")
+    what = f"compare two adapters, {len(found.modules)} modules, r = {DETAIL}"
+    return row(what, "dense svdvals, one module of each, times 224", ours, 2 * dense(width)[0] * 224, None)
 
 
 def beside_base(width: int) -> str:
@@ -182,13 +204,13 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def written(width: int, path: Path, layers: int = LAYERS, size: float = 0.01) -> Path:
+def written(width: int, path: Path, layers: int = LAYERS, size: float = 0.01, seed: int = 0) -> Path:
     """An adapter of every linear module of a model with this width; `size` is that of B's values."""
     tensors = {}
     for layer in range(layers):
         for name, (out, in_) in SHAPES.items():
             key = f"{PREFIX}model.layers.{layer}.{name}"
-            generator = torch.Generator().manual_seed(0)
+            generator = torch.Generator().manual_seed(seed)
             A = torch.randn(DETAIL, int(in_ * width), generator=generator) / (in_ * width) ** 0.5
             tensors[f"{key}.lora_A.weight"] = A
             tensors[f"{key}.lora_B.weight"] = torch.randn(int(out * width), DETAIL, generator=generator) * size
@@ -207,7 +229,7 @@ def main() -> None:
     width = parser.parse_args().width
     torch.manual_seed(0)
     print("| what | ours, s | peer | peer, s | times faster | error above the peer's |\n|---|---|---|---|---|---|")
-    for measure in (combining, extracting, inspecting, beside_base):
+    for measure in (combining, extracting, inspecting, comparing, beside_base):
         print(measure(width), flush=True)
 
 

@@ -1,7 +1,8 @@
 """Servers beside one another, through HTTP and with the prompts: tokens per second of 32 clients at once, and of one.
 
 As `benchmarks/serve.py`: SmolLM2-135M in bfloat16, r = 16 on all linear layers, prompts of 64 random tokens that differ from the
-first one on and from round to round, 64 new tokens. One server after the other, each in a process of its own:
+first one on, from case to case and from round to round, 64 new tokens, prefix caches off. One server after the other, each in a
+process of its own:
 
     python benchmarks/serve_http.py [--vllm PYTHON] [--llama-server PROGRAM --gguf BASE.gguf] [--rounds 2]
 
@@ -62,6 +63,7 @@ def servers(args: argparse.Namespace, folder: Path, port: int) -> dict[str, Serv
     base, at = str(locate(DEFAULT_BASE)), ["--port", str(port)]
     every, bare = tuple(CASES), ("1 client", "32")
     ours = [sys.executable, "-m", "twofold", "serve", "--base", base, "--name", BASE_NAME, "--dtype", "bfloat16"]
+    ours += ["--no-prefix-cache"]
     found = {"Twofold": Server([*ours, "--adapters", str(folder / "adapters"), *at], openai, every)}
     if args.vllm:
         command = [
@@ -143,8 +145,9 @@ def measured(server: Server, port: int, rounds: int) -> dict[str, float]:
     """Medians by case, and the seconds to the first token."""
     with running(server, port) as start:
         found: dict[str, list[float]] = {name: [] for name in server.cases}
-        for seed in range(1, rounds + 2):
+        for turn in range(1, rounds + 2):
             for name in server.cases:
+                seed = turn * len(CASES) + list(CASES).index(name)
                 found[name].append(asyncio.run(speed(server, port, *CASES[name], seed)))
     return {name: statistics.median(speeds[1:]) for name, speeds in found.items()} | {"seconds to first token": start}
 

@@ -81,7 +81,6 @@ class Crowd:
                 publish(self._stored(i, 0), root, _name(i))
             else:
                 shutil.copytree(self._stored(i, 0), root / _name(i))
-        self.bytes_of_one = sum(f.stat().st_size for f in self._stored(0, 0).iterdir())
 
     def _stored(self, client: int, content: int) -> Path:
         return self.root / "store" / f"{client}.{content}"

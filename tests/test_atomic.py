@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from twofold import atomic
+from twofold import atomic, tensorfile
 from twofold.errors import AdapterFileError, RunError
+from twofold.events import finished
 from twofold.tensorfile import TensorFile, nonfinite, write_tensors
 
 
@@ -221,6 +222,32 @@ def test_files_that_are_not_tensors_are_refused(tmp_path: Path) -> None:
         TensorFile(tmp_path / "none")
     with pytest.raises(AdapterFileError, match="does not exist"):
         TensorFile(tmp_path)
+
+
+def test_a_file_is_looked_through_for_what_is_not_finite_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorfile, "SUMMED_BYTES", 4096)
+    summed, inner = [], torch.Tensor.sum
+    monkeypatch.setattr(torch.Tensor, "sum", lambda part: summed.append(part.nbytes) or inner(part))
+    write_tensors(tmp_path / "large", {str(i): torch.ones(3000) for i in range(5)})
+    assert len(list(TensorFile(tmp_path / "large").checking_finite())) == len(summed) == 15
+    assert max(summed) == 4096
+    assert sum(summed) == 5 * 12_000
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("at", [0, 1024, 2999])
+def test_what_is_not_finite_is_found_in_every_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: float, at: int
+) -> None:
+    monkeypatch.setattr(tensorfile, "SUMMED_BYTES", 4096)
+    values = torch.ones(3000)
+    write_tensors(tmp_path / "good", {"a": values})
+    values[at] = bad
+    write_tensors(tmp_path / "bad", {"a": values})
+    assert finished(TensorFile(tmp_path / "good").checking_finite())
+    assert not finished(TensorFile(tmp_path / "bad").checking_finite())
 
 
 def test_nonfinite_names_the_tensors() -> None:

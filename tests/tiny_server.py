@@ -46,6 +46,14 @@ def served(base_folder: Path, streams: int = 4) -> Served:
     return Served(base, Scheduler(base.model, streams=streams, capacity=CONTEXT), ("tiny",), CONTEXT)
 
 
+def bytes_in_memory(of: Served, folder: Path) -> int:
+    """What an adapter takes once it is read."""
+    of.scheduler.put_adapter("measured", folder)
+    found = of.scheduler.adapter_bytes("measured")
+    of.scheduler.drop_adapter("measured")
+    return found
+
+
 @dataclass
 class Running:
     """A server on a free port of loopback."""

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from twofold import atomic
 from twofold.errors import AdapterFileError
+from twofold.events import Pieces
 
+SUMMED_BYTES = 1 << 20
+"""Of a file, in one piece."""
 TYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{
@@ -94,8 +97,8 @@ class TensorFile:
                     file.fileno(), self._start + entry.begin, entry.end - entry.begin, os.POSIX_FADV_WILLNEED
                 )
 
-    def is_finite(self) -> bool:
-        """Whether it certainly holds no NaN and no infinity, from one pass over the file.
+    def checking_finite(self) -> Pieces[bool]:
+        """Whether it certainly holds no NaN and no infinity, from one pass over the file in pieces.
 
         A sum over values is finite only if each of them is; one that overflows says nothing, nor does a file of several types.
         """
@@ -104,7 +107,11 @@ class TensorFile:
         whole = self._bytes[self._start :]
         if others or not dtype.is_floating_point or self._start % dtype.itemsize or len(whole) % dtype.itemsize:
             return False
-        return bool(torch.isfinite(whole.view(dtype).sum()))
+        for part in whole.view(dtype).split(SUMMED_BYTES // dtype.itemsize):
+            yield
+            if not bool(torch.isfinite(part.sum())):
+                return False
+        return True
 
 
 def _header(path: Path) -> tuple[dict[str, _Entry], int, dict[str, str]]:

@@ -318,7 +318,7 @@ def test_log_probabilities_are_those_of_the_model_whatever_the_sampling(settings
         ({"min_p": 1.1}, "min_p is 1.1 but must be at least 0 and at most 1"),
         ({"presence_penalty": 2.5}, "presence_penalty is 2.5 but must be from -2 to 2"),
         ({"frequency_penalty": -2.5}, "frequency_penalty is -2.5"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0 but must be above 0"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty is 5e-324 but must be from 0.01 to 100"),
         ({"logit_bias": {-1: 1.0}}, "a key of logit_bias is -1 but must be the number of a token"),
         ({"logit_bias": {4: 101.0}}, r"logit_bias\[4\] is 101.0 but must be from -100 to 100"),
         ({"logprobs": -1}, "logprobs is -1"),

@@ -29,6 +29,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         hf.Qwen2Config(**GROUPED | {"num_attention_heads": 2, "num_key_value_heads": 1})
     ),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**WIDE)),
+    "smollm3": lambda: hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**WIDE, no_rope_layers=[1, 0])),
+    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**WIDE, sliding_window=None)),
+    "mistral-window": lambda: hf.MistralForCausalLM(hf.MistralConfig(**WIDE, sliding_window=4)),
+    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**WIDE)),
     "gemma2": lambda: hf.Gemma2ForCausalLM(
         hf.Gemma2Config(**WIDE, final_logit_softcapping=4.0, attn_logit_softcapping=5.0, sliding_window=4)
     ),

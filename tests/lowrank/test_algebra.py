@@ -18,6 +18,7 @@ from twofold.lowrank.algebra import (
     decomposed,
     factored,
     inner,
+    leading,
     linear,
     norm,
     ties,
@@ -76,6 +77,23 @@ def test_awkward_spectra_are_read_off_the_factors_as_off_the_dense_delta(spectru
     found = decomposed(factors)
     assert torch.allclose(found.values, 2.0 * torch.tensor(spectrum).double(), rtol=1e-8, atol=1e-14)
     assert close((found.U * found.values) @ found.V.T, dense(factors))
+
+
+SIZES = {"few": (4, 1.5), "more than asked for": (9, -0.3), "more than columns": (12, 2.0), "no scale": (3, 0.0)}
+
+
+@pytest.mark.parametrize(("r", "scale"), SIZES.values(), ids=SIZES)
+def test_leading_directions_are_those_of_the_dense_delta(r: int, scale: float) -> None:
+    whole = update(r, scale=scale, seed=5)
+    thin = LowRank(whole.A, whole.B * (torch.arange(r) < 2), scale)  # its columns have no decomposition of Cholesky's
+    for one, count in ((whole, min(r, 6)), (thin, 2)):
+        found, (u, values, vh) = leading(one, 6), torch.linalg.svd(dense(one), full_matrices=False)
+        assert found.norm == pytest.approx(float(values.norm()), rel=1e-12)
+        n = count if scale else 0
+        assert found.U.shape[1] == found.V.shape[1] == n
+        signs = (found.U * u[:, :n]).sum(0).sign()
+        assert torch.allclose(found.U, u[:, :n] * signs, atol=1e-9)
+        assert torch.allclose(found.V, vh[:n].T * signs, atol=1e-9)
 
 
 def test_inner_products_and_norms_are_those_of_the_deltas() -> None:

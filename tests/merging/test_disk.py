@@ -24,7 +24,7 @@ from twofold.errors import RunError
 from twofold.events import Event, Message
 from twofold.merging.checkpoint import write_merged
 from twofold.merging.disk import NotStreamed, differing, plan_replay, write_replay
-from twofold.recipes.merge import check_merged, merge_checkpoint
+from twofold.recipes.merge import check_merged, merge_checkpoint, said_of_check
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -145,6 +145,23 @@ def test_the_check_tells_one_bit(llama_base: Path, tmp_path: Path) -> None:
     path.write_bytes(content)
     last = folder.shards[path.name].in_order()[-1]
     assert differing(replay, open_stored(str(tmp_path / "merged"))) == {last: "other values"}
+
+
+@pytest.mark.parametrize(("target", "tied"), [("lm_head", False), ("q_proj", True)])
+def test_the_check_tells_a_config_that_ties_otherwise(target: str, tied: bool, tied_base: Path, tmp_path: Path) -> None:
+    base = adapted(tied_base, "float32", target_modules=[target])
+    written(base, tmp_path / "merged")
+    assert check_merged(base, tmp_path / "merged")["holds_the_adapter"]
+    path = tmp_path / "merged" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["tie_word_embeddings"] is tied
+    path.write_text(json.dumps({**config, "tie_word_embeddings": not tied}))
+    found = check_merged(base, tmp_path / "merged")
+    assert not found["holds_the_adapter"]
+    assert said_of_check(found) == (
+        f"{tmp_path / 'merged'} has every tensor of this base with this adapter merged in, but its config.json says "
+        f"tie_word_embeddings: {str(not tied).lower()}, though its head is {'its embedding' if tied else 'a tensor of its own'}"
+    )
 
 
 def test_another_type_than_the_files_is_not_streamed(llama_base: Path) -> None:

@@ -17,11 +17,12 @@ from families import GROUPED, build_model, randomise
 from safetensors.torch import load_file
 from tiny_adapters import learned
 
+from twofold import atomic
 from twofold.adapter.attach import adapter_layers, attach
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import save_adapter
 from twofold.errors import AdapterFileError, ConfigError, ProofError
-from twofold.merging.export import gguf_adapter
+from twofold.merging.export import gguf_adapter, mlx
 from twofold.recipes.export import export_adapter
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -112,6 +113,37 @@ def test_mlx_gets_the_true_updates(settings: dict[str, Any], tmp_path: Path) -> 
     for module, delta in deltas.items():  # mlx-lm: y = W x + scale * (x lora_a) lora_b
         found = config["lora_parameters"]["scale"] * held[f"{module}.lora_a"] @ held[f"{module}.lora_b"]
         torch.testing.assert_close(found.T, delta, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "said"),
+    [
+        ("scale", r"differs from the adapter by 0\.001"),
+        ("rank", r"says rank 5, but 'model\.layers\.0\..*' has 4"),
+        ("lora_a", "differs from the adapter by"),
+        ("lora_b", "differs from the adapter by"),
+    ],
+)
+def test_a_spoiled_folder_for_mlx_is_not_proved(
+    spoiled: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, _ = adapted(tmp_path, **SETTINGS["plain"])
+    json_of, tensors_of = atomic.write_json, mlx.write_tensors
+
+    def write_json(path: Path, config: Any) -> None:
+        settings = config["lora_parameters"]
+        wrong = {"scale": settings["scale"] * 1.001, "rank": settings["rank"] + 1}
+        json_of(path, {**config, "lora_parameters": settings | {k: v for k, v in wrong.items() if k == spoiled}})
+
+    def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        last = [key for key in tensors if key.endswith(spoiled)][-1:]
+        tensors_of(path, tensors | {key: tensors[key] * 1.001 for key in last})
+
+    monkeypatch.setattr(mlx.atomic, "write_json", write_json)
+    monkeypatch.setattr(mlx, "write_tensors", write_tensors)
+    with pytest.raises(ProofError, match=said):
+        export_adapter(adapter, "mlx", tmp_path / "out", str(base))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

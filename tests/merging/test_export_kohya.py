@@ -10,12 +10,13 @@ import torch
 from families import build_model, logits, randomise
 from safetensors.torch import load_file
 from tiny_adapters import learned
-from torch import nn
+from torch import Tensor, nn
 
 from twofold.adapter.attach import adapter_layers, attach
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import load_adapter, save_adapter
-from twofold.errors import ConfigError
+from twofold.errors import ConfigError, ProofError
+from twofold.merging.export import kohya
 from twofold.merging.export.kohya import kohya_name
 from twofold.recipes.export import export_adapter
 
@@ -42,6 +43,24 @@ def test_the_file_loads_and_says_the_same(settings: dict[str, Any], tmp_path: Pa
     fresh = build_model("qwen3")
     load_adapter(fresh, tmp_path / "out.safetensors")
     torch.testing.assert_close(logits(fresh), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spoiled", ["lora_down.weight", "lora_up.weight", "alpha"])
+def test_a_spoiled_file_is_not_proved(spoiled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("qwen3")
+    attach(model, LoraConfig(**SETTINGS["plain"]))
+    randomise(learned(model))
+    save_adapter(model, tmp_path / "adapter")
+    write = kohya.write_tensors
+
+    def write_tensors(path: Path, tensors: dict[str, Tensor], said: dict[str, str]) -> None:
+        last = [key for key in tensors if key.endswith(spoiled)][-1]
+        write(path, {**tensors, last: tensors[last] * 1.001}, said)
+
+    monkeypatch.setattr(kohya, "write_tensors", write_tensors)
+    with pytest.raises(ProofError, match="read back, is not the adapter's"):
+        export_adapter(tmp_path / "adapter", "kohya", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 class Pipeline(nn.Module):

@@ -16,6 +16,8 @@ RUNS: dict[str, tuple[dict[str, Any], int, float]] = {
     "rank 32 on queries and values": ({"r": 32, "target_modules": ["q_proj", "v_proj"]}, 9_175_040, 22.29e9),
     "rank 64 on queries and values": ({"r": 64, "target_modules": ["q_proj", "v_proj"]}, 18_350_080, 22.55e9),
     "rank 10 on the MLPs": ({"r": 10, "target_modules": "mlp"}, 9_461_760, 24.70e9),
+    "DoRA": ({"r": 32, "target_modules": ["q_proj", "v_proj"], "use_dora": True}, 9_289_728, 24.48e9),
+    "LoRA-FA": ({"r": 32, "target_modules": ["q_proj", "v_proj"], "freeze_a": True}, 3_670_016, 22.23e9),
 }
 
 

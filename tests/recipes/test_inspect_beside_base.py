@@ -18,7 +18,10 @@ from twofold.adapter.attach import attach
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import Provenance, open_adapter, save_adapter
 from twofold.adapter.updates import updates_of
+from twofold.base.fingerprint import fingerprint
 from twofold.base.load import load_base
+from twofold.errors import ConfigError
+from twofold.recipes.export import Format, export_adapter
 from twofold.recipes.inspect import inspect_adapter
 
 pytest_plugins = ("tiny_fixtures",)
@@ -85,6 +88,33 @@ def test_intruders_are_those_of_a_dense_decomposition(loud: float, llama_base: P
     assert (exact_total > 20) == (loud == 1.0)
 
 
+@pytest.fixture(scope="module")
+def falling_base(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama too wide to be decomposed whole, whose singular values fall off."""
+    folder = tmp_path_factory.mktemp("bases") / "falling"
+    config = transformers.AutoConfig.from_pretrained(llama_base)
+    config.update({"hidden_size": 384, "intermediate_size": 512, "num_hidden_layers": 1, "head_dim": 96})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for weight in (p for p in model.parameters() if p.dim() == 2):
+        weight.data *= torch.arange(1, weight.shape[1] + 1.0).pow(-0.5)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(llama_base).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("loud", [0.0, 1e-4, 3.0])
+def test_sizes_are_the_same_where_intruders_are_asked_for(loud: float, falling_base: Path, tmp_path: Path) -> None:
+    path = adapter(falling_base, tmp_path / "adapter", loud=loud, r=64)
+    whole, updates = weights(falling_base), updates_of(open_adapter(path))
+    for module in inspect_adapter(path, str(falling_base), intruders=4).modules:
+        found, update = module.beside_base, updates[module.name]
+        assert found is not None
+        largest = torch.linalg.matrix_norm(update.scale * update.B.double() @ update.A.double(), 2)
+        of_weight = torch.linalg.matrix_norm(whole[f"{module.name}.weight"], 2)
+        assert found.relative_spectral_norm == pytest.approx(float(largest / of_weight), rel=0.05)
+        assert found.intruders == 0 or loud
+
+
 def test_a_total_is_that_of_one_large_matrix(llama_base: Path, tmp_path: Path) -> None:
     path = adapter(llama_base, tmp_path / "adapter")
     values = torch.cat(
@@ -139,12 +169,53 @@ def test_a_sound_adapter_on_its_base_has_nothing_but_notes(llama_base: Path, oth
         ({"use_rslora": True}, "gguf-scale", "GGUF holds one alpha and no rsLoRA"),
         ({"rank_pattern": {"q_proj": 2}}, "mlx-rank", "one rank and one scale"),
         ({"target_modules": ["embed_tokens"]}, "gguf-embedding", "no factors of an embedding"),
+        ({"target_modules": ["embed_tokens"]}, "mlx-embedding", "no factors of an embedding"),
+        ({"target_modules": ["embed_tokens"]}, "vllm-embedding", "with factors of an embedding"),
+        ({"target_modules": ["lm_head", "q_proj"]}, "vllm-outside", "and lm_head lies outside"),
+        ({"target_modules": ["lm_head", "q_proj"]}, "mlx-outside", "and lm_head lies outside"),
+        ({"target_modules": ["lm_head", "q_proj"]}, "gguf-head", "no factors of 'lm_head' where it is the embedding"),
         ({"trainable_token_indices": [3]}, "mlx-tokens", "no tokens of its own"),
         ({"lora_alpha": 800}, "odd-scale", "has the scale 200"),
     ],
 )
 def test_limits_are_named(settings: dict[str, Any], code: str, said: str, llama_base: Path, tmp_path: Path) -> None:
     assert said in codes(adapter(llama_base, tmp_path / "adapter", **settings))[code]
+
+
+@pytest.mark.parametrize("target", ["q_proj", "lm_head", "embed_tokens"])
+def test_a_note_is_there_where_an_export_refuses(target: str, tied_base: Path, tmp_path: Path) -> None:
+    path = adapter(tied_base, tmp_path / "adapter", r=8, target_modules=[target])
+    formats: tuple[Format, ...] = ("gguf", "mlx", "vllm")
+    refused = set()
+    for to in formats:
+        try:
+            export_adapter(path, to, None if to == "vllm" else tmp_path / f"out.{to}", str(tied_base))
+        except ConfigError:
+            refused.add(to)
+    assert refused == (set() if target == "q_proj" else set(formats))
+    assert {code.partition("-")[0] for code in codes(path)} == refused
+
+
+def test_factors_of_experts_are_named_to_each_program(tmp_path: Path) -> None:
+    size = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.MixtralConfig(**size, **heads))
+    attach(model, LoraConfig(r=8, target_modules=[], target_parameters=["mlp.experts.down_proj"]))
+    found = codes(save_adapter(model, tmp_path / "adapter"))
+    assert "vLLM refuses adapters with target_parameters" in found["vllm-experts"]
+    for code in ("gguf-experts", "mlx-experts"):
+        assert "hold no factors of stacked experts (target_parameters)" in found[code]
+
+
+def test_a_base_in_another_precision_is_a_note(llama_base: Path, tmp_path: Path) -> None:
+    base = load_base(str(llama_base), "float32", "cpu")
+    coarse = {n: p + 0.05 * p.std() * torch.randn_like(p) for n, p in base.model.named_parameters()}
+    attach(base.model, LoraConfig(r=8, init_lora_weights=False))
+    trained_on = Provenance(base=fingerprint(coarse, "Q4_1").as_json())
+    path = save_adapter(base.model, tmp_path / "a", provenance=trained_on)
+    (found,) = inspect_adapter(path, str(llama_base)).findings
+    assert (found.severity, found.code) == ("note", "other-precision")
+    assert "a matches this base in another precision" in found.message
 
 
 def test_what_is_wrong_in_the_files_is_named(llama_base: Path, gpt2_base: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
 from tiny_server import Running, question, running, served
 
 from twofold.errors import ConfigError
@@ -117,36 +118,41 @@ def test_unknown_routes_and_methods_answer_in_the_same_shape(live: Running) -> N
     assert live.post("/v1/chat/completions", question("nobody")).json()["error"]["param"] == "model"
 
 
-def test_the_api_does_what_its_own_description_says(live: Running) -> None:
+JUDGED_BY = [
+    "not_a_server_error",
+    "response_schema_conformance",
+    "content_type_conformance",
+    "status_code_conformance",
+]
+
+
+@pytest.mark.parametrize(
+    ("mode", "examples", "more"),
+    [(GenerationMode.POSITIVE, 6, []), (GenerationMode.NEGATIVE, 20, ["negative_data_rejection"])],
+    ids=["right", "wrong"],
+)
+def test_the_api_does_what_its_own_description_says(
+    live: Running, mode: GenerationMode, examples: int, more: list[str]
+) -> None:
     """Schemathesis makes requests from the OpenAPI document, right ones and wrong ones, and judges the answers by it."""
     schema = schemathesis.openapi.from_url(f"{live.url}/openapi.json")
     operations = [op.ok() for op in schema.get_all_operations()]
     assert {op.path for op in operations} >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics"}
-    checks = schemathesis.checks.load_all_checks
-    checks()
-    chosen = schemathesis.checks.CHECKS.get_by_names(
-        ["not_a_server_error", "response_schema_conformance", "content_type_conformance", "status_code_conformance"]
-    )
-    few = settings(max_examples=6, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    schemathesis.checks.load_all_checks()
+    chosen = schemathesis.checks.CHECKS.get_by_names(JUDGED_BY + more)
+    few = settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     for operation in operations:
+        if mode.is_negative and not operation.body:  # nothing in it can be wrong
+            continue
 
         @few
-        @schemathesis_given(operation)
+        @given(case=operation.as_strategy(mode))
         def one(case: Any) -> None:
-            if isinstance(case.body, dict):  # an answer of a few tokens will do
-                case.body = (
-                    {**case.body, "max_tokens": 2} if "messages" in case.body or "prompt" in case.body else case.body
-                )
-            response = case.call(timeout=30)
-            case.validate_response(response, checks=chosen)
+            if mode.is_positive and isinstance(case.body, dict) and {"messages", "prompt"} & case.body.keys():
+                case.body = {**case.body, "max_tokens": 2}  # an answer of a few tokens will do
+            case.validate_response(case.call(timeout=30), checks=chosen)
 
         one()
-
-
-def schemathesis_given(operation: Any) -> Any:
-    from hypothesis import given
-
-    return given(case=operation.as_strategy())
 
 
 # ---------------------------------------------------------------------------------------------- settings

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from crowd import CONTENTS, Crowd, Told
 from probes import Probes, write_probed_base
-from tiny_server import Running, eventually, running, served
+from tiny_server import Running, bytes_in_memory, eventually, running, served
 
 from twofold.engine.resident import Resident
 from twofold.recipes.serve import ServeConfig
@@ -39,14 +39,15 @@ def crowded(work: Path, monkeypatch: pytest.MonkeyPatch, clients: int) -> Iterat
     monkeypatch.setattr(tempfile, "tempdir", str(work / "temporary"))
     probes = Probes(write_probed_base(work / "base", clients, CONTENTS), work)
     found = Crowd(probes, work / "root", clients)
+    base = served(probes.base, streams=STREAMS)
     config = ServeConfig(
         adapters=found.root,
         poll_seconds=0.1,
         max_queued=QUEUED,
-        adapter_memory_mb=IN_MEMORY * found.bytes_of_one / 1e6,
+        adapter_memory_mb=IN_MEMORY * bytes_in_memory(base, found.root / "store" / "0.0") / 1e6,
     )
     threads, files = names_of_threads(), open_files()
-    with running(served(probes.base, streams=STREAMS), config) as live:
+    with running(base, config) as live:
         found.live = live
         yield found
     assert names_of_threads() <= threads | {"engine"}

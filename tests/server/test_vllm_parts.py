@@ -195,6 +195,10 @@ def test_the_plan_starts_vllm_with_the_folders_limits(root: Path, llama_base: Pa
     [
         ({"max_queued": 3}, "--max-queued is for Twofold's own engine"),
         ({"quantization": "nf4"}, "--quantization"),
+        ({"weights": "int8"}, "--weights is for Twofold's own engine"),
+        ({"merge_after": 4}, "--merge-after is for Twofold's own engine"),
+        ({"cache_memory_mb": 64.0}, "--cache-memory-mb is for Twofold's own engine"),
+        ({"prefix_cache": False}, "--no-prefix-cache is for Twofold's own engine"),
         ({"adapters": None}, "adapter folder"),
         ({"port": 0}, "--port"),
     ],

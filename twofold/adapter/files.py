@@ -267,8 +267,7 @@ def _fill(model: nn.Module, files: AdapterFiles, made: Mapping[str, Made], told:
     modules = files.modules()
     problems: list[str] = []
     read: set[str] = set()
-    yield
-    finite = files.tensors.is_finite()
+    finite = yield from files.tensors.checking_finite()
     for module, one in made.items():
         yield
         values, found = {}, []
@@ -290,9 +289,10 @@ def _fill(model: nn.Module, files: AdapterFiles, made: Mapping[str, Made], told:
     left = [k for k in known if k not in read and split_key(k)[0] not in told]
     if left:
         bases = {name: layer.base for name, layer in adapter_layers(model)} | {m: made[m].base for m in made}
-        problems += [
-            f"unexpected tensor '{k}'" for k in left if not says_nothing_new(model, bases, files.tensors, k, read)
-        ]
+        for key in left:
+            yield
+            if not says_nothing_new(model, bases, files.tensors, key, read):
+                problems.append(f"unexpected tensor '{key}'")
     return problems
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor
 
+from twofold.base.blocks import Decoder
 from twofold.machine import zeros_in_large_pages
 
 Wearer = tuple[tuple[str, float], ...]
@@ -87,6 +89,12 @@ class Slots:
         for slot in self._slots:
             if any(key == adapter for key, _ in slot.wearer):
                 slot.tokens, slot.wearer = [], ()
+
+
+def slot_bytes(decoder: Decoder, capacity: int) -> int:
+    """What a slot of so many tokens takes: their keys and values in every layer."""
+    values = len(decoder.blocks) * decoder.heads.keys * capacity * decoder.head_dim
+    return 2 * values * cast(Tensor, decoder.norm.weight).element_size()
 
 
 class SlotCache(Slots):

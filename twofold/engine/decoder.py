@@ -121,6 +121,9 @@ class BlockForward:
         yield from self.operations.preparing(resident)
         return resident
 
+    def bytes_of(self, resident: Resident) -> int:
+        return resident.bytes
+
     def drop(self, resident: Resident) -> None:
         """Nothing refers to it but the streams that wear it, and what it was folded into."""
         self.operations.forget(resident)

@@ -45,6 +45,11 @@ class _Compiled(NamedTuple):
     segments: NDArray[Any]
     kept: list[Packed]
 
+    @property
+    def bytes(self) -> int:
+        """Of the packed factors, filled up as they are."""
+        return sum(len(p.bytes) for p in self.kept)
+
 
 class NativeOps:
     """Weights packed once, and every operation over them.
@@ -256,6 +261,7 @@ def _compiled(resident: Resident, places: int) -> Pieces[_Compiled]:
         segments[place]["a"] = kept[-1].address
         for i, update in enumerate(updates):
             if update is not None:
+                yield
                 kept.append(room.pack(torch.nn.functional.pad(update.B, (0, ranks - update.rank))))
                 segments[place]["b"][i], segments[place]["scale"][i] = kept[-1].address, update.scale
     return _Compiled(segments, kept)

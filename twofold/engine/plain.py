@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from twofold.adapter.attach import activate, active, detach
+from twofold.adapter.attach import activate, active, detach, shares
 from twofold.adapter.files import load_adapter
 from twofold.adapter.rows import rows
 from twofold.engine.cache import Slots
@@ -57,6 +57,10 @@ class PlainForward:
         load_adapter(self.model, folder, key)
         activate(self.model, self._alive or None)
         return Resident(key, {})
+
+    def bytes_of(self, resident: Resident) -> int:
+        held = shares(self.model, resident.key).values()
+        return sum(t.nbytes for share in held for t in (*share.parameters(), *share.buffers()))
 
     def drop(self, resident: Resident) -> None:
         detach(self.model, resident.key)

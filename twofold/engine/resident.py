@@ -28,6 +28,9 @@ from twofold.lowrank.factors import LowRank
 from twofold.lowrank.linear import Projection
 from twofold.quant import QuantisedWeight
 
+NORMED_ELEMENTS = 1 << 20
+"""Values of a weight whose rows are measured in one piece."""
+
 
 class Change(NamedTuple):
     """What an adapter does to one projection.
@@ -58,7 +61,7 @@ class Resident:
         key: its name in the pool.
         changes: to the projections and the head.
         tokens: of the embedding: A (r, vocabulary) and B (d, r).
-        compiled: what the operations keep of it in a form of their own.
+        compiled: what the operations keep of it in a form of their own, which knows its `bytes`.
     """
 
     key: str
@@ -73,10 +76,11 @@ class Resident:
 
     @property
     def bytes(self) -> int:
-        """Of its factors."""
+        """Of its factors, and of what the operations keep beside them."""
         found = [t for group in self.changes.values() for c in group if c is not None for t in _tensors(c)]
         found += [] if self.tokens is None else [self.tokens.A, self.tokens.B]
-        return sum(t.numel() * t.element_size() for t in found)
+        beside: int = sum(kept.bytes for kept in self.compiled.values())
+        return sum(t.nbytes for t in found) + beside
 
 
 def _tensors(change: Change) -> Iterator[Tensor]:
@@ -113,10 +117,11 @@ class Reader:
         fitted = yield from reading_adapter(self.model, folder, key)
         made, changes = dict(fitted.made), {}
         for place, modules in enumerate(self.places):
-            yield
-            found = tuple(self._change(place, i, made.pop(self.names[m], None), dtype) for i, m in enumerate(modules))
+            found = []
+            for i, module in enumerate(modules):
+                found.append((yield from self._change(place, i, made.pop(self.names[module], None), dtype)))
             if any(c is not None for c in found):
-                changes[place] = found
+                changes[place] = tuple(found)
         tokens = made.pop(self.names[self.decoder.embedding], None)
         if made:
             listed = ", ".join(f"'{m}'" for m in list(made)[:4])
@@ -128,9 +133,10 @@ class Reader:
         return Resident(key, changes, None if tokens is None else _tokens(tokens.share, folder, dtype, factor))
 
     @torch.no_grad()
-    def _change(self, place: int, member: int, made: Any, dtype: torch.dtype) -> Change | None:
+    def _change(self, place: int, member: int, made: Any, dtype: torch.dtype) -> Pieces[Change | None]:
         if made is None:
             return None
+        yield
         share = made.share
         if not isinstance(share, LinearShare):
             raise AdapterFileError(
@@ -143,14 +149,23 @@ class Reader:
             bias = share.b_bias.detach().float() * share.scale + (0.0 if bias is None else bias)
         stretch = None
         if share.magnitude is not None:
-            matrix = _values(self.weights[place][member])
-            stretch = share.magnitude.detach().float() / row_norms(matrix, row_squares(matrix), update)
+            norms = yield from _norms(_values(self.weights[place][member]), update)
+            stretch = share.magnitude.detach().float() / norms
         return Change(_narrowed(update, dtype, self.device), bias, stretch)
 
 
 def _values(projection: Projection) -> Float[Tensor, "out in_"]:
     weight = projection.weight
     return weight.dequantised() if isinstance(weight, QuantisedWeight) else cast(Tensor, weight).detach()
+
+
+def _norms(matrix: Float[Tensor, "out in_"], update: LowRank) -> Pieces[Float[Tensor, " out"]]:
+    """||W + scale B A|| of each row, of some rows in a piece."""
+    step, found = max(1, NORMED_ELEMENTS // matrix.shape[1]), []
+    for rows, B in zip(matrix.split(step), update.B.split(step), strict=True):
+        yield
+        found.append(row_norms(rows, row_squares(rows), LowRank(update.A, B, update.scale)))
+    return torch.cat(found)
 
 
 def _narrowed(update: LowRank, dtype: torch.dtype, device: torch.device) -> LowRank:

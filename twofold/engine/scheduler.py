@@ -216,6 +216,10 @@ class Scheduler:
         if key in self._pool.residents:
             raise ConfigError(f"an adapter '{key}' is loaded already")
 
+    def adapter_bytes(self, key: str) -> int:
+        """What a loaded adapter takes of memory: its factors, and what the operations keep beside them."""
+        return self._forward.bytes_of(self._pool.residents[key])
+
     def drop_adapter(self, key: str) -> None:
         """Forget an adapter and free its memory.
 

@@ -95,6 +95,10 @@ class Forward(Protocol):
         """Make an adapter ready to be worn; AdapterFileError if it does not fit."""
         ...
 
+    def bytes_of(self, resident: Resident) -> int:
+        """What an adapter takes of memory."""
+        ...
+
     def drop(self, resident: Resident) -> None:
         """Forget an adapter that no stream wears."""
         ...

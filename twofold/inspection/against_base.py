@@ -36,8 +36,8 @@ class BesideBase:
 
     Attributes:
         relative_norm: ‖delta‖_F / ‖W‖_F.
-        relative_spectral_norm: the same of spectral norms; that of W is found from below, to a few per cent.
-        amplification: how much louder the update's own directions are in it than in W (`lowrank.intruders`).
+        relative_spectral_norm: the same of spectral norms; that of W is found from below (`lowrank.beside`).
+        amplification: how much louder the update's own directions are in it than in W (`lowrank.beside`).
         intruders: how many of the largest directions of W + delta are new; None where that was not asked.
         likeness: of those directions, the largest cosine with one of W's.
     """
@@ -75,7 +75,8 @@ def _beside(weight: Tensor, update: LowRank, look: Look | None) -> BesideBase:
     own = Weight(weight, multiplied_in(weight))
     likeness = look(own, update) if look else None
     found = bases_of(update)
-    size = sizes(own, found, likeness.spectral_norm if likeness else None)
+    norm = likeness.spectral_norm if likeness and likeness.spectral_norm > float(found.values[:1].sum()) else None
+    size = sizes(own, found, norm)
     return BesideBase(
         relative_norm=_share(found.values.norm(), size.frobenius_norm),
         relative_spectral_norm=_share(found.values[0], size.spectral_norm),

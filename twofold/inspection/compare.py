@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.updates import updates_of
 from twofold.errors import ConfigError
-from twofold.lowrank.algebra import decomposed, inner, norm
+from twofold.lowrank.algebra import inner, leading, norm
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.spectra import subspace_similarity
 
@@ -74,13 +75,17 @@ def compare_adapters(first: AdapterFiles, second: AdapterFiles) -> Comparison:
     if not common:
         raise ConfigError(f"{first.path} and {second.path} change no module in common, so there is nothing to compare")
     modules = [_compared(name, a[name], b[name]) for name in common]
-    together = sum(inner(a[n], b[n]) for n in common)
-    sizes = [sum(norm(u) ** 2 for u in updates.values()) ** 0.5 for updates in (a, b)]
+    only_first, only_second = [n for n in a if n not in b], [n for n in b if n not in a]
+    together = sum(m.cosine * m.norms[0] * m.norms[1] for m in modules)
+    sizes = [
+        math.hypot(*(m.norms[i] for m in modules), *(norm(updates[n]) for n in alone))
+        for i, (updates, alone) in enumerate(((a, only_first), (b, only_second)))
+    ]
     return Comparison(
         cosine=_ratio(together, sizes[0] * sizes[1]),
         modules=modules,
-        only_first=[n for n in a if n not in b],
-        only_second=[n for n in b if n not in a],
+        only_first=only_first,
+        only_second=only_second,
         config=_differences(first, second),
     )
 
@@ -89,19 +94,16 @@ def _compared(name: str, a: LowRank, b: LowRank) -> ModuleComparison:
     if (a.B.shape[0], a.A.shape[1]) != (b.B.shape[0], b.A.shape[1]):
         shapes = " and ".join(f"{u.B.shape[0]} x {u.A.shape[1]}" for u in (a, b))
         raise ConfigError(f"'{name}' is {shapes}: the adapters were trained on different bases")
-    in_a, in_b = decomposed(a), decomposed(b)
-    counts = min(DIRECTIONS, in_a.rank), min(DIRECTIONS, in_b.rank)
-    left = subspace_similarity(in_a.U[:, : counts[0]], in_b.U[:, : counts[1]])
-    right = subspace_similarity(in_a.V[:, : counts[0]], in_b.V[:, : counts[1]])
-    norms = norm(a), norm(b)
+    in_a, in_b = leading(a, DIRECTIONS), leading(b, DIRECTIONS)
+    most = max(in_a.U.shape[1], in_b.U.shape[1])
     return ModuleComparison(
         name=name,
-        cosine=_ratio(inner(a, b), norms[0] * norms[1]),
-        norms=norms,
-        output_similarity=left.tolist(),
-        input_similarity=right.tolist(),
-        output_baseline=max(counts) / a.B.shape[0],
-        input_baseline=max(counts) / a.A.shape[1],
+        cosine=_ratio(inner(a, b), in_a.norm * in_b.norm),
+        norms=(in_a.norm, in_b.norm),
+        output_similarity=subspace_similarity(in_a.U, in_b.U).tolist(),
+        input_similarity=subspace_similarity(in_a.V, in_b.V).tolist(),
+        output_baseline=most / a.B.shape[0],
+        input_baseline=most / a.A.shape[1],
     )
 
 

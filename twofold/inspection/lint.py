@@ -5,7 +5,7 @@
 | dead | warning | a module whose update is zero |
 | rank-deficient | warning | directions that are rounding |
 | rank-mismatch | error | tensors whose rank is not the config's |
-| odd-scale | warning | alpha / r far from what is usual, or far from the other modules' |
+| odd-scale | warning | alpha / r far from what is usual |
 | target-without-tensors | warning | an entry of target_modules for which the file holds nothing |
 | dora | warning | figures of B·A alone |
 | vllm-*, gguf-*, mlx-* | note | what these engines and formats do not take, or take otherwise |
@@ -16,12 +16,13 @@ is not-finite.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.config import resolve
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.names import matches
 from twofold.lowrank.factors import LowRank
@@ -31,6 +32,10 @@ ROUNDING = 1e-7
 USUAL_SCALES = (1 / 16, 16.0)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank; an adapter's rank may be no larger than the one chosen."""
+LAYER = re.compile(r"\.layers\.\d+\.")
+"""In the path of every module that mlx-lm puts an adapter on."""
+HEAD = "lm_head"
+"""What the families that are written as GGUF call a decoder's head."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def lint_config(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator
     yield from _targets(files)
     if not config.target_parameters:
         yield from _ranks(files, updates)
-    yield from _vllm(config)
+    yield from _vllm(files)
     yield from _gguf(files, updates)
     yield from _mlx(files, updates)
 
@@ -90,8 +95,9 @@ def _ranks(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator[Find
             yield Finding("error", "rank-mismatch", said)
 
 
-def _vllm(config: LoraConfig) -> Iterator[Finding]:
+def _vllm(files: AdapterFiles) -> Iterator[Finding]:
     """By the ranks in the config, as vLLM itself judges."""
+    config = files.config
     r = max(config.r, *config.rank_pattern.values(), 1)
     if r > VLLM_RANKS[-1]:
         yield Finding(
@@ -104,6 +110,7 @@ def _vllm(config: LoraConfig) -> Iterator[Finding]:
         ("vllm-dora", config.use_dora, "DoRA"),
         ("vllm-bias", config.bias != "none" or config.lora_bias, "biases"),
         ("vllm-whole-modules", bool(config.modules_to_save), "modules_to_save"),
+        ("vllm-embedding", _has_embedding(files), "factors of an embedding"),
         ("vllm-tokens", bool(config.trainable_token_indices), "trainable_token_indices"),
         ("vllm-experts", bool(config.target_parameters), "target_parameters"),
     ]
@@ -112,6 +119,9 @@ def _vllm(config: LoraConfig) -> Iterator[Finding]:
             yield Finding(
                 "note", code, f"vLLM refuses adapters with {what}; serve the merged model there (twofold merge)"
             )
+    if outside := [module for module in _with_factors(files) if "layers." not in module]:
+        said = f"vLLM adapts a decoder's layers alone, and {', '.join(outside[:4])} lies outside"
+        yield Finding("note", "vllm-outside", f"{said}; serve the merged model there (twofold merge)")
 
 
 def _gguf(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator[Finding]:
@@ -126,6 +136,9 @@ def _gguf(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator[Findi
         yield Finding("note", "gguf-scale", said)
     for kind, what in _beside_factors(files):
         yield Finding("note", f"gguf-{kind}", f"GGUF adapters hold no {what}; merge it instead (twofold merge)")
+    if HEAD in _with_factors(files):
+        said = f"GGUF adapters hold no factors of '{HEAD}' where it is the embedding; merge it there instead (twofold merge)"
+        yield Finding("note", "gguf-head", said)
 
 
 def _mlx(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator[Finding]:
@@ -135,17 +148,28 @@ def _mlx(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator[Findin
         )
     for kind, what in _beside_factors(files):
         yield Finding("note", f"mlx-{kind}", f"MLX adapters hold no {what}; merge it instead (twofold merge)")
+    if outside := [module for module in _with_factors(files) if not LAYER.search(module)]:
+        said = f"mlx-lm adapts a decoder's layers alone, and {', '.join(outside[:4])} lies outside"
+        yield Finding("note", "mlx-outside", f"{said}; merge it instead (twofold merge)")
 
 
 def _beside_factors(files: AdapterFiles) -> Iterator[tuple[str, str]]:
     """What an adapter is besides factors of linear layers, with its code."""
     config = files.config
-    suffixes = {suffix for keys in files.modules().values() for suffix in keys}
     held = [
         ("dora", config.use_dora, "DoRA"),
         ("whole", bool(config.modules_to_save) or config.bias != "none" or config.lora_bias, "biases or whole modules"),
-        ("embedding", any("lora_embedding" in suffix for suffix in suffixes), "factors of an embedding"),
+        ("embedding", _has_embedding(files), "factors of an embedding"),
         ("tokens", bool(config.trainable_token_indices), "tokens of its own"),
         ("experts", bool(config.target_parameters), "factors of stacked experts (target_parameters)"),
     ]
     yield from ((kind, what) for kind, is_held, what in held if is_held)
+
+
+def _has_embedding(files: AdapterFiles) -> bool:
+    return any("lora_embedding" in suffix for keys in files.modules().values() for suffix in keys)
+
+
+def _with_factors(files: AdapterFiles) -> list[str]:
+    """The modules, but for embeddings and those that are trained whole."""
+    return [module for module, keys in files.modules().items() if any(k.endswith("lora_A.weight") for k in keys)]

@@ -80,7 +80,8 @@ class Sizes(NamedTuple):
     """Of a weight and its update.
 
     Attributes:
-        frobenius_norm, spectral_norm: of W; the former to 1e-4, the latter from below, by a few per cent at most.
+        frobenius_norm, spectral_norm: of W; the former to 1e-4, the latter from below, by a few per cent where the values of W fall
+            off, by an eighth where they do not.
         amplification: infinite where W does nothing in the update's directions, zero for a zero update.
     """
 
@@ -117,7 +118,7 @@ def random_block(weight: Weight, columns: int = COLUMNS) -> Float[Tensor, "in_ n
 
 
 def _largest(images: Float[Tensor, "out n"]) -> float:
-    """The spectral norm of W in a space, by what it makes of a basis: W's by a few per cent in that of WᵀW x for random x."""
+    """The spectral norm of W in a space, by what it makes of a basis: near W's in that of WᵀW x for random x."""
     return math.sqrt(float(torch.linalg.eigvalsh(images.T @ images)[-1].clamp_min(0)))
 
 

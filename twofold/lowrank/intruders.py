@@ -31,8 +31,10 @@ BLOCKS = 4
 """Of the Krylov space; twice as many where what it shows is not settled."""
 REFINED = 2
 """How often the space is widened where W's own directions in it are not known well enough."""
+MOST_COLUMNS = (2 * BLOCKS + REFINED) * COLUMNS
+"""Of the space at its widest; what has no more rows or columns than that is decomposed whole."""
 CONVERGED = 0.05
-"""A Ritz vector is a direction of W, or a mixture of some whose squares lie that close, if its residual is below this share."""
+"""A Ritz vector is a direction of W, or a mixture of some whose values lie that close, if its residual is below this share."""
 STEPS = 48
 """Of Lanczos at most; after 32, the tail of a steep spectrum still counts as one direction."""
 CHECKED_EVERY, STAYS = 4, 0.02
@@ -50,7 +52,7 @@ NULL = 1e-6
 class Likeness(NamedTuple):
     """Of the k largest left singular vectors y of W + delta, the largest first, max_i |cos(y, u_i)|: below ALIKE are intruders.
 
-    The spectral norm of W comes along.
+    The spectral norm of W comes along, from below, and far from it where the update is louder than W.
     """
 
     cosines: list[float]
@@ -68,12 +70,13 @@ def intruders_exactly(weight: Weight, update: LowRank, k: int) -> Likeness:
 
 
 def intruders(weight: Weight, update: LowRank, k: int) -> Likeness:
-    """The same without decomposing anything whole, to a few hundredths; of an intruder, at most this.
+    """The same without decomposing a large weight whole; to a few hundredths, or to either side of `ALIKE`.
 
     Where products are made in a 16-bit type, what W maps to nothing cannot be told from its smallest directions, and may count as
     one of them.
     """
-    k = min(k, *weight.shape)
+    if min(weight.shape) <= MOST_COLUMNS:
+        return intruders_exactly(weight, update, k)
     factors = update.A.float(), update.B.float() * update.scale
     found, sure = _look(weight, *factors, k, BLOCKS)
     return found if sure else _look(weight, *factors, k, 2 * BLOCKS)[0]
@@ -106,10 +109,9 @@ def _look(weight: Weight, A: Tensor, B: Tensor, k: int, blocks: int) -> tuple[Li
 
 def _krylov(weight: Weight, A: Tensor, B: Tensor, blocks: int) -> tuple[Float[Tensor, "in_ n"], Float[Tensor, "out n"]]:
     """An orthonormal basis of the space of (Mᵀ M)^j x for random x, M being W + B A; and M times it."""
-    width = min(COLUMNS, *weight.shape)
-    new = torch.linalg.qr(random_block(weight, width)).Q
+    new = torch.linalg.qr(random_block(weight)).Q
     space, images = new, []
-    for _ in range(min(blocks, max(1, min(weight.shape) // width)) - 1):
+    for _ in range(blocks - 1):
         image, back = weight.there_and_back(new, B @ (A @ new))
         images.append(image)
         new = _orthonormal_beside(space, back + A.T @ (B.T @ image))

@@ -103,9 +103,10 @@ def _sum_of_products(terms: Sequence[Term], bias: Tensor | None = None, onto: Te
     matrices = [t.weight for t in terms if isinstance(t.weight, Tensor)]
     even = len(matrices) == len(terms) and all(t.x.shape[1] % 2 == 0 for t in terms)
     k = _of(*(t.x for t in terms), *matrices, *(t for t in (bias, onto) if t is not None)) if even else None
-    if k is None:
+    shape = len(x), weight.shape[1 if as_read else 0]
+    if k is None or 0 in shape:
         return original(sum_of_products)(terms, bias, onto)
-    y = x.new_empty(len(x), weight.shape[1 if as_read else 0])
+    y = x.new_empty(shape)
     added = (_address(bias), _address(onto), 0 if onto is None else onto.stride(0))
     k.product(_packed(terms), len(terms), *added, y.data_ptr(), *y.shape, y.stride(0))
     return y
@@ -113,9 +114,10 @@ def _sum_of_products(terms: Sequence[Term], bias: Tensor | None = None, onto: Te
 
 def _crossed(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     k = _of(left, right)
-    if k is None:
+    shape = left.shape[1], right.shape[1]
+    if k is None or 0 in shape:
         return original(crossed)(left, right, scale)
-    y = left.new_empty(left.shape[1], right.shape[1], dtype=torch.float32)
+    y = left.new_empty(shape, dtype=torch.float32)
     turned = left.shape[1] > right.shape[1]
     narrow, wide = (right, left) if turned else (left, right)
     read = (narrow.data_ptr(), narrow.stride(0), wide.data_ptr(), wide.stride(0))

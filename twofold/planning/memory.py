@@ -113,7 +113,7 @@ PLAIN = Loop(
     proof=PROOF,
 )
 STOCK = Loop(
-    layer="T * (8 * h + e * (2 * d_q + 2 * d_kv + 3 * m) + 4 * heads + 4 * X / L)",
+    layer="T * (8 * h + e * (2 * d_q + 2 * d_kv + 3 * m) + 4 * heads + (4 * X + (4 + e) * D) / L)",
     passing="0",
     logits="T * V * (12 + e)",
     proof="0",

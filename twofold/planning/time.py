@@ -1,26 +1,30 @@
 """How long a training step takes: its operations, and the bytes it moves, over what this machine reaches.
 
 A step multiplies, and between the products it walks over what it keeps: seconds = operations / products a second
-+ passes · activations / bytes a second. Both rates are measured here in under two seconds; how many passes a loop makes
-over its activations is a constant of the loop.
++ passes · activations / bytes a second. Both rates are measured here in under two seconds, products by our own kernels where these
+will make them; how many passes a loop makes over its activations is a constant of the loop.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+from twofold.functional.gated import ACTIVATIONS, gated
+from twofold.lowrank import products
+from twofold.native.training import fast_training
 from twofold.planning.architecture import Architecture, StepShape
 from twofold.planning.formulas import Term, worked_out
 from twofold.planning.memory import MemoryPlan, Method
 
-PASSES = 20.0
-"""How often a step walks over its activations outside of products: 20 and 21 measured, of two models on this project's CPU."""
+PASSES, WITH_KERNELS = 20.0, 35.0
+"""How often a step walks over its activations outside of products: by PyTorch's operations, by our kernels (docs/planner.md)."""
 SECONDS = 0.7
 """For each of the two measurements."""
 WIDEST = 4096
@@ -45,10 +49,11 @@ gradient checkpointing runs the forward a second time."""
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine reaches: operations a second in products, bytes a second in elementwise work."""
+    """What this machine reaches: operations a second in products, bytes a second in elementwise work, and its passes in a step."""
 
     products: float
     bytes: float
+    passes: float
 
 
 @dataclass(frozen=True)
@@ -72,22 +77,27 @@ class TimePlan:
 
 
 @lru_cache(maxsize=16)
-def measure_rates(shape: Architecture, dtype: torch.dtype, device: torch.device) -> Rates:
-    """Time a product of this model's MLP, with ever more rows, and its activation; once in a process."""
+def measure_rates(shape: Architecture, dtype: torch.dtype, device: torch.device, *, kernels: bool) -> Rates:
+    """Time a product of this model's MLP, with ever more rows, and its activation; once in a process.
+
+    Args:
+        kernels: whether our own kernels make the products.
+    """
     hidden, wide = min(shape.hidden, WIDEST), min(shape.intermediate, WIDEST)
     w = torch.ones(wide, hidden, dtype=dtype, device=device)
     x = torch.ones(1024, hidden, dtype=dtype, device=device)
     y = torch.ones(1024, wide, dtype=dtype, device=device)
 
     def product(rows: int) -> float:
-        torch.nn.functional.linear(x[:rows], w)[-1, -1].item()
+        products.sum_of_products([products.Term(x[:rows], w)])[-1, -1].item()
         return 2.0 * rows * hidden * wide
 
     def elementwise(rows: int) -> float:
-        torch.nn.functional.silu(y[:rows])[-1, -1].item()
-        return 2.0 * rows * wide * dtype.itemsize
+        gated(y[:rows], y[:rows], ACTIVATIONS["silu"])[-1, -1].item()
+        return 3.0 * rows * wide * dtype.itemsize
 
-    return Rates(_best_rate(product), _best_rate(elementwise))
+    with fast_training() if kernels else nullcontext():
+        return Rates(_best_rate(product), _best_rate(elementwise), WITH_KERNELS if kernels else PASSES)
 
 
 def _best_rate(work: Callable[[int], float]) -> float:
@@ -106,5 +116,5 @@ def plan_time(memory: MemoryPlan, step: StepShape, method: Method, rates: Rates)
     """Seconds of the step that `memory` was planned for."""
     symbols = {**memory.symbols, "again": float(step.recompute)}
     operations = worked_out(OPERATIONS[method], symbols)
-    moved = PASSES * memory.symbols["L"] * memory.layer
+    moved = rates.passes * memory.symbols["L"] * memory.layer
     return TimePlan(sum(operations.values()) / rates.products + moved / rates.bytes, step.tokens, operations, rates)

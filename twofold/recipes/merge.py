@@ -152,24 +152,46 @@ def _write_from_memory(base: Base, output: Path) -> None:
 def check_merged(base: Base, folder: Path, emit: Emit = silent) -> dict[str, Any]:
     """Whether a folder holds this base with the active adapters merged in, bit for bit: each tensor is formed again and compared.
 
+    Its config must tie embedding and head as the merge does, for loading goes by that.
+
     Raises:
         BaseError: the folder, or the base, is no whole safetensors checkpoint.
         ConfigError: the base's files do not allow a merge from disk to disk.
     """
     replay = plan_replay(base.model, open_stored(base.reference))
     wrong = differing(replay, open_stored(str(folder)), emit)
-    rounded = bool(wrong) and set(wrong.values()) == {ROUNDING}
+    config = _wrong_tie(folder, tied=_ties(base.model.config) and not replay.untied)
+    rounded = set(wrong.values()) == {ROUNDING} and config is None
     return {
         "folder": str(folder),
-        "holds_the_adapter": not wrong,
+        "holds_the_adapter": not wrong and config is None,
         "but_for_rounding": rounded,
         "differing": wrong,
+        "config": config,
     }
+
+
+def _wrong_tie(folder: Path, *, tied: bool) -> str | None:
+    """What a folder's config says of a head that is or is not its embedding, if that is wrong."""
+    from transformers import AutoConfig
+
+    try:
+        said = _ties(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError) as error:
+        raise BaseError(f"cannot read the configuration of {folder}: {str(error).splitlines()[0]}") from error
+    if said == tied:
+        return None
+    head = "its embedding" if tied else "a tensor of its own"
+    return f"its config.json says tie_word_embeddings: {str(said).lower()}, though its head is {head}"
+
+
+def _ties(config: Any) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def said_of_check(found: Mapping[str, Any]) -> str:
     """One sentence of what `check_merged` found."""
-    folder, differing = found["folder"], found["differing"]
+    folder, differing, config = found["folder"], found["differing"], found["config"]
     if found["holds_the_adapter"]:
         return f"{folder} is this base with this adapter merged in, bit for bit"
     if found["but_for_rounding"]:
@@ -177,8 +199,11 @@ def said_of_check(found: Mapping[str, Any]) -> str:
             f"{folder} is this base with this adapter merged in, but for values in {len(differing)} of its tensors that are "
             "rounded to a neighbour: it was merged on another machine, or by another tool"
         )
+    if not differing:
+        return f"{folder} has every tensor of this base with this adapter merged in, but {config}"
     listed = ", ".join(f"{key} ({what})" for key, what in list(differing.items())[:4])
-    return f"{folder} is something else: it differs in {len(differing)} of its tensors, such as {listed}"
+    also = f"; and {config}" if config else ""
+    return f"{folder} is something else: it differs in {len(differing)} of its tensors, such as {listed}{also}"
 
 
 def over_packed(packed: Base, folder: Path, examples: list[Example] | None, emit: Emit = silent) -> dict[str, Any]:

@@ -222,7 +222,8 @@ def _time(base: Outline, settings: PlanSettings, memory: MemoryPlan) -> dict[str
     """Seconds on this machine; None for a device that is not here, or weights that are unpacked on the way."""
     if settings.target != pick_device() or settings.quantized != "none":
         return None
-    rates = measure_rates(base.sizes, settings.element_type, torch.device(settings.target))
+    kernels = setup(base, settings).kernels
+    rates = measure_rates(base.sizes, settings.element_type, torch.device(settings.target), kernels=kernels)
     found: TimePlan = plan_time(memory, step(settings), settings.trained, rates)
     return found.as_json()
 

@@ -123,7 +123,8 @@ def preflight(
     batch = first_batch(train, training)
     first = _shape(batch, training, base.dtype, loop)
     of_first = plan_memory(parameters, sizes, first, setup)
-    seconds = plan_time(of_first, first, setup.method, measure_rates(sizes, base.dtype, base.device)).seconds
+    rates = measure_rates(sizes, base.dtype, base.device, kernels=setup.kernels)
+    seconds = plan_time(of_first, first, setup.method, rates).seconds
     steps = total_steps(train, training)
     return Preflight(
         train=train.report,

@@ -10,11 +10,12 @@ import torch
 
 from twofold.base.blocks import Decoder, describe
 from twofold.base.load import BUILT_IN, DEFAULT_BASE, Base, Precision, load_base, public_name
+from twofold.engine.cache import slot_bytes
 from twofold.engine.encoder import Encoder, load_encoder
 from twofold.engine.scheduler import Scheduler
 from twofold.engine.weights import why_not_native
 from twofold.errors import ConfigError
-from twofold.events import Emit, silent
+from twofold.events import Emit, Warned, silent
 from twofold.layers.quantised import QuantisedLinear
 from twofold.native.build import built
 from twofold.quant import Kind, Scheme
@@ -44,10 +45,13 @@ class ServeConfig:
         weights: `taken` keeps each weight once, in the form that decodes fastest; `int8` in eight bits, adapters as they are.
         merge_after: steps in a row with one adapter's traffic alone after which it is folded into a second copy of the
             weights; none: never.
+        prefix_cache: let a prompt go on from what earlier ones with the same adapters at the same scales have left in memory.
         quantization: pack the base's linear layers while they are read, `nf4` or `int8`.
         allow_foreign_base: serve adapters that were trained on another base.
         streams: answers that are made side by side.
         context: most tokens of a prompt and its answer together; what the base was made for, up to 2048, if not given.
+        cache_memory_mb: most megabytes of keys and values, for which fewer streams are made; none: as many as streams of that
+            context take.
         default_tokens: most tokens of a conversation's answer that does not say; none: as many as fit.
         max_queued: answers that may wait; more get status 429.
         max_body_mb: most megabytes of a request.
@@ -76,10 +80,12 @@ class ServeConfig:
     device: str = "auto"
     weights: Literal["taken", "int8"] = "taken"
     merge_after: int | None = None
+    prefix_cache: bool = True
     quantization: Kind | None = None
     allow_foreign_base: bool = False
     streams: int = 32
     context: int | None = None
+    cache_memory_mb: float | None = None
     default_tokens: int | None = None
     max_queued: int = 256
     max_body_mb: float = 4.0
@@ -104,7 +110,7 @@ class ServeConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)} but must be above 0")
-        for name in ("max_rank", "poll_seconds", "context", "default_tokens", "merge_after"):
+        for name in ("max_rank", "poll_seconds", "context", "cache_memory_mb", "default_tokens", "merge_after"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} is {value} but must be above 0")
@@ -149,7 +155,12 @@ def load_served(config: ServeConfig, emit: Emit = silent) -> Served:
         _halve(base)
     context = _context(base, config.context)
     scheduler = Scheduler(
-        base.model, streams=config.streams, capacity=context, weights=config.weights, merge_after=config.merge_after
+        base.model,
+        streams=_streams(base, config, context, emit),
+        capacity=context,
+        reuse=config.prefix_cache,
+        weights=config.weights,
+        merge_after=config.merge_after,
     )
     return Served(base, scheduler, names, context, encoder)
 
@@ -171,6 +182,29 @@ def _context(base: Base, asked: int | None) -> int:
     if asked is not None and made_for is not None and asked > made_for:
         raise ConfigError(f"context is {asked}, but {base.public_name} was made for {made_for} tokens")
     return asked or min(made_for or CONTEXT, CONTEXT)
+
+
+def _streams(base: Base, config: ServeConfig, context: int, emit: Emit) -> int:
+    """As many as were asked for, or fewer where the keys and values of all would take more memory than they may."""
+    if config.cache_memory_mb is None:
+        return config.streams
+    described = describe(base.model)
+    if not isinstance(described, Decoder):
+        raise ConfigError(
+            f"{base.public_name} runs by its own forward ({described.reason}), whose keys and values take memory as they come; "
+            "leave out --cache-memory-mb"
+        )
+    one = slot_bytes(described, context)
+    found = min(config.streams, round(config.cache_memory_mb * 1e6) // one)
+    takes = f"the keys and values of one stream of {context} tokens take {one / 1e6:.4g} MB"
+    if not found:
+        raise ConfigError(
+            f"{takes}, more than the {config.cache_memory_mb:g} of --cache-memory-mb; raise it, or lower --context"
+        )
+    if found < config.streams:
+        said = f"and --cache-memory-mb is {config.cache_memory_mb:g}"
+        emit(Warned(text=f"{found} streams instead of {config.streams}: {takes}, {said}"))
+    return found
 
 
 def names_of(reference: str, given: str | None) -> tuple[str, ...]:

@@ -106,7 +106,8 @@ def _deviation(values: Sequence[float]) -> float | None:
 def _best(study: Study, rows: Rows, folder: Path) -> Found:
     found = [outcome(study, rows, arm.name) for arm in study.arms]
     reference = _reference(study, found)
-    table = [["", "trains", "best rate", "held-out loss", f"against {reference.arm}", "accuracy", "seeds"]]
+    score = "accuracy" if study.material == "vader" else "token accuracy"
+    table = [["", "trains", "best rate", "held-out loss", f"against {reference.arm}", score, "seeds"]]
     untouched = rows["untouched"]
     table.append(["untouched", "0", "–", f"{untouched['loss']:.4f}", "–", f"{untouched['accuracy']:.1%}", "–"])
     for o in found:

@@ -31,12 +31,13 @@ from twofold.server.worker import Worker
 
 REST = 20
 """A look at the adapter folder takes at most one part in so many of the time."""
+TOO_LARGE = "adapter '{}' is larger than all the memory for adapters; raise --adapter-memory-mb"
 log = logging.getLogger("twofold.server")
 
 
 @dataclass(eq=False)
 class Generation:
-    """An adapter as it is in memory. `leases` counts the requests that use it."""
+    """An adapter as it is in memory, of which it takes `bytes`. `leases` counts the requests that use it."""
 
     key: str
     name: str
@@ -141,7 +142,7 @@ class Registry:
 
     @property
     def used_bytes(self) -> int:
-        """Of the adapters in memory and those on their way."""
+        """Of the adapters in memory, and the files of those on their way."""
         return self._reserved + sum(g.bytes for g in self._loaded.values())
 
     def _source(self, name: str) -> Source | None:
@@ -211,9 +212,7 @@ class Registry:
 
     async def _read(self, source: Source, name: str) -> Generation:
         if source.bytes > self.config.budget_bytes:
-            raise AdapterFileError(
-                f"adapter '{name}' is larger than all the memory for adapters; raise --adapter-memory-mb"
-            )
+            raise AdapterFileError(TOO_LARGE.format(name))
         async with _temporary_folder() as folder:
             await self._reserve(source.bytes)
             try:
@@ -223,14 +222,14 @@ class Registry:
             finally:
                 self._reserved -= source.bytes
                 async with self._room:
+                    await self._evict()
                     self._room.notify_all()
 
     async def _put(self, source: Source, name: str, folder: Path) -> Generation:
         """The generation in memory, with a lease on it, so that nobody drops it before those who wait have theirs."""
         config = self.config
         assert config.root is not None
-        rest = self.worker.give_way
-        digest = await asyncio.to_thread(snapshot, source, config.root, folder, config.limits, rest)
+        digest = await asyncio.to_thread(snapshot, source, config.root, folder, config.limits, self.worker.give_way)
         key = self._keys[source] = f"{source.name if source.digest else name}@{digest}"
         if key in self._loaded:  # touched, but the same
             self._loaded[key].leases += 1
@@ -239,23 +238,31 @@ class Registry:
             checked, folder, name, config.limits, self.base.fingerprint, allow_foreign=config.allow_foreign
         )
         renderer = await asyncio.to_thread(self._renderers.of, files.provenance)
-        await self.worker.load(key, folder)
-        made = self._loaded[key] = Generation(key, name, source.bytes, renderer, leases=1)
+        held = await self.worker.load(key, folder)
+        if held > config.budget_bytes:
+            await self.worker.call(lambda scheduler: scheduler.drop_adapter(key))
+            raise AdapterFileError(TOO_LARGE.format(name))
+        made = self._loaded[key] = Generation(key, name, held, renderer, leases=1)
         self.loads += 1
-        log.info("adapter loaded", extra={"fields": {"adapter": key, "bytes": source.bytes}})
+        log.info("adapter loaded", extra={"fields": {"adapter": key, "bytes": held}})
         return made
 
     async def _reserve(self, size: int) -> None:
         """Wait until the budget has room, dropping idle generations for it."""
         async with self._room:
-            while self.used_bytes + size > self.config.budget_bytes:
-                idle = next((g for g in self._loaded.values() if not g.leases), None)
-                if idle is None:
-                    await self._room.wait()
-                else:
-                    self.evictions += 1
-                    await self._drop(idle)
+            while not await self._evict(size):
+                await self._room.wait()
             self._reserved += size
+
+    async def _evict(self, size: int = 0) -> bool:
+        """Drop idle generations until the budget has room for so much more; whether it has."""
+        while self.used_bytes + size > self.config.budget_bytes:
+            idle = next((g for g in self._loaded.values() if not g.leases), None)
+            if idle is None:
+                return False
+            self.evictions += 1
+            await self._drop(idle)
+        return True
 
     async def _drop(self, generation: Generation) -> None:
         """Free a generation that nobody uses."""
@@ -267,6 +274,7 @@ class Registry:
         async with self._room:
             if generation.stale and not generation.leases and generation.key in self._loaded:
                 await self._drop(generation)
+            await self._evict()
             self._room.notify_all()
 
     # ------------------------------------------------------------------------------------------ changes

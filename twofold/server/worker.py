@@ -132,15 +132,17 @@ class Worker:
         result: T = await future
         return result
 
-    async def load(self, key: str, folder: Path) -> None:
-        """Have the scheduler read an adapter, piece by piece between its steps, and wait for it."""
+    async def load(self, key: str, folder: Path) -> int:
+        """Have the scheduler read an adapter, piece by piece between its steps, and wait for it; the bytes that it takes."""
         loop, future = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
         def done(error: Exception | None) -> None:
-            self._tell(loop, _settle, future, None, error)
+            found = None if error else self.scheduler.adapter_bytes(key)
+            self._tell(loop, _settle, future, found, error)
 
         await self.call(lambda scheduler: scheduler.load_adapter(key, folder, done))
-        await future
+        held: int = await future
+        return held
 
     def give_way(self) -> None:
         """Called by other threads every millisecond or so of work: they leave the cores to a pass that is under way."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from twofold import atomic
-from twofold.errors import ConfigError
+from twofold.errors import ConfigError, ProofError
 from twofold.lowrank.factors import LowRank
 from twofold.merging.export.factors import commonest_scale, of_one_rank, prove
 from twofold.tensorfile import TensorFile, write_tensors
@@ -34,10 +35,11 @@ def write_mlx(updates: Mapping[str, LowRank], layers: int, folder: Path) -> floa
             f"mlx-lm puts adapters on the layers of a decoder alone, and {', '.join(outside[:4])} lies outside; merge this adapter "
             "into its base (twofold merge), or train without"
         )
-    alike = of_one_rank(updates, scale := commonest_scale(updates))
+    alike = of_one_rank(updates, commonest_scale(updates))
+    first = next(iter(alike.values()))
     settings = {
-        "rank": next(iter(alike.values())).rank,
-        "scale": scale,
+        "rank": first.rank,
+        "scale": first.scale,
         "dropout": 0.0,
         "keys": sorted({match[3] for match in matches.values() if match}),
     }
@@ -47,11 +49,22 @@ def write_mlx(updates: Mapping[str, LowRank], layers: int, folder: Path) -> floa
         write_tensors(temporary / WEIGHTS, tensors)
         config = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": settings}
         atomic.write_json(temporary / CONFIG, config)
-        return prove(updates, read_mlx(temporary, scale), str(folder))
+        return prove(updates, read_mlx(temporary), str(folder))
 
 
-def read_mlx(folder: Path, scale: float) -> dict[str, LowRank]:
-    """The updates in a folder as mlx-lm would apply them."""
+def read_mlx(folder: Path) -> dict[str, LowRank]:
+    """The updates in a folder as mlx-lm would apply them.
+
+    Raises:
+        ProofError: the factors have another rank than the config says.
+    """
     file = TensorFile(folder / WEIGHTS)
-    modules = sorted({key.rpartition(".")[0] for key in file.shapes})
-    return {m: LowRank(file.read(f"{m}.lora_a").T, file.read(f"{m}.lora_b").T, scale) for m in modules}
+    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["lora_parameters"]
+    found = {}
+    for module in sorted({key.rpartition(".")[0] for key in file.shapes}):
+        A, B = (file.read(f"{module}.{end}").T for end in ("lora_a", "lora_b"))
+        found[module] = LowRank(A, B, settings["scale"])
+        if len(A) != settings["rank"]:
+            said = f"{CONFIG}, read back, says rank {settings['rank']}, but '{module}' has {len(A)}"
+            raise ProofError(f"{said}; do not use it")
+    return found

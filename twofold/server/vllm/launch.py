@@ -38,7 +38,19 @@ from twofold.server.security import Policy, digest
 from twofold.server.vllm import guard, plugin
 from twofold.server.vllm.abilities import Described, EngineLimits, describe, limits_for
 
-ELSEWHERE = ("admin_key", "deadline_seconds", "default_tokens", "device", "embeddings", "max_queued", "quantization")
+ELSEWHERE = (
+    "admin_key",
+    "cache_memory_mb",
+    "deadline_seconds",
+    "default_tokens",
+    "device",
+    "embeddings",
+    "max_queued",
+    "merge_after",
+    "prefix_cache",
+    "quantization",
+    "weights",
+)
 """Settings that vLLM has in its own words, or not at all."""
 ENTRY_POINT = "[vllm.general_plugins]\ntwofold = twofold.server.vllm.plugin:register\n"
 SECONDS_TO_ANSWER = 10
@@ -139,7 +151,7 @@ def _check_flags(config: ServeConfig) -> None:
     defaults = {f.name: f.default for f in fields(ServeConfig)}
     given = [name for name in ELSEWHERE if getattr(config, name) != defaults[name] and getattr(config, name) != ()]
     if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        flags = ", ".join(("--no-" if defaults[name] is True else "--") + name.replace("_", "-") for name in given)
         raise ConfigError(f"{flags} is for Twofold's own engine; vLLM's settings go into --vllm-flags")
     if not config.port:
         raise ConfigError("vLLM needs a --port above 0")
