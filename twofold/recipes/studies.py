@@ -192,9 +192,7 @@ TARGETS = Study(
     expected="attention alone loses even at equal numbers (Schulman 2025; arXiv 2405.09673)",
     arms=(
         Arm(name="all-linear, r = 16", settings={"adapter.r": 16}, rates=LORA_RATES),
-        Arm(
-            name="MLP, r = 25", settings={"adapter.r": 25, "adapter.target_modules": "mlp"}, rates=(*LORA_RATES, 3e-2)
-        ),
+        Arm(name="MLP, r = 25", settings={"adapter.r": 25, "adapter.target_modules": "mlp"}, rates=(*LORA_RATES, 3e-2)),
         Arm(
             name="attention, r = 42",
             settings={"adapter.r": 42, "adapter.target_modules": "attention"},

@@ -290,7 +290,8 @@ def _cost(study: Study, rows: Rows, folder: Path) -> Found:
         steps[arm.name] = statistics.median(each)
         peak, size = max(r["peak_memory_bytes"] for r in own), own[0]["file_bytes"]
         peaks[arm.name], sizes[arm.name] = peak, size
-        loss = _said(statistics.fmean(r["loss"] for r in own), None)
+        losses = [r["loss"] for r in own]
+        loss = _said(statistics.fmean(losses), _deviation(losses))
         table.append([arm.name, _said(statistics.fmean(each), _deviation(each)), memory(peak), memory(size), loss])
     first, last = study.arms[0].name, study.arms[-1].name
     time, room, file = (steps[last] / steps[first], peaks[last] / peaks[first], sizes[last] / sizes[first])
@@ -304,18 +305,19 @@ def _cost(study: Study, rows: Rows, folder: Path) -> Found:
 
 def _spectra(study: Study, rows: Rows, folder: Path) -> Found:
     table = [["", "rank that keeps 90 %", "99 %", "stable rank"]]
-    series = []
+    series, means = [], []
     for arm in study.arms:
         own = [r["probes"]["spectra"] for r in trained(study, rows, arm.name)]
-        figures = [statistics.fmean(s[k] for s in own) for k in ("rank_90", "rank_99", "stable_rank")]
-        table.append([arm.name, *(f"{f:.1f}" for f in figures)])
-        energy = {int(r): statistics.fmean(s["energy"][r] for s in own) for r in own[0]["energy"]}
-        series.append(Series(arm.name, [(math.log10(r), share) for r, share in energy.items()]))
+        figures = [[float(s[k]) for s in own] for k in ("rank_90", "rank_99", "stable_rank")]
+        table.append([arm.name, *(_said(statistics.fmean(f), _deviation(f), ".1f", ".1f") for f in figures)])
+        means.append(f"{arm.name} keeps 90 % at rank {statistics.fmean(figures[0]):.1f}")
+        energy = {int(r): [float(s["energy"][r]) for s in own] for r in own[0]["energy"]}
+        points = [(math.log10(r), statistics.fmean(shares)) for r, shares in energy.items()]
+        series.append(Series(arm.name, points, [_deviation(shares) for shares in energy.values()]))
     drawn = {f"{study.name}.svg": picture("Share of an update's energy by rank", "rank", series, power_of_ten)}
-    kept = "; ".join(f"{row[0]} keeps 90 % at rank {row[1]}" for row in table[1:])
     shared = _shared_directions(study, rows, folder)
     table += [["", *("" for _ in TOP)], ["shared directions", *(f"first {k}" for k in TOP)], *shared.table]
-    return Found(f"Mean over the modules; {kept}. {shared.verdict}", table, drawn)
+    return Found(f"Mean over the modules; {'; '.join(means)}. {shared.verdict}", table, drawn)
 
 
 def _shared_directions(study: Study, rows: Rows, folder: Path) -> Found:
