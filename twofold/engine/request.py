@@ -54,7 +54,9 @@ class Sampling:
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "at least 0 and at most 1")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(name, getattr(self, name), -2 <= getattr(self, name) <= 2, "from -2 to 2")
-        _check("repetition_penalty", self.repetition_penalty, 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100")
+        _check(
+            "repetition_penalty", self.repetition_penalty, 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"
+        )
         for token, bias in self.logit_bias.items():
             _check("a key of logit_bias", token, token >= 0, "the number of a token, which is at least 0")
             _check(f"logit_bias[{token}]", bias, -100 <= bias <= 100, "from -100 to 100")
