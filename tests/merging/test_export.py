@@ -146,6 +146,13 @@ def test_a_spoiled_folder_for_mlx_is_not_proved(
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_is_written_for_vllm(tmp_path: Path) -> None:
+    base, adapter, _ = adapted(tmp_path)
+    with pytest.raises(ConfigError, match="leave out --output"):
+        export_adapter(adapter, "vllm", tmp_path / "a.gguf", str(base))
+    assert not (tmp_path / "a.gguf").exists()
+
+
 @pytest.mark.parametrize(
     "settings",
     [

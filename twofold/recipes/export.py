@@ -57,6 +57,8 @@ def export_adapter(
     files = open_adapter(adapter)
     if to != "vllm":
         _check_output(output)
+    elif output is not None:
+        raise ConfigError("vLLM reads an adapter's folder as it is, so nothing is written for it; leave out --output")
     if base_gguf is not None and to != "gguf":
         raise ConfigError("base_gguf is the base that a GGUF adapter's Modelfile names; it goes with --to gguf alone")
     if to in MERGED and output is not None:
