@@ -173,7 +173,7 @@ def test_the_outlook_counts_what_is_left(tmp_path: Path) -> None:
     rows = {"untouched": {"loss": 1.0}, "a": {"spent": 10.0}, "b": {"spent": 30.0}}
     (tmp_path / "targets" / "results.json").write_text(json.dumps(rows))
     told = outlook(["targets", "variants"], tmp_path, lambda s: s)
-    assert told[0] == {"study": "targets", "done": 2, "planned": 24, "seconds_left": 440.0, "budget_hours": 3.0}
+    assert told[0] == {"study": "targets", "done": 2, "planned": 27, "seconds_left": 500.0, "budget_hours": 3.0}
     assert told[1]["seconds_left"] is None
 
 
