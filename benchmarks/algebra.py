@@ -2,6 +2,7 @@
 
     python benchmarks/algebra.py                 the table of docs/combining.md
     python benchmarks/algebra.py --width 512     small, to see that it runs
+    python benchmarks/algebra.py --only beside_base
 
 Each row does one thing in two ways, on the same random factors or weights: seconds of each, their ratio, and how far the error of
 ours is above the peer's. What is slow is timed on one module, so that the whole stays under five minutes; the last rows are
@@ -225,12 +226,15 @@ def row(what: str, peer: str, ours: float, theirs: float, above: float | None) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    rows = {measure.__name__: measure for measure in (combining, extracting, inspecting, comparing, beside_base)}
     parser.add_argument("--width", type=int, default=4096)
-    width = parser.parse_args().width
+    parser.add_argument("--only", choices=rows, help="one row")
+    given = parser.parse_args()
     torch.manual_seed(0)
     print("| what | ours, s | peer | peer, s | times faster | error above the peer's |\n|---|---|---|---|---|---|")
-    for measure in (combining, extracting, inspecting, comparing, beside_base):
-        print(measure(width), flush=True)
+    for name, measure in rows.items():
+        if given.only in (None, name):
+            print(measure(given.width), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from twofold.adapter.files import open_adapter
 from twofold.adapter.updates import updates_of
 from twofold.base.load import DEFAULT_BASE
 from twofold.base.streamed import open_streamed
-from twofold.inspection.against_base import multiplied_in
+from twofold.inspection.against_base import type_of_products
 from twofold.lowrank.beside import Weight
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.intruders import ALIKE, intruders, intruders_exactly
@@ -34,7 +34,7 @@ def compared(adapter: Path, base: str, every: int, loud: int) -> list[tuple[floa
         weight, louder = streamed.read(f"{name}.weight"), LowRank(update.A, update.B, update.scale * loud)
         exactly = intruders_exactly(Weight(weight, torch.float32), louder, DIRECTIONS)
         with fast_training():
-            told = intruders(Weight(weight, multiplied_in(weight)), louder, DIRECTIONS)
+            told = intruders(Weight(weight, type_of_products(weight)), louder, DIRECTIONS)
         found += zip(exactly.cosines, told.cosines, strict=True)
     return found
 

@@ -21,7 +21,7 @@ from twofold.lowrank.algebra import bases_of
 from twofold.lowrank.beside import Weight, sizes
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.intruders import ALIKE, Likeness
-from twofold.machine import multiplied_in as pytorch_multiplies_in
+from twofold.machine import multiplied_in
 from twofold.native.training import fast_training, why_not
 from twofold.tensorfile import nonfinite
 
@@ -72,7 +72,7 @@ def beside_base(
 
 
 def _beside(weight: Tensor, update: LowRank, look: Look | None) -> BesideBase:
-    own = Weight(weight, multiplied_in(weight))
+    own = Weight(weight, type_of_products(weight))
     likeness = look(own, update) if look else None
     found = bases_of(update)
     norm = likeness.spectral_norm if likeness and likeness.spectral_norm > float(found.values[:1].sum()) else None
@@ -86,10 +86,10 @@ def _beside(weight: Tensor, update: LowRank, look: Look | None) -> BesideBase:
     )
 
 
-def multiplied_in(weight: Tensor) -> torch.dtype:
+def type_of_products(weight: Tensor) -> torch.dtype:
     """A weight's own type where our kernels can read it; else the one that PyTorch multiplies well."""
     read = weight.stride(-1) == 1 and why_not(weight.dtype, weight.device) is None
-    return weight.dtype if read else pytorch_multiplies_in(weight.dtype, weight.device)
+    return weight.dtype if read else multiplied_in(weight.dtype, weight.device)
 
 
 def _share(size: Tensor, of: float) -> float:

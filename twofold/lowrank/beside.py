@@ -111,9 +111,9 @@ def sizes(weight: Weight, update: Bases, spectral_norm: float | None = None) -> 
     return Sizes(math.sqrt(float(square)), norm, amplified)
 
 
-def random_block(weight: Weight, columns: int = COLUMNS) -> Float[Tensor, "in_ n"]:
+def random_block(weight: Weight) -> Float[Tensor, "in_ n"]:
     """The same for all weights of a width."""
-    drawn = torch.randn(weight.shape[1], columns, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(weight.shape[1], COLUMNS, generator=torch.Generator().manual_seed(0))
     return drawn.to(weight.stored.device)
 
 
