@@ -20,7 +20,7 @@ from twofold.adapter.attach import activate, attach
 from twofold.adapter.config import LoraConfig
 from twofold.base.load import Base, load_base
 from twofold.base.stored import StoredBase, open_stored
-from twofold.errors import RunError
+from twofold.errors import BaseError, RunError
 from twofold.events import Event, Message
 from twofold.merging.checkpoint import write_merged
 from twofold.merging.disk import NotStreamed, differing, plan_replay, write_replay
@@ -145,6 +145,11 @@ def test_the_check_tells_one_bit(llama_base: Path, tmp_path: Path) -> None:
     path.write_bytes(content)
     last = folder.shards[path.name].in_order()[-1]
     assert differing(replay, open_stored(str(tmp_path / "merged"))) == {last: "other values"}
+
+
+def test_a_folder_that_is_not_there_is_told(tied_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(BaseError, match="no merged checkpoint at"):
+        check_merged(adapted(tied_base, "float32"), tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(("target", "tied"), [("lm_head", False), ("q_proj", True)])

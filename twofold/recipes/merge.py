@@ -158,6 +158,8 @@ def check_merged(base: Base, folder: Path, emit: Emit = silent) -> dict[str, Any
         BaseError: the folder, or the base, is no whole safetensors checkpoint.
         ConfigError: the base's files do not allow a merge from disk to disk.
     """
+    if not folder.is_dir():
+        raise BaseError(f"no merged checkpoint at {folder}")
     replay = plan_replay(base.model, open_stored(base.reference))
     wrong = differing(replay, open_stored(str(folder)), emit)
     config = _wrong_tie(folder, tied=_ties(base.model.config) and not replay.untied)
