@@ -23,7 +23,7 @@ from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import save_adapter
 from twofold.errors import AdapterFileError, ConfigError, ProofError
 from twofold.merging.export import gguf_adapter, mlx
-from twofold.recipes.export import export_adapter
+from twofold.recipes.export import Format, export_adapter
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 6},
@@ -181,9 +181,10 @@ def test_what_a_format_cannot_hold_is_refused_with_the_way_out(
     settings: dict[str, Any], what: str, tmp_path: Path
 ) -> None:
     base, adapter, _ = adapted(tmp_path, **{"use_dora": False, **settings})
-    for to in ("gguf", "mlx", "vllm"):
+    outputs: dict[Format, Path | None] = {"gguf": tmp_path / "out.gguf", "mlx": tmp_path / "out", "vllm": None}
+    for to, output in outputs.items():
         with pytest.raises(ConfigError, match=rf"has {what}.*merge it into its base"):
-            export_adapter(adapter, to, tmp_path / "out.gguf", str(base))  # type: ignore[arg-type]
+            export_adapter(adapter, to, output, str(base))
 
 
 def test_a_head_that_is_the_embedding_and_a_foreign_base_are_refused(tmp_path: Path) -> None:
