@@ -12,7 +12,7 @@ from twofold.data import home_intents
 from twofold.data.examples import DataConfig
 from twofold.events import silent
 from twofold.recipes.adapters import load_with_adapters
-from twofold.recipes.demo import ask
+from twofold.recipes.intents import ask
 from twofold.recipes.settings import TrainConfig
 from twofold.recipes.train import train
 from twofold.training.optim import TrainingConfig

@@ -70,7 +70,7 @@ NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize(
-    ("family", "turned"), [("llama", True), ("smollm3", True), ("qwen3", False), ("gemma2", False)]
+    ("family", "turned"), [("llama", True), ("smollm3", True), ("qwen3", False), ("gemma2", False), ("gemma3", False)]
 )
 def test_llama_cpp_gets_the_true_updates(family: str, turned: bool, settings: dict[str, Any], tmp_path: Path) -> None:
     base, adapter, deltas = adapted(tmp_path, family, **settings)
@@ -122,6 +122,11 @@ def test_mlx_gets_the_true_updates(settings: dict[str, Any], tmp_path: Path) -> 
         ("rank", r"says rank 5, but 'model\.layers\.0\..*' has 4"),
         ("lora_a", "differs from the adapter by"),
         ("lora_b", "differs from the adapter by"),
+        (
+            "keys",
+            r"holds other modules than the adapter: model\.layers\.0\.mlp\.down_proj, model\.layers\.1\.mlp\.down_proj",
+        ),
+        ("num_layers", r"holds other modules than the adapter: model\.layers\.0\.mlp\.down_proj, .*model\.layers\.0\."),
     ],
 )
 def test_a_spoiled_folder_for_mlx_is_not_proved(
@@ -132,8 +137,10 @@ def test_a_spoiled_folder_for_mlx_is_not_proved(
 
     def write_json(path: Path, config: Any) -> None:
         settings = config["lora_parameters"]
-        wrong = {"scale": settings["scale"] * 1.001, "rank": settings["rank"] + 1}
-        json_of(path, {**config, "lora_parameters": settings | {k: v for k, v in wrong.items() if k == spoiled}})
+        wrong = {"scale": settings["scale"] * 1.001, "rank": settings["rank"] + 1, "keys": settings["keys"][1:]}
+        layers = config["num_layers"] - (spoiled == "num_layers")
+        inside = settings | {k: v for k, v in wrong.items() if k == spoiled}
+        json_of(path, {**config, "num_layers": layers, "lora_parameters": inside})
 
     def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         last = [key for key in tensors if key.endswith(spoiled)][-1:]
@@ -199,7 +206,9 @@ def test_a_head_that_is_the_embedding_and_a_foreign_base_are_refused(tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no folder of llama.cpp's sources")
-@pytest.mark.parametrize("family", ["llama", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "mistral"])
+@pytest.mark.parametrize(
+    "family", ["llama", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "mistral"]
+)
 def test_the_file_is_that_of_llama_cpps_own_converter(family: str, tmp_path: Path) -> None:
     """Only where its scale is right: it takes lora_alpha from the config, and knows of nothing else."""
     base, adapter, _ = adapted(tmp_path, family, **SETTINGS["plain"])

@@ -44,6 +44,15 @@ def test_transformers_reads_the_merged_model_in_it(family: str, tmp_path: Path) 
     torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=2e-4)
 
 
+def test_a_phi3_is_its_fused_maps_and_says_how_much_of_a_head_turns(tmp_path: Path) -> None:
+    model, path, told = exported("phi3", tmp_path)
+    assert told["largest_difference"] < 1e-7
+    assert gguf.GGUFReader(path).fields["phi3.rope.dimension_count"].contents() == 4
+    read = hf.AutoModelForCausalLM.from_pretrained
+    found = read(path.parent, gguf_file=path.name, dtype=torch.float32, config=model.config).eval()
+    torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=2e-4)
+
+
 def test_it_holds_the_tokenizer_and_the_template(tmp_path: Path) -> None:
     _, path, _ = exported("llama", tmp_path)
     theirs = sentencepiece.SentencePieceProcessor(model_proto=pieces())

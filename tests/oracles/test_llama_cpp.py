@@ -30,7 +30,7 @@ from twofold.recipes.export import MERGED, Format, export_adapter
 from twofold.recipes.merge import merge_from_disk
 
 pytestmark = [pytest.mark.slow, llama_cpp.needed]
-OF_PIECES = ["llama", "llama-tied", "code-llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", *ROPES]
+OF_PIECES = ["llama", "llama-tied", "code-llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", *ROPES]
 OF_BYTES = ["llama", "qwen3", "gemma3"]
 """Of a Qwen2's tokenizer transformers splits texts as Qwen2 does, whatever its file says, so SmolLM2's is none."""
 NAMED = {"general.name", "general.basename", "general.finetune", "general.size_label", "general.version"}

@@ -207,6 +207,24 @@ def test_factors_of_experts_are_named_to_each_program(tmp_path: Path) -> None:
         assert "hold no factors of stacked experts (target_parameters)" in found[code]
 
 
+def test_factors_of_experts_that_do_not_fit_the_base_are_named(tmp_path: Path) -> None:
+    def mixtral(**sizes: int) -> Any:
+        size = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+        return transformers.AutoModelForCausalLM.from_config(transformers.MixtralConfig(**size | heads | sizes))
+
+    model = mixtral()
+    attach(model, LoraConfig(r=8, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]))
+    path = save_adapter(model, tmp_path / "adapter")
+    for name, sizes in {"same": {}, "wide": {"intermediate_size": 32}, "shallow": {"num_hidden_layers": 1}}.items():
+        mixtral(**sizes).save_pretrained(tmp_path / name)
+    errors = {"unmatched-module", "wrong-shape"}
+    assert not errors & codes(path, tmp_path / "same").keys()
+    wrong = codes(path, tmp_path / "wide")["wrong-shape"]
+    assert wrong.endswith("mlp.experts.down_proj[1]' is 16 x 24 where the base has 16 x 32")
+    assert "the base has no module 'model.layers.1." in codes(path, tmp_path / "shallow")["unmatched-module"]
+
+
 def test_a_base_in_another_precision_is_a_note(llama_base: Path, tmp_path: Path) -> None:
     base = load_base(str(llama_base), "float32", "cpu")
     coarse = {n: p + 0.05 * p.std() * torch.randn_like(p) for n, p in base.model.named_parameters()}

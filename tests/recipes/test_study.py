@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -17,6 +18,7 @@ from twofold.base.load import load_base
 from twofold.data.examples import DataConfig
 from twofold.errors import ConfigError
 from twofold.events import silent
+from twofold.recipes.intents import shares_right
 from twofold.recipes.materials import Ground
 from twofold.recipes.proving import nothing_changes
 from twofold.recipes.studies import STUDIES, Arm, Study
@@ -30,8 +32,17 @@ pytest_plugins = ("tiny_fixtures",)
 
 @pytest.fixture
 def ground(llama_base: Path, held_out_file: Path, tmp_path: Path) -> Ground:
-    train = write_jsonl(tmp_path / "train.jsonl", chats(16))
-    return Ground(str(llama_base), "causal-lm", train, held_out_file, {"others": held_out_file})
+    train, evaluation = (
+        write_jsonl(tmp_path / f"{name}.jsonl", as_intents(rows))
+        for name, rows in {"train": chats(16), "evaluation": chats(7, start=40)}.items()
+    )
+    return Ground(str(llama_base), "causal-lm", train, evaluation, {"others": held_out_file})
+
+
+def as_intents(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for row in rows:
+        row["messages"][-1]["content"] = json.dumps({"intent": row["messages"][-1]["content"]})
+    return rows
 
 
 def fitted(asked: Study) -> Study:
@@ -98,7 +109,7 @@ def test_a_fresh_adapter_that_does_change_the_base_is_seen_to(ground: Ground) ->
 
 
 def test_what_was_trained_is_not_trained_again_and_what_is_missing_is(ground: Ground, tmp_path: Path) -> None:
-    asked = replace(fitted(STUDIES["targets"]), seeds=2)
+    asked = replace(fitted(STUDIES["targets"]), seeds=2, probes=("answers",))
     first = study(asked, tmp_path / "work", tmp_path / "evidence", ground=ground)
     results = tmp_path / "work" / asked.name / "results.json"
     rows = json.loads(results.read_text())
@@ -114,6 +125,8 @@ def test_what_was_trained_is_not_trained_again_and_what_is_missing_is(ground: Gr
     assert again["rows"][gone]["loss"] == pytest.approx(loss, rel=1e-6)
     assert again["rows"][kept]["spent"] == 12345.0
     assert again["table"] == first["table"]
+    assert first["table"][0][-3:-1] == ["intent right", "answer right"]
+    assert all(row["probes"]["answers"] == {"intent right": 0, "answer right": 0} for row in rows.values())
 
 
 def parabola(arm: str, best: float, rates: tuple[float, ...], seed: int) -> dict[str, dict[str, object]]:
@@ -190,3 +203,15 @@ def test_every_study_is_well_formed() -> None:
             assert changed(plain, {**asked.common, **arm.settings}).adapter
     with pytest.raises(ConfigError):
         changed(plain, Arm(name="x", settings={"adapter.rank": 3}, rates=(1.0,)).settings)
+
+
+def test_answers_are_right_by_what_they_say() -> None:
+    expected = ['{"intent":"HassTurnOn","slots":{"area":"den","name":"lamp"}}'] * 5
+    given = [
+        'Sure: {"intent": "HassTurnOn", "slots": {"name": "lamp", "area": "den"}} as you wish',
+        '{"intent":"HassTurnOn","slots":{"area":"den"}}',
+        '{"intent":"HassTurnOff","slots":{"area":"den","name":"lamp"}}',
+        '{"intent":"HassTurnOn","slots":',
+        "[1]",
+    ]
+    assert shares_right(given, expected) == (2 / 5, 1 / 5)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from twofold.adapter.files import AdapterFiles
+from twofold.adapter.parameters import ParameterShape
 from twofold.adapter.shapes import ModuleShape
 from twofold.adapter.target import adapted_modules
-from twofold.adapter.updates import TRANSPOSED, updates_of
+from twofold.adapter.updates import TRANSPOSED, Pair, low_rank, pairs_of, updates_of
 from twofold.base.streamed import StreamedBase
 from twofold.errors import did_you_mean
 from twofold.events import Emit, Progress
@@ -103,22 +104,39 @@ def fits(update: LowRank, shape: ModuleShape | None) -> bool:
 
 def _wrong(update: LowRank, shape: ModuleShape) -> str | None:
     """How an update's shape differs from its module's, if it does."""
-    of_base = (shape.out_features, shape.in_features // shape.groups)
+    return _differs(update, shape.out_features, shape.in_features // shape.groups) if shape.kind in MATRICES else None
+
+
+def _misfit(update: LowRank, pair: Pair, shape: ModuleShape, parameter: ParameterShape | None) -> str | None:
+    """The same of any pair; what a module's second map is like is not known here."""
+    if parameter:
+        return _differs(update, parameter.out_features, parameter.in_features)
+    return _wrong(update, shape) if pair.name == pair.module else None
+
+
+def _differs(update: LowRank, out_features: int, in_features: int) -> str | None:
     of_update = (len(update.B), update.A.shape[1])
-    if of_update == of_base or shape.kind not in MATRICES:
+    if of_update == (out_features, in_features):
         return None
-    return f"{of_update[0]} x {of_update[1]} where the base has {of_base[0]} x {of_base[1]}"
+    return f"{of_update[0]} x {of_update[1]} where the base has {out_features} x {in_features}"
 
 
 def lint_against(files: AdapterFiles, shapes: Mapping[str, ModuleShape]) -> Iterator[Finding]:
     """What does not fit between an adapter and the modules of a base."""
-    for name, update in updates_of(files).items():
-        shape = shapes.get(name.partition("[")[0])
-        if shape is None and not files.config.target_parameters and not name.endswith(".base_layer.out_proj"):
-            said = f"the base has no module '{name}'{did_you_mean(name, shapes)}"
+    once = {(pair.place, pair.a): pair for pair in pairs_of(files)}
+    for pair in once.values():
+        shape = shapes.get(pair.module)
+        parameter = next((p for p in shape.own if p.name == pair.parameter), None) if shape else None
+        if shape is None:
+            said = f"the base has no module '{pair.module}'{did_you_mean(pair.module, shapes)}"
             yield Finding("error", "unmatched-module", said)
-        elif shape is not None and (wrong := _wrong(update, shape)):
-            yield Finding("error", "wrong-shape", f"'{name}' is {wrong}")
+        elif pair.parameter and parameter is None:
+            said = f"'{pair.module}' of the base has no parameter '{pair.parameter}'"
+            yield Finding(
+                "error", "unmatched-module", f"{said}{did_you_mean(pair.parameter, [p.name for p in shape.own])}"
+            )
+        elif wrong := _misfit(low_rank(files, pair), pair, shape, parameter):
+            yield Finding("error", "wrong-shape", f"'{pair.name}' is {wrong}")
     held = files.modules()
     for module in adapted_modules(files.config, shapes):
         if module not in held:

@@ -8,7 +8,6 @@ three examples in its prompt, so that the comparison is fair.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +22,7 @@ from twofold.data.examples import DataConfig, load_examples
 from twofold.errors import RunError
 from twofold.events import Emit, silent
 from twofold.recipes.adapters import load_with_adapters
-from twofold.recipes.generate import GenerationConfig, answers
+from twofold.recipes.intents import ask
 from twofold.recipes.merge import merge_checkpoint
 from twofold.recipes.proof import both_logits, compare, pad_token, proof_batch
 from twofold.recipes.report import write_page
@@ -32,7 +31,6 @@ from twofold.recipes.settings import TrainConfig
 from twofold.recipes.train import train
 from twofold.training.optim import TrainingConfig
 
-ANSWER_TOKENS = 56
 SHOWN = 5
 HINTED = "base, with intents and 3 examples in its prompt"
 
@@ -52,16 +50,6 @@ class DemoConfig:
     examples: int = 1024
     held_out: int = 210
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Answered:
-    """Answers to the held-out sentences, and how many were right."""
-
-    name: str
-    texts: list[str]
-    intent_exact: float
-    whole_exact: float
 
 
 def demo(config: DemoConfig, emit: Emit = silent) -> dict[str, Any]:
@@ -122,32 +110,6 @@ def task(base: Base, data: home_intents.HomeIntents, emit: Emit) -> dict[str, An
             for i in range(0, len(rows), -(-len(rows) // SHOWN))
         ],
     }
-
-
-def ask(
-    name: str, base: Base, conversations: Sequence[Sequence[Message]], expected: Sequence[str], emit: Emit
-) -> Answered:
-    """Greedy, unconstrained answers, compared with the expected JSON by value."""
-    given = answers(
-        base, conversations, GenerationConfig(max_new_tokens=ANSWER_TOKENS), emit, task=f"asking the {name}"
-    )
-    pairs = [(first_json(g), json.loads(e)) for g, e in zip(given, expected, strict=True)]
-    return Answered(
-        name,
-        given,
-        intent_exact=sum(g.get("intent") == e["intent"] for g, e in pairs) / len(pairs),
-        whole_exact=sum(g == e for g, e in pairs) / len(pairs),
-    )
-
-
-def first_json(text: str) -> dict[str, Any]:
-    """The first JSON object in an answer, whatever stands around it; empty when there is none."""
-    at = text.find("{")
-    try:
-        found = json.JSONDecoder().raw_decode(text[at:])[0] if at >= 0 else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def hint(data: home_intents.HomeIntents) -> list[Message]:

@@ -1,7 +1,8 @@
-"""What a study measures of a model besides its held-out loss: its loss on other texts, and the spectrum of what it learned."""
+"""What a study measures of a model besides its held-out loss: answers, its loss on other texts, the spectrum of what it learned."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,11 @@ from twofold.adapter.files import load_adapter, open_adapter
 from twofold.adapter.updates import updates_of
 from twofold.base.load import Base, load_base
 from twofold.data.examples import DataConfig
+from twofold.events import silent
 from twofold.layers.protocol import bare_modules
 from twofold.lowrank.spectra import energy_rank, singular_values, stable_rank
 from twofold.recipes.evaluate import evaluate
+from twofold.recipes.intents import ask
 from twofold.recipes.materials import Ground
 from twofold.recipes.proving import prove
 from twofold.recipes.studies import Study
@@ -28,15 +31,13 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 def probe_untouched(study: Study, ground: Ground, base: Base) -> dict[str, Any]:
     """Of the base before any training."""
-    return {"other-texts": _losses(ground, base)} if "other-texts" in study.probes else {}
+    return _of_any(study, ground, base)
 
 
 def probe_adapter(study: Study, ground: Ground, base: Base, adapter: Path) -> dict[str, Any]:
     """Of an adapter over the base it was trained on."""
-    found: dict[str, Any] = {}
-    if "other-texts" in study.probes:
-        with _attached(base.model, adapter):
-            found["other-texts"] = _losses(ground, base)
+    with _attached(base.model, adapter):
+        found = _of_any(study, ground, base)
     if "spectra" in study.probes:
         values = {name: singular_values(update) for name, update in updates_of(open_adapter(adapter)).items()}
         found["spectra"] = _summed_up(values)
@@ -47,14 +48,22 @@ def probe_adapter(study: Study, ground: Ground, base: Base, adapter: Path) -> di
 
 def probe_full(study: Study, ground: Ground, base: Base, model: Path) -> dict[str, Any]:
     """Of a model that was trained whole."""
-    found: dict[str, Any] = {}
     if not study.probes:
-        return found
+        return {}
     tuned = load_base(str(model), "float32", str(base.device))
-    if "other-texts" in study.probes:
-        found["other-texts"] = _losses(ground, tuned)
+    found = _of_any(study, ground, tuned)
     if "spectra" in study.probes:
         found["spectra"] = _summed_up(dict(_difference_values(base.model, tuned.model)))
+    return found
+
+
+def _of_any(study: Study, ground: Ground, base: Base) -> dict[str, Any]:
+    """What is measured of a base, an adapter over it and a full model alike."""
+    found: dict[str, Any] = {}
+    if "other-texts" in study.probes:
+        found["other-texts"] = _losses(ground, base)
+    if "answers" in study.probes:
+        found["answers"] = _answered(ground, base)
     return found
 
 
@@ -72,6 +81,13 @@ def _attached(model: Any, adapter: Path) -> Iterator[None]:
 def _losses(ground: Ground, base: Base) -> dict[str, float]:
     """On each other kind of text."""
     return {name: evaluate(base, DataConfig(train=str(path)))["loss"] for name, path in ground.others.items()}
+
+
+def _answered(ground: Ground, base: Base) -> dict[str, float]:
+    """Shares of the held-out commands whose answers name the right intent, and are right as a whole."""
+    rows = [json.loads(line)["messages"] for line in ground.evaluation.read_text(encoding="utf-8").splitlines()]
+    found = ask("model", base, [row[:-1] for row in rows], [row[-1]["content"] for row in rows], silent)
+    return {"intent right": found.intent_exact, "answer right": found.whole_exact}
 
 
 @torch.no_grad()

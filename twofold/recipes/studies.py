@@ -15,7 +15,7 @@ from twofold.recipes.grid import spaced
 
 Material = Literal["home-intents", "king-james", "vader"]
 Reading = Literal["best", "forgetting", "rates", "cost", "spectra", "proof"]
-Probe = Literal["other-texts", "spectra", "promises"]
+Probe = Literal["other-texts", "answers", "spectra", "promises"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,10 @@ class Study:
 
 
 LORA_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-FULL_RATES = (1e-4, 3e-4, 1e-3)
+FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 RATES = tuple(spaced(3.2e-4, 1e-2, 4))
 HIGHER_RATES = tuple(spaced(1e-3, 3.2e-2, 4))
+MORE_RATES = (*RATES, HIGHER_RATES[-1])
 """For adapters whose scale is small."""
 
 
@@ -91,14 +92,14 @@ MATCHES_FULL = Study(
     expected="equal or better on GLUE and E2E (arXiv 2106.09685); equal until its capacity runs out (Schulman 2025)",
     arms=(*(_rank(r) for r in (1, 8, 64)), FULL),
     reading="best",
-    probes=("other-texts",),
+    probes=("other-texts", "answers"),
     folder="beside-full",
 )
 MATCHES_FULL_VERSES = Study(
     name="matches-full-verses",
     claim="The same on a task of style",
     expected=MATCHES_FULL.expected,
-    arms=(*(replace(_rank(r), rates=LORA_RATES[1:3]) for r in (4, 64)), replace(FULL, rates=FULL_RATES[:2])),
+    arms=(*(replace(_rank(r), rates=LORA_RATES[1:]) for r in (4, 64)), replace(FULL, rates=FULL_RATES[:3])),
     reading="best",
     material="king-james",
     examples=128,
@@ -108,8 +109,9 @@ MATCHES_FULL_LONGER = Study(
     name="matches-full-longer",
     claim="The same after three epochs, which is nearer to what each can hold",
     expected=MATCHES_FULL.expected,
-    arms=(replace(_rank(8), rates=LORA_RATES[1:3]), replace(FULL, rates=FULL_RATES[1:])),
+    arms=(replace(_rank(8), rates=LORA_RATES[1:]), replace(FULL, rates=FULL_RATES[:3])),
     reading="best",
+    probes=("answers",),
     common={"training.epochs": 3},
 )
 FORGETS_LESS = Study(
@@ -161,7 +163,10 @@ RATE_BY_RANK = Study(
     claim="The best learning rate does not depend on the rank with alpha/r; it does with alpha/sqrt(r) or none",
     expected="independent of the rank under alpha/r (Schulman 2025)",
     arms=(
-        *(_scaled(f"{name}, r = 4", 4, settings(4)) for name, settings in SCALINGS.items()),
+        *(
+            _scaled(f"{name}, r = 4", 4, settings(4), RATES if name == "alpha/r" else MORE_RATES)
+            for name, settings in SCALINGS.items()
+        ),
         _alpha(32),
         *(
             _scaled(f"{name}, r = 64", 64, settings(64), HIGHER_RATES if name == "alpha/r" else RATES)
@@ -176,7 +181,7 @@ RATE_BY_RANK = Study(
     lines={name: (f"{name}, r = 4", _alpha(32).name, f"{name}, r = 64") for name in SCALINGS},
     folder="rates",
 )
-ALPHAS = (_alpha(8, (*RATES, HIGHER_RATES[-1])), _alpha(16), _alpha(32), _alpha(128))
+ALPHAS = (_alpha(8, MORE_RATES), _alpha(16), _alpha(32), _alpha(128))
 ALPHA_BY_RATE = replace(
     RATE_BY_RANK,
     name="alpha-by-rate",
@@ -217,7 +222,6 @@ LOW_RANK = Study(
         Arm(name="full", rates=(3e-4,), full=True),
     ),
     reading="spectra",
-    seeds=2,
     probes=("spectra",),
 )
 PROVED = Study(
@@ -246,7 +250,7 @@ VARIANTS = Study(
         Arm(
             name="PiSSA",
             settings={"adapter.r": 16, "adapter.lora_alpha": 16, "adapter.init_lora_weights": "pissa_niter_4"},
-            rates=(3e-5, 1e-4, 3e-4, 1e-3),
+            rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
         ),
         Arm(
             name="LoRA+",

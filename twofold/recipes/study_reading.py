@@ -107,16 +107,23 @@ def _best(study: Study, rows: Rows, folder: Path) -> Found:
     found = [outcome(study, rows, arm.name) for arm in study.arms]
     reference = _reference(study, found)
     score = "accuracy" if study.material == "vader" else "token accuracy"
-    table = [["", "trains", "best rate", "held-out loss", f"against {reference.arm}", score, "seeds"]]
     untouched = rows["untouched"]
-    table.append(["untouched", "0", "–", f"{untouched['loss']:.4f}", "–", f"{untouched['accuracy']:.1%}", "–"])
+    scores = [score, *untouched["probes"].get("answers", ())]
+    table = [["", "trains", "best rate", "held-out loss", f"against {reference.arm}", *scores, "seeds"]]
+    table.append(["untouched", "0", "–", f"{untouched['loss']:.4f}", "–", *_scores([untouched]), "–"])
     for o in found:
         change = "–" if o is reference else f"{o.mean / reference.mean - 1:+.1%}"
-        accuracy = statistics.fmean(r["accuracy"] for r in o.rows)
         first = [o.arm, _share(study, o, reference), f"{o.rate:g}", _said(o.mean, o.spread)]
-        table.append([*first, change, f"{accuracy:.1%}", str(len(o.rows))])
+        table.append([*first, change, *_scores(o.rows), str(len(o.rows))])
     drawn = _by_rate(study, rows)
     return Found(_against(found, reference) + _edges(study, found), table, drawn)
+
+
+def _scores(rows: Sequence[Row]) -> list[str]:
+    """The accuracy, and what the model's own answers came to, where it was asked."""
+    each = [{"accuracy": row["accuracy"], **row["probes"].get("answers", {})} for row in rows]
+    shares = [[scores[name] for scores in each] for name in each[0]]
+    return [_said(statistics.fmean(share), _deviation(share), ".1%", ".1%") for share in shares]
 
 
 def _reference(study: Study, found: Sequence[Outcome]) -> Outcome:
@@ -321,20 +328,27 @@ def _spectra(study: Study, rows: Rows, folder: Path) -> Found:
 
 
 def _shared_directions(study: Study, rows: Rows, folder: Path) -> Found:
-    """How much of the first directions every two adapters have in common, of what they read (A) and of what they write (B)."""
-    kept = {f"{r['arm']}, seed {r['seed']}": folder / r["adapter"] for r in rows.values() if r.get("adapter")}
-    found = {n: {m: decomposed(u) for m, u in updates_of(open_adapter(path)).items()} for n, path in kept.items()}
+    """How much of the first directions adapters have in common, of what they read (A) and of what they write (B).
+
+    Two of one arm differ in their seed; of two arms every pair of seeds is taken.
+    """
+    kept = [(r["arm"], folder / r["adapter"]) for r in rows.values() if r.get("adapter")]
+    found = [(arm, {m: decomposed(u) for m, u in updates_of(open_adapter(path)).items()}) for arm, path in kept]
     table, first = [], {}
     for side, of in (("read", lambda d: d.V), ("written", lambda d: d.U)):
-        pairs = []
-        for a, b in combinations(found, 2):
-            each = [subspace_similarity(of(found[a][m]), of(found[b][m])) for m in found[a]]
-            pairs.append([statistics.fmean(float(s[k - 1, k - 1]) for s in each) for k in TOP])
-            table.append([f"{side}: {a} and {b}", *(f"{share:.2f}" for share in pairs[-1])])
-        widths = [len(of(d)) for modules in found.values() for d in modules.values()]
-        chance = [statistics.fmean(k / width for width in widths) for k in TOP]
-        table.append([f"{side}: by chance", *(f"{share:.2f}" for share in chance)])
-        first[side] = statistics.fmean(shares[-1] for shares in pairs)
+        pairs: dict[str, list[list[float]]] = {}
+        for (arm, a), (other, b) in combinations(found, 2):
+            each = [subspace_similarity(of(a[m]), of(b[m])) for m in a]
+            who = f"{arm}, two seeds" if arm == other else f"{arm} and {other}"
+            pairs.setdefault(who, []).append([statistics.fmean(float(s[k - 1, k - 1]) for s in each) for k in TOP])
+        for who, shares in sorted(pairs.items()):
+            cells = [
+                _said(statistics.fmean(of_k), _deviation(of_k), ".2f", ".2f") for of_k in zip(*shares, strict=True)
+            ]
+            table.append([f"{side}: {who}", *cells])
+        widths = [len(of(d)) for _, modules in found for d in modules.values()]
+        table.append([f"{side}: by chance", *(f"{statistics.fmean(k / width for width in widths):.2f}" for k in TOP)])
+        first[side] = statistics.fmean(shares[-1] for own in pairs.values() for shares in own)
     verdict = (
         f"Of the first {TOP[-1]} directions two adapters share on average {first['read']:.0%} of those that they read and "
         f"{first['written']:.0%} of those that they write."

@@ -49,19 +49,23 @@ def write_mlx(updates: Mapping[str, LowRank], layers: int, folder: Path) -> floa
         write_tensors(temporary / WEIGHTS, tensors)
         config = {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": settings}
         atomic.write_json(temporary / CONFIG, config)
-        return prove(updates, read_mlx(temporary), str(folder))
+        return prove(updates, read_mlx(temporary, layers), str(folder))
 
 
-def read_mlx(folder: Path) -> dict[str, LowRank]:
-    """The updates in a folder as mlx-lm would apply them.
+def read_mlx(folder: Path, layers: int) -> dict[str, LowRank]:
+    """The updates in a folder as mlx-lm would apply them: of the modules in `keys`, in the last `num_layers` of the base's layers.
 
     Raises:
         ProofError: the factors have another rank than the config says.
     """
     file = TensorFile(folder / WEIGHTS)
-    settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["lora_parameters"]
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    settings, first = config["lora_parameters"], layers - config["num_layers"]
     found = {}
     for module in sorted({key.rpartition(".")[0] for key in file.shapes}):
+        match = LAYER.fullmatch(module)
+        if match is None or int(match[2]) < first or match[3] not in settings["keys"]:
+            continue
         A, B = (file.read(f"{module}.{end}").T for end in ("lora_a", "lora_b"))
         found[module] = LowRank(A, B, settings["scale"])
         if len(A) != settings["rank"]:
