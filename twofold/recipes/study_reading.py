@@ -23,6 +23,8 @@ Row = Mapping[str, Any]
 Rows = Mapping[str, Row]
 TOP = (1, 4, 8)
 """How many first directions are compared."""
+ANSWERED = ("intent right", "answer right")
+"""The shares of answers in the order of their columns."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _best(study: Study, rows: Rows, folder: Path) -> Found:
     reference = _reference(study, found)
     score = "accuracy" if study.material == "vader" else "token accuracy"
     untouched = rows["untouched"]
-    scores = [score, *untouched["probes"].get("answers", ())]
+    scores = [score, *(ANSWERED if "answers" in untouched["probes"] else ())]
     table = [["", "trains", "best rate", "held-out loss", f"against {reference.arm}", *scores, "seeds"]]
     table.append(["untouched", "0", "–", f"{untouched['loss']:.4f}", "–", *_scores([untouched]), "–"])
     for o in found:
@@ -122,7 +124,7 @@ def _best(study: Study, rows: Rows, folder: Path) -> Found:
 def _scores(rows: Sequence[Row]) -> list[str]:
     """The accuracy, and what the model's own answers came to, where it was asked."""
     each = [{"accuracy": row["accuracy"], **row["probes"].get("answers", {})} for row in rows]
-    shares = [[scores[name] for scores in each] for name in each[0]]
+    shares = [[scores[name] for scores in each] for name in ("accuracy", *ANSWERED) if name in each[0]]
     return [_said(statistics.fmean(share), _deviation(share), ".1%", ".1%") for share in shares]
 
 
