@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from twofold.adapter.config import LoraConfig
-from twofold.planning.advice import far_off, good_rates, target_advice
+from twofold.planning.advice import far_off, good_rates, rank_advice, target_advice
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,9 @@ def test_a_huge_scale_is_named() -> None:
 def test_attention_only_is_worth_a_word() -> None:
     assert target_advice(False) == []
     assert "all-linear" in target_advice(True)[0]
+
+
+def test_a_large_rank_is_worth_a_word_in_a_plan_and_none_in_a_run() -> None:
+    assert rank_advice(LoraConfig(r=16)) == []
+    assert "twofold resize --tolerance" in rank_advice(LoraConfig(r=128))[0]
+    assert far_off(1e-3, LoraConfig(r=128, lora_alpha=128), 4096) == []

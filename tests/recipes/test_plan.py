@@ -259,6 +259,8 @@ def test_advice_is_part_of_the_plan() -> None:
     said = on_a_gpu("llama-2-7b", learning_rate=0.5, target_modules="attention")["advice"]
     assert len(said) == 2
     assert "learning_rate 0.5" in said[0]
+    (unasked,) = on_a_gpu("llama-2-7b")["advice"]
+    assert "begin with a learning_rate of 0.0003 to 0.0005" in unasked
 
 
 # ---------------------------------------------------------------------------------------------- time

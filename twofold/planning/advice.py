@@ -1,4 +1,7 @@
-"""Settings far from known-good ones, each said with its source. Quiet unless something is about tenfold off."""
+"""What rates and ranks to begin with, and settings far from known-good ones, each said with its source.
+
+`far_off`, which runs warn with, is quiet unless something is about tenfold off.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,34 @@ EXPONENTS = (0.0775, 0.781)
 COMMON_ALPHA = 32
 """The alpha that the formula's rates hold for."""
 LARGE_RANK = 64
+FORMULA = "Tinker's formula 5e-4 · (2000 / width)^p"
 
 
 def good_rates(hidden: int) -> tuple[float, float]:
     """Rates that work for a model of this width at lora_alpha 32: 5e-5 · 10 · (2000 / width)^p."""
     found = sorted(5e-5 * 10 * (2000 / hidden) ** p for p in EXPONENTS)
     return found[0], found[1]
+
+
+def rate_to_begin_with(hidden: int) -> str:
+    """For who names none: the default is one for all widths."""
+    low, high = good_rates(hidden)
+    return (
+        f"begin with a learning_rate of {low:.1g} to {high:.1g} at lora_alpha {COMMON_ALPHA}, whatever the rank ({FORMULA}; "
+        "SmolLM2 did best at 3e-3 at every rank: docs/evidence, rate-by-rank); twofold sweep or train --find-lr tries rates on "
+        "your own data"
+    )
+
+
+def rank_advice(config: LoraConfig) -> list[str]:
+    """Is the rank one that short runs have no use for? Worth saying in a plan, too common to warn about in a run."""
+    if config.r < LARGE_RANK:
+        return []
+    return [
+        f"rank {config.r} costs {config.r} times what rank 1 does, which did as well in a dozen steps (docs/evidence, "
+        "matches-full; ranks matter when an adapter is full: Schulman 2025, LoRA Without Regret); twofold resize --tolerance "
+        "finds after a run which smaller one would have done"
+    ]
 
 
 def rate_advice(rate: float, config: LoraConfig, hidden: int) -> list[str]:
@@ -34,9 +59,9 @@ def rate_advice(rate: float, config: LoraConfig, hidden: int) -> list[str]:
     times, where = (effective / high, "above") if effective > high else (low / effective, "below")
     return [
         f"learning_rate {rate:g} with lora_alpha {config.lora_alpha:g} acts like {effective:.1g} at lora_alpha {COMMON_ALPHA}, "
-        f"{times:,.0f} times {where} the {low:.1g} to {high:.1g} that work at width {hidden} (Tinker's formula 5e-4 · "
-        "(2000 / width)^p; LoRA wants about 10 times the rate of full fine-tuning: Schulman 2025, LoRA Without Regret); "
-        "twofold sweep tries rates on your own data"
+        f"{times:,.0f} times {where} the {low:.1g} to {high:.1g} that work at width {hidden} ({FORMULA}; LoRA "
+        "wants about 10 times the rate of full fine-tuning: Schulman 2025, LoRA Without Regret; SmolLM2 did best at 3e-3: "
+        "docs/evidence, rate-by-rank); twofold sweep tries rates on your own data"
     ]
 
 

@@ -305,6 +305,7 @@ def _advice(base: Outline, settings: PlanSettings) -> list[str]:
     if settings.method == "full":
         return []
     hidden, rate = base.sizes.hidden, settings.learning_rate
-    on_rate = advice.rate_advice(rate, settings.lora, hidden) if rate is not None else []
-    attention_only = settings.target_modules == "attention"
-    return [*on_rate, *advice.scale_advice(settings.lora), *advice.target_advice(attention_only)]
+    lora, attention_only = settings.lora, settings.target_modules == "attention"
+    on_rate = [advice.rate_to_begin_with(hidden)] if rate is None else advice.rate_advice(rate, lora, hidden)
+    others = (advice.scale_advice(lora), advice.rank_advice(lora), advice.target_advice(attention_only))
+    return [*on_rate, *(line for found in others for line in found)]
