@@ -57,6 +57,9 @@ check: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(HOUSE_RULES)
 
+docs: $(VENV)/dev.stamp
+	$(BIN)/python docs/build.py
+
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/train.py
 
