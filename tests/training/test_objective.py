@@ -359,10 +359,10 @@ def test_subclassed_projections_norms_and_activations_are_not_described() -> Non
     assert "gelu" in reason_of(active)
 
 
-@pytest.mark.parametrize("saved", ["norm", "lm_head", "down_proj"])
+@pytest.mark.parametrize("saved", ["norm", "lm_head", "down_proj", "self_attn", "mlp"])
 def test_whole_trained_modules_are_learned_from_on_whatever_path(saved: str) -> None:
     model, examples = build_model("llama"), some_examples(*LENGTHS)
-    attach(model, LoraConfig(r=2, target_modules=("q_proj",), modules_to_save=(saved,)))
+    attach(model, LoraConfig(r=2, target_modules=("q_proj", "up_proj"), modules_to_save=(saved,)))
     randomise(list(learned(model).items()), scale=0.1)
     loss = objective_for(model, 0, recompute=False)(pack(examples)).loss_sum
     expected = by_hand(model, examples)[0]
