@@ -19,6 +19,8 @@ import yaml
 from tiny_runs import KILL_AT_STEP
 from warm_cli import Finished, WarmCli, cold
 
+from twofold.recipes.runs import RunFolder
+
 pytest_plugins = ("tiny_fixtures",)
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "twofold.json")
@@ -225,7 +227,8 @@ def stopped(cli: WarmCli, config: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """All but the lock, which says nothing once its process is gone."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 @pytest.mark.parametrize(
@@ -258,6 +261,19 @@ def test_a_finished_run_is_not_resumed(cli: WarmCli, config: Path, reference: Pa
     said = cli("train", config, "--output", reference, "--resume").refusal()
     assert "is finished; its adapter is in" in said
     assert files(reference) == before
+
+
+def test_a_run_that_is_going_on_is_left_alone(cli: WarmCli, config: Path, stopped: Path, tmp_path: Path) -> None:
+    """Its events after the newest checkpoint are news, and what looks half-written is being written."""
+    run = shutil.copytree(stopped, tmp_path / "run")
+    (run / "checkpoints" / ".step-000009.partial").mkdir()
+    (run / "checkpoints" / ".step-000009.partial" / "state.json").write_text("{}")
+    with RunFolder(run).locked():
+        before = files(run)
+        said = cli("train", config, "--output", run, "--resume").refusal()
+        assert "another process is at work" in said
+        assert files(run) == before
+    resumed(cli, config, run)
 
 
 def test_a_run_folder_that_was_moved_can_be_resumed(

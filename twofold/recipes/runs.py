@@ -92,7 +92,7 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One process at a time; the lock goes with the process, however it ends."""
-        with self.lock.open("w") as file:
+        with self._opened_lock() as file:
             try:
                 _lock(file)
             except OSError as error:
@@ -104,6 +104,13 @@ class RunFolder:
                 self.lock.unlink(missing_ok=True)
                 with suppress(OSError):  # it holds something, as it should
                     self.path.rmdir()
+
+    def _opened_lock(self) -> IO[str]:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return self.lock.open("w")
+        except OSError as error:
+            raise RunError(atomic.cannot_write(self.path, error)) from error
 
     def recorded(self) -> list[dict[str, Any]]:
         """The events so far; a line that a crash cut short does not count."""
