@@ -20,6 +20,7 @@ from tiny_runs import KILL_AT_STEP
 from warm_cli import Finished, WarmCli, cold
 
 from twofold.recipes.runs import RunFolder
+from twofold.training import checkpoint
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -282,6 +283,16 @@ def test_a_run_folder_that_was_moved_can_be_resumed(
     run = shutil.copytree(stopped, tmp_path / "moved")
     resumed(cli, config, run)
     assert_same(run, reference)
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_however_many_digits_these_have(tmp_path: Path) -> None:
+    steps = (999_998, 999_999, 1_000_000)
+    for step in steps:
+        checkpoint.folder_of(tmp_path, step).mkdir()
+        (checkpoint.folder_of(tmp_path, step) / "state.json").write_text("{}")
+    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 1_000_000)
+    checkpoint.prune(tmp_path, 2)
+    assert {checkpoint.step_of(p) for p in tmp_path.iterdir()} == {999_999, 1_000_000}
 
 
 ONE_MORE_THREAD = "import torch; torch.set_num_threads(torch.get_num_threads() + 1)"

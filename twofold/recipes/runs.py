@@ -186,7 +186,7 @@ def open_resumed(config: TrainConfig) -> tuple[RunFolder, Path | None]:
         )
     checkpoint.remove_partial(run.checkpoints)
     newest = checkpoint.newest(run.checkpoints)
-    step = int(newest.name.removeprefix("step-")) if newest else 0
+    step = checkpoint.step_of(newest) if newest else 0
     kept = [r for r in run.recorded() if r.get("step", 0) <= step]
     atomic.write_text(run.events, "".join(json.dumps(r) + "\n" for r in kept))
     return run, newest

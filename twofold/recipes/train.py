@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from twofold import atomic
-from twofold.adapter.attach import attach, folding, freeze_a
+from twofold.adapter.attach import attach, constants, folding, freeze_a
 from twofold.adapter.files import Provenance, load_adapter, save_adapter
 from twofold.base.batch import Example, PackedBatch
 from twofold.base.chat import Renderer
@@ -220,6 +220,7 @@ def job_of(config: TrainConfig, run: RunFolder, loaded: Loaded, world: World) ->
         model=base.model,
         objective=objective,
         parameters={n: p for n, p in base.model.named_parameters() if p.requires_grad},
+        constants=constants(base.model),
         config=training,
         steps=total_steps(loaded.train, training),
         epoch=_epochs(training, loaded),

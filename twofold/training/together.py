@@ -54,15 +54,15 @@ class Learner:
 
     def save(self) -> None:
         """A checkpoint, from which `resume` goes on."""
-        checkpoint.save(self.job.checkpoints, self.progressed, self.job.parameters, self.optimise)
+        checkpoint.save(self.job.checkpoints, self.progressed, self.job.trained, self.optimise)
         checkpoint.prune(self.job.checkpoints, 1)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
         newest = checkpoint.newest(self.job.checkpoints)
         if newest is not None:
-            saved = checkpoint.read(newest, self.job.parameters)
-            checkpoint.restore(saved, self.job.parameters, self.optimise)
+            saved = checkpoint.read(newest, self.job.trained)
+            checkpoint.restore(saved, self.job.trained, self.optimise)
             self.progressed = saved.progressed
 
 
