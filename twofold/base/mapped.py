@@ -76,9 +76,9 @@ def _generation(stored: StoredBase) -> Any:
 
 
 def _map(model: Any, stored: StoredBase, places: Places) -> set[str]:
-    """Put the tensors of the files in place; the parameters that are left without."""
+    """Put the tensors of the files in place; the parameters that are left without. Ties are transformers' own: of weights that the
+    files hold once, or twice with the same values."""
     missing = {n for n, _ in model.named_parameters(remove_duplicate=False)} - set(places.fused)
-    shared = missing - places.alone.keys()
     for name, key in places.alone.items():
         value = stored.read(key)
         if value.shape != (there := model.get_parameter(name).shape):
@@ -89,8 +89,7 @@ def _map(model: Any, stored: StoredBase, places: Places) -> set[str]:
     for name in places.fused:
         place, _, last = name.rpartition(".")
         model.get_submodule(place)._parameters[last] = _shape_alone(model.get_parameter(name))
-    if shared:
-        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
     return missing
 
 
