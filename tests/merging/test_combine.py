@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,12 @@ from twofold.adapter.attach import attach
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import Provenance, load_adapter, open_adapter, save_adapter
 from twofold.adapter.updates import updates_of
-from twofold.errors import ConfigError, ForeignBaseError, RunError
+from twofold.errors import AdapterFileError, ConfigError, ForeignBaseError, RunError
 from twofold.merging.methods import METHODS
+from twofold.merging.resize import Size
+from twofold.recipes.export import export_adapter
+from twofold.recipes.inspect import compare
+from twofold.recipes.resize import resize
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -258,6 +264,24 @@ def test_what_does_not_add_up_is_refused(
     given = {saved(tmp_path, r=2, **first): 1.0, saved(tmp_path, r=2, seed=2, **second): 1.0}
     with pytest.raises(ConfigError, match=said):
         twofold.combine(given, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["combine", "resize", "compare", "kohya", "vllm"])
+def test_factors_of_another_rank_than_the_configs_are_refused(verb: str, tmp_path: Path) -> None:
+    whole = saved(tmp_path, r=4, target_modules=["q_proj"])
+    config = json.loads((whole / "adapter_config.json").read_text())
+    path = Path(shutil.copytree(whole, tmp_path / "other"))
+    (path / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
+    verbs: dict[str, Callable[[], object]] = {
+        "combine": lambda: twofold.combine({whole: 1.0, path: 1.0}, tmp_path / "out"),
+        "resize": lambda: resize(path, tmp_path / "out", Size(r=2)),
+        "compare": lambda: compare(whole, path),
+        "kohya": lambda: export_adapter(path, "kohya", tmp_path / "out"),
+        "vllm": lambda: export_adapter(path, "vllm", None, "smollm2-135m-instruct"),
+    }
+    with pytest.raises(AdapterFileError, match=r"q_proj' has rank 4 in the tensors but 8 by the config"):
+        verbs[verb]()
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from twofold.adapter.config import LoraConfig
-from twofold.adapter.experts import parameters_named
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.keys import PREFIX
 from twofold.adapter.names import matcher, tails
@@ -129,13 +128,6 @@ def _inseparable(files: AdapterFiles) -> Iterator[str]:
         yield (
             f"{files.path} is DoRA, which sets the lengths of the weight's rows beside B·A, and lengths do not add up; merge it "
             "into the base, and extract a plain update from the result (twofold merge, twofold extract)"
-        )
-    elif stacked := next(
-        (p for p in pairs_of(files) if not p.experts and parameters_named(files.config, p.module)), None
-    ):
-        yield (
-            f"{files.path} adapts parameters of '{stacked.module}' (target_parameters), but nothing tells which factors are whose; "
-            "merge it into the base instead"
         )
     else:
         groups = [pair.name for pair in pairs_of(files) if has_groups(files, pair)]

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from twofold.adapter.files import open_adapter
 from twofold.adapter.plain import PlainAdapter
-from twofold.adapter.updates import Pair
+from twofold.adapter.updates import Pair, open_updates
 from twofold.base.streamed import open_streamed
 from twofold.errors import RunError
 from twofold.events import Emit, silent
@@ -59,7 +58,7 @@ def combine(
     if output is not None and Path(output).exists():
         raise RunError(f"{output} exists already; choose another output or remove it first")
     started = time.perf_counter()
-    given = [Weighed(open_adapter(Path(path)), weight) for path, weight in adapters.items()]
+    given = [Weighed(open_updates(Path(path)), weight) for path, weight in adapters.items()]
     how = Combination(method, r, density)
     check(given, how, base_given=base is not None)
     files = [one.files for one in given]
