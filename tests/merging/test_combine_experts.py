@@ -109,6 +109,12 @@ def test_experts_beside_an_adapter_of_modules(tmp_path: Path) -> None:
     torch.testing.assert_close(said((tmp_path / "out", 1.0)), said((a, 1.0), (b, 0.5)), rtol=1e-4, atol=1e-4)
 
 
+def test_biases_of_b_do_not_go_with_experts(tmp_path: Path) -> None:
+    a, b = saved(tmp_path / "a", **STACKED), saved(tmp_path / "b", r=2, target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(ConfigError, match=r"experts.*is no linear layer.*\(lora_bias\)"):
+        twofold.combine({a: 1.0, b: 1.0}, tmp_path / "out")
+
+
 def test_other_parameters_of_one_module_are_refused(tmp_path: Path) -> None:
     a, b = saved(tmp_path / "a", **STACKED), saved(tmp_path / "b", 12, **VARIANTS["one parameter"])
     with pytest.raises(ConfigError, match=r"they adapt different parameters of 'model.layers.0.mlp.experts'"):
