@@ -23,6 +23,7 @@ from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import save_adapter
 from twofold.base.load import load_base
 from twofold.base.mapped import NotMapped, map_base
+from twofold.base.streamed import open_streamed
 from twofold.events import Event, Message
 from twofold.merging.checkpoint import write_merged
 from twofold.recipes.adapters import Asked
@@ -101,6 +102,7 @@ def test_joined_experts_of_a_mapped_base_take_no_memory(tmp_path: Path) -> None:
     assert len(joined) == 4
     assert all(p.untyped_storage().nbytes() == 2 for p in joined)
     assert mapped.fingerprint == load_base(str(base), "bfloat16", "cpu").fingerprint
+    assert mapped.fingerprint == open_streamed(str(base)).fingerprint()
 
 
 CASES: dict[str, dict[str, Any]] = {

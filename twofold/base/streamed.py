@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from twofold.base.fingerprint import Fingerprint, Sampled, fingerprint
@@ -44,6 +47,21 @@ class StreamedBase:
                 f"{self.reference} holds no '{name}' as the model has it{did_you_mean(name, self.keys)}; is this the right base?"
             )
         return self.stored.read(self.keys[name])
+
+    @property
+    def held(self) -> set[str]:
+        """The parameters whose values are in the files, as they are or in pieces."""
+        return {*self.keys, *self.fused}
+
+    def matrices(self, name: str) -> Iterator[Tensor]:
+        """One parameter that is held; one of three dimensions matrix by matrix, wherever these lie."""
+        if name in self.fused:
+            pieces = sorted(self.fused[name], key=lambda p: (p.expert, p.rows.start))
+            for _, of_expert in groupby(pieces, key=lambda p: p.expert):
+                yield torch.cat([self.stored.read(p.key) for p in of_expert])
+        else:
+            whole = self.read(name)
+            yield from whole if whole.dim() == 3 else [whole]
 
     def expect(self, name: str) -> None:
         """Say that a parameter is read next, so that it comes while something else is computed."""
