@@ -166,29 +166,34 @@ def _clashes(given: Sequence[Weighed]) -> Iterator[str]:
                 f"they adapt different parameters of '{module}' (target_parameters), which a file tells apart by position alone; "
                 "merge them into the base together (twofold merge)"
             )
-    whole = matcher([entry for c in configs for entry in c.modules_to_save or ()])
-    held, factored = _whole(given), {p.module for p in pairs_in(given)}
-    tokens = {module for module, suffix in held if suffix == TOKENS}
-    if twice := sorted(m for m in factored if any(map(whole, _parents(m)))):
-        yield f"'{twice[0]}' has factors in one adapter and is trained whole by another (modules_to_save)"
-    if twice := sorted(tokens & factored):
-        yield f"'{twice[0]}' has factors in one adapter and tokens of its own in another (trainable_token_indices)"
-    if twice := sorted(m for m in tokens if any(map(whole, _parents(m)))):
-        yield f"'{twice[0]}' is trained whole by one adapter (modules_to_save), and in single tokens by another"
     biased = any(c.lora_bias for c in configs)
     if biased and (beyond := [p.name for p in pairs_in(given) if not _of_linear_layer(given, p)]):
         yield f"'{beyond[0]}' is no linear layer, so it cannot go with the biases of B that another adapter has (lora_bias)"
-    for (module, suffix), holders in held.items():
-        shapes = dict.fromkeys(_held(one.files, module, suffix).shape for one in holders)
-        if len(shapes) > 1:
-            sizes = " and ".join(map(_size, shapes))
-            yield f"'{module}.{suffix}' is {sizes}: the adapters were trained on different bases"
+    yield from _claimed_twice(given)
     if len({c.bias for c in configs}) > 1 or (
         configs[0].bias != "none" and len({_whole_names(o.files) for o in given}) > 1
     ):
         yield f"they train different biases (bias {', '.join(sorted({c.bias for c in configs}))}), and only equal ones add up"
     if len({str(c.trainable_token_indices) for c in configs if c.trainable_token_indices}) > 1:
         yield "they train different tokens (trainable_token_indices), and only equal ones add up"
+
+
+def _claimed_twice(given: Sequence[Weighed]) -> Iterator[str]:
+    """Modules that one adapter changes in one way and another in another, or that are of different sizes."""
+    saved = matcher([entry for one in given for entry in one.files.config.modules_to_save or ()])
+    held, factored = _whole(given), {p.module for p in pairs_in(given)}
+    tokens = {module for module, suffix in held if suffix == TOKENS}
+    if twice := sorted(m for m in factored if any(map(saved, _parents(m)))):
+        yield f"'{twice[0]}' has factors in one adapter and is trained whole by another (modules_to_save)"
+    if twice := sorted(tokens & factored):
+        yield f"'{twice[0]}' has factors in one adapter and tokens of its own in another (trainable_token_indices)"
+    if twice := sorted(m for m in tokens if any(map(saved, _parents(m)))):
+        yield f"'{twice[0]}' is trained whole by one adapter (modules_to_save), and in single tokens by another"
+    for (module, suffix), holders in held.items():
+        found = dict.fromkeys(_held(one.files, module, suffix).shape for one in holders)
+        if len(found) > 1:
+            sizes = " and ".join(map(_size, found))
+            yield f"'{module}.{suffix}' is {sizes}: the adapters were trained on different bases"
 
 
 def _parameters(files: AdapterFiles, module: str) -> frozenset[tuple[str, str, int]]:
@@ -230,8 +235,8 @@ def _misfits(given: Sequence[Weighed], base: ReadBase) -> Iterator[str]:
             yield f"'{module}.{suffix}' is {_size(theirs)}, but {_size(ours)} by the base: it is not the adapters' own"
     for one in given:
         for module, suffix in _copies(one.files):
-            theirs, ours = _held(one.files, module, suffix), base(f"{module}.weight")
-            if theirs.shape != ours.shape or not torch.equal(theirs.to(ours), ours):
+            copy, own = _held(one.files, module, suffix), base(f"{module}.weight")
+            if copy.shape != own.shape or not torch.equal(copy.to(own), own):
                 yield (
                     f"{one.files.path} holds another '{module}' than the base (base_layer.weight), as a resized one is; name "
                     "the base that it was trained on"

@@ -91,8 +91,9 @@ def _reader(base: str, files: Sequence[AdapterFiles], emit: Emit, *, allow_forei
     taken = streamed.fingerprint()
     if taken is None:
         emit(Warned(text=f"{base} lies on disk in a form of which no fingerprint is taken; only shapes are compared"))
-    for one in files if taken is not None else ():
-        check_base(one, taken, emit, allow_foreign=allow_foreign)
+    else:
+        for one in files:
+            check_base(one, taken, emit, allow_foreign=allow_foreign)
     return streamed.read
 
 
