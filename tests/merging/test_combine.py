@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,14 @@ from twofold.adapter.attach import attach
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import Provenance, load_adapter, open_adapter, save_adapter
 from twofold.adapter.updates import updates_of
-from twofold.errors import ConfigError, ForeignBaseError, RunError
+from twofold.base.fingerprint import fingerprint
+from twofold.errors import AdapterFileError, ConfigError, ForeignBaseError, RunError
+from twofold.events import Event, Warned
 from twofold.merging.methods import METHODS
+from twofold.merging.resize import Size
+from twofold.recipes.export import export_adapter
+from twofold.recipes.inspect import compare
+from twofold.recipes.resize import resize
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -250,6 +258,9 @@ def test_biases_of_b_are_scaled_with_their_updates(tmp_path: Path) -> None:
         ({"use_dora": True}, {}, "is DoRA, which sets the lengths"),
         ({"modules_to_save": ["o_proj"], "target_modules": ["q_proj"]}, {"target_modules": ["o_proj"]}, "trained whole by another"),
         ({"trainable_token_indices": [5]}, {"trainable_token_indices": [6]}, "train different tokens"),
+        ({"trainable_token_indices": [5]}, {"target_modules": ["embed_tokens"]}, "has factors in one adapter and tokens"),
+        ({"trainable_token_indices": [5]}, {"modules_to_save": ["embed_tokens"]}, "whole by one .* single tokens by another"),
+        ({"lora_bias": True}, {"target_modules": ["embed_tokens"]}, "'model.embed_tokens' is no linear layer.*lora_bias"),
     ],
 )  # fmt: skip
 def test_what_does_not_add_up_is_refused(
@@ -259,6 +270,82 @@ def test_what_does_not_add_up_is_refused(
     with pytest.raises(ConfigError, match=said):
         twofold.combine(given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["combine", "resize", "compare", "kohya", "vllm"])
+def test_factors_of_another_rank_than_the_configs_are_refused(verb: str, tmp_path: Path) -> None:
+    whole = saved(tmp_path, r=4, target_modules=["q_proj"])
+    config = json.loads((whole / "adapter_config.json").read_text())
+    path = Path(shutil.copytree(whole, tmp_path / "other"))
+    (path / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
+    verbs: dict[str, Callable[[], object]] = {
+        "combine": lambda: twofold.combine({whole: 1.0, path: 1.0}, tmp_path / "out"),
+        "resize": lambda: resize(path, tmp_path / "out", Size(r=2)),
+        "compare": lambda: compare(whole, path),
+        "kohya": lambda: export_adapter(path, "kohya", tmp_path / "out"),
+        "vllm": lambda: export_adapter(path, "vllm", None, "smollm2-135m-instruct"),
+    }
+    with pytest.raises(AdapterFileError, match=r"q_proj' has rank 4 in the tensors but 8 by the config"):
+        verbs[verb]()
+    assert not (tmp_path / "out").exists()
+
+
+def with_tensor(path: Path, key: str, tensor: Tensor) -> Path:
+    file = path / "adapter_model.safetensors"
+    save_file({**load_file(file), f"base_model.model.{key}": tensor}, file)
+    return path
+
+
+def test_a_copy_of_the_base_must_be_one(tmp_path: Path) -> None:
+    """PEFT saves the weight of an embedding that has factors beside them; resized or trained, it is part of the adapter."""
+    base = str(tmp_path / "base")
+    build_model("llama").save_pretrained(base)
+    own = build_model("llama").model.embed_tokens.weight.detach()
+    same, other = (saved(tmp_path, r=2, target_modules=["embed_tokens"]) for _ in range(2))
+    with_tensor(same, "model.embed_tokens.base_layer.weight", own.clone())
+    with_tensor(other, "model.embed_tokens.base_layer.weight", own + 1)
+    twofold.combine({same: 2.0}, tmp_path / "out", base=base)
+    with pytest.raises(ConfigError, match=r"holds another 'model.embed_tokens' than the base"):
+        twofold.combine({same: 1.0, other: 1.0}, None, base=base)
+    heard: list[Event] = []
+    twofold.combine({other: 1.0}, None, emit=heard.append)
+    assert [e.text for e in heard if isinstance(e, Warned)] == [
+        "left out as the base's own, though only --base could tell: model.embed_tokens"
+    ]
+
+
+def test_tensors_that_no_config_speaks_of_are_refused(tmp_path: Path) -> None:
+    path = with_tensor(saved(tmp_path, r=2, target_modules=["q_proj"]), "model.norm.weight", torch.ones(32))
+    with pytest.raises(ConfigError, match=r"holds 'model\.norm\.weight', of which its config says nothing"):
+        twofold.combine({path: 1.0}, tmp_path / "out")
+
+
+def test_the_base_that_is_named_must_be_the_adapters(tmp_path: Path) -> None:
+    model = build_model("llama")
+    model.save_pretrained(tmp_path / "own")
+    build_model("llama", seed=8).save_pretrained(tmp_path / "other")
+    model.resize_token_embeddings(80)
+    model.save_pretrained(tmp_path / "resized")
+    known = Provenance(base=fingerprint(dict(build_model("llama").named_parameters())).as_json())
+    given = {saved(tmp_path, provenance=known, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]): 0.5}
+    for base in ("other", "resized"):
+        with pytest.raises(ForeignBaseError, match="trained on a base with other"):
+            twofold.combine(given, None, base=str(tmp_path / base))
+    for base in ("own", "other"):
+        twofold.combine(given, tmp_path / f"by-{base}", base=str(tmp_path / base), allow_foreign_base=True)
+    with pytest.raises(ConfigError, match=r"'lm_head.weight' is 64 x 32, but 80 x 32 by the base"):
+        twofold.combine(given, None, base=str(tmp_path / "resized"), allow_foreign_base=True)
+
+
+def test_whole_modules_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    given = {
+        saved(tmp_path, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]): w for w in (0.5, 0.49999999999)
+    }
+    with_tensor(next(iter(given)), "lm_head.weight", torch.ones(80, 32))
+    with pytest.raises(
+        ConfigError, match=r"'lm_head.weight' is 80 x 32 and 64 x 32: the adapters were trained on different"
+    ):
+        twofold.combine(given, tmp_path / "out")
 
 
 def test_biases_that_differ_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from twofold.adapter.attach import activate, attach
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import load_adapter, open_adapter, save_adapter
 from twofold.adapter.updates import updates_of
-from twofold.errors import ConfigError
+from twofold.errors import AdapterFileError, ConfigError
 from twofold.merging.methods import METHODS
 from twofold.merging.resize import Size
+from twofold.recipes.inspect import inspect_adapter
 from twofold.recipes.resize import resize
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -107,10 +109,66 @@ def test_experts_beside_an_adapter_of_modules(tmp_path: Path) -> None:
     torch.testing.assert_close(said((tmp_path / "out", 1.0)), said((a, 1.0), (b, 0.5)), rtol=1e-4, atol=1e-4)
 
 
+def test_biases_of_b_do_not_go_with_experts(tmp_path: Path) -> None:
+    a, b = saved(tmp_path / "a", **STACKED), saved(tmp_path / "b", r=2, target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(ConfigError, match=r"experts.*is no linear layer.*\(lora_bias\)"):
+        twofold.combine({a: 1.0, b: 1.0}, tmp_path / "out")
+
+
 def test_other_parameters_of_one_module_are_refused(tmp_path: Path) -> None:
     a, b = saved(tmp_path / "a", **STACKED), saved(tmp_path / "b", 12, **VARIANTS["one parameter"])
     with pytest.raises(ConfigError, match=r"they adapt different parameters of 'model.layers.0.mlp.experts'"):
         twofold.combine({a: 1.0, b: 1.0}, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "entries", [EXPERTS, EXPERTS[::-1], ["down_proj", "gate_up_proj"]], ids=["as made", "turned", "endings"]
+)
+def test_the_order_in_the_config_says_nothing(entries: list[str], tmp_path: Path) -> None:
+    """PEFT writes `target_parameters` as they come out of a set, and the tensors in the module's order."""
+    model = mixture()
+    loud = {"alpha_pattern": {"mlp.experts.down_proj": 40}}
+    targets = LoraConfig(**{**STACKED, "target_modules": ["q_proj"], "target_parameters": entries, **loud})
+    attach(model, targets)
+    randomise(learned(model))
+    path = save_adapter(model, tmp_path / "a")
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": entries}))
+    twofold.combine({path: 1.0}, tmp_path / "out")
+    resize(path, tmp_path / "same", Size(r=3))
+    with torch.no_grad():
+        expected = logits(model)
+    for made in ("out", "same"):
+        torch.testing.assert_close(said((tmp_path / made, 1.0)), expected, rtol=1e-5, atol=1e-5)
+    other = saved(tmp_path / "b", 12, **{**STACKED, "target_modules": ["q_proj"]})
+    twofold.combine({path: 0.5, other: 2.0}, tmp_path / "both")
+    torch.testing.assert_close(said((tmp_path / "both", 1.0)), said((path, 0.5), (other, 2.0)), rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_of_unknown_names_are_told_apart_by_rank_alone(tmp_path: Path) -> None:
+    names = ["mlp.experts.later", "mlp.experts.earlier"]
+
+    def renamed(path: Path, ranks: dict[str, int]) -> Path:
+        config = json.loads((path / "adapter_config.json").read_text())
+        told = {**config, "target_parameters": names, "rank_pattern": ranks, "alpha_pattern": {}}
+        (path / "adapter_config.json").write_text(json.dumps(told))
+        return path
+
+    alike = renamed(saved(tmp_path / "a", **STACKED), {})
+    for work in (
+        lambda: twofold.combine({alike: 1.0}, tmp_path / "out"),
+        lambda: resize(alike, tmp_path / "out", Size(r=1)),
+    ):
+        with pytest.raises(
+            AdapterFileError, match=r"nothing tells which factors of 'model\.layers\.0\.mlp\.experts' are of which"
+        ):
+            work()
+    assert {f.code for f in inspect_adapter(alike).findings if f.severity == "error"} == {"rank-mismatch"}
+    ranks = {"rank_pattern": {"gate_up_proj": 2}}
+    distinct = renamed(saved(tmp_path / "b", **{**STACKED, **ranks}), {"earlier": 2})
+    deltas = dense(distinct)
+    assert deltas["model.layers.0.mlp.experts.earlier[0]"].shape == (96, 32)
+    assert deltas["model.layers.0.mlp.experts.later[0]"].shape == (32, 48)
 
 
 def test_resizing_keeps_the_best_of_every_expert(tmp_path: Path) -> None:

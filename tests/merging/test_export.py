@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from families import GROUPED, build_model, randomise
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_adapters import learned
 
 from twofold import atomic
@@ -22,7 +22,9 @@ from twofold.adapter.attach import adapter_layers, attach
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import save_adapter
 from twofold.errors import AdapterFileError, ConfigError, ProofError
+from twofold.lowrank.factors import LowRank
 from twofold.merging.export import gguf_adapter, mlx
+from twofold.merging.export.factors import prove
 from twofold.recipes.export import Format, export_adapter
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -89,6 +91,28 @@ def test_llama_cpp_gets_the_true_updates(family: str, turned: bool, settings: di
     fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
     assert fields["general.type"].contents() == "adapter"
     assert fields["general.architecture"].contents() == family
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("to", ["gguf", "mlx", "vllm"])
+def test_factors_that_are_no_numbers_are_refused(to: Format, factor: str, tmp_path: Path) -> None:
+    base, adapter, _ = adapted(tmp_path, **SETTINGS["plain"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    last = max(key for key in tensors if factor in key)
+    tensors[last][0, 0] = torch.nan
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(AdapterFileError, match=rf"holds NaN or infinity in {factor}\.weight"):
+        export_adapter(adapter, to, None if to == "vllm" else tmp_path / "out.gguf", str(base))
+
+
+@pytest.mark.parametrize("poisoned", ["first", "last"])
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_what_is_read_back_as_no_number_is_not_proved(factor: str, poisoned: str) -> None:
+    sound = {name: LowRank(torch.ones(2, 3), torch.ones(4, 2), 1.0) for name in ("first", "last")}
+    spoiled = LowRank(*(torch.ones(shape) for shape in ((2, 3), (4, 2))), 1.0)
+    getattr(spoiled, factor)[0, 0] = torch.nan
+    with pytest.raises(ProofError, match="differs from the adapter by nan"):
+        prove(sound, {**sound, poisoned: spoiled}, "the file")
 
 
 def test_a_spoiled_file_is_not_proved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

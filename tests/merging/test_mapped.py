@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 import torch
 import transformers as hf
 from families import build_model, randomise
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_adapters import learned
 from tiny_base import tokenizer, write_base
 
@@ -22,6 +23,7 @@ from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import save_adapter
 from twofold.base.load import load_base
 from twofold.base.mapped import NotMapped, map_base
+from twofold.base.streamed import open_streamed
 from twofold.events import Event, Message
 from twofold.merging.checkpoint import write_merged
 from twofold.recipes.adapters import Asked
@@ -100,6 +102,7 @@ def test_joined_experts_of_a_mapped_base_take_no_memory(tmp_path: Path) -> None:
     assert len(joined) == 4
     assert all(p.untyped_storage().nbytes() == 2 for p in joined)
     assert mapped.fingerprint == load_base(str(base), "bfloat16", "cpu").fingerprint
+    assert mapped.fingerprint == open_streamed(str(base)).fingerprint()
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -133,6 +136,38 @@ def test_keys_with_another_prefix_are_found(llama_base: Path, tmp_path: Path) ->
     before, after = tensors(base), tensors(tmp_path / "merged")
     assert before.keys() == after.keys()
     assert not torch.equal(before["layers.0.self_attn.q_proj.weight"], after["layers.0.self_attn.q_proj.weight"])
+
+
+@pytest.mark.parametrize("equal", [True, False], ids=["twice the same", "apart"])
+@pytest.mark.parametrize(
+    ("settings", "untied"),
+    [
+        ({"target_modules": ["embed_tokens"]}, True),
+        ({"target_modules": ["lm_head"]}, True),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}, False),
+    ],
+    ids=["embedding", "head", "tokens"],
+)
+def test_a_head_that_lies_beside_its_embedding(
+    settings: dict[str, Any], untied: bool, equal: bool, tied_base: Path, tmp_path: Path
+) -> None:
+    """transformers ties the two where their values are equal, and warns where they are not."""
+    base = Path(shutil.copytree(tied_base, tmp_path / "base"))
+    held = load_file(base / "model.safetensors")
+    embedding = held["model.embed_tokens.weight"]
+    save_file(
+        {**held, "lm_head.weight": embedding.clone() if equal else -embedding},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
+    asked = Asked(base=str(base), adapters=adapters(base, tmp_path, settings), device="cpu")
+    loaded = asked.load(lambda _: None)
+    assert map_base(str(base)).fingerprint == load_base(str(base), "float32", "cpu").fingerprint
+    merge_from_disk(asked, tmp_path / "merged", verify=False)
+    merged = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.tie_word_embeddings is not (untied and equal)
+    ids = torch.arange(3, 12)[None]
+    torch.testing.assert_close(merged(ids).logits, loaded.model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_not_safetensors_is_merged_in_memory(llama_base: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 A file tells the parameters of one module apart by position alone (`layers/experts.py`), while ranks and scales go by their names.
 All parameters of a mixture have as many experts, so the names belong where the rows of A, divided by the name's rank, give the
-same number of experts everywhere.
+same number of experts everywhere. Where that leaves several orders, it is the one in which transformers makes the parameters;
+that of `target_parameters` says nothing, since PEFT writes it as it comes out of a set.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import NamedTuple
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.names import matches
 
+MADE = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "v1", "w2")
+"""Parameters of mixtures in the order in which transformers makes them, in every family that has them."""
+
 
 class Placed(NamedTuple):
     """A pair's parameter, with how many experts it has."""
@@ -23,23 +27,35 @@ class Placed(NamedTuple):
 
 
 def parameters_named(config: LoraConfig, module: str) -> list[str]:
-    """Names of the parameters of this module that `target_parameters` may mean, in its order."""
-    entries = config.target_parameters or ()
+    """Names of the parameters of this module that `target_parameters` may mean; none of one that `target_modules` names itself."""
+    entries, targets = config.target_parameters or (), config.target_modules
+    if not isinstance(targets, str) and matches(targets, module):
+        return []
     last = dict.fromkeys(entry.rpartition(".")[2] for entry in entries)
     return [name for name in last if matches(entries, f"{module}.{name}")]
 
 
 def placed(config: LoraConfig, module: str, rows: Sequence[int]) -> list[Placed] | None:
-    """The parameters of a module that its pairs belong to; None where no names fit.
-
-    Where several orders fit, so that ranks are the same in all of them, it is that of `target_parameters`.
+    """The parameters of a module that its pairs belong to; None where no names fit, or nothing tells which of several orders it is.
 
     Args:
         rows: of each pair's A, in the order of the module's parameters.
     """
-    for names in permutations(parameters_named(config, module), len(rows)):
-        ranks = [resolve(config, f"{module}.{name}").r for name in names]
-        counts = [n // r for n, r in zip(rows, ranks, strict=True)]
-        if len(set(counts)) == 1 and [c * r for c, r in zip(counts, ranks, strict=True)] == list(rows):
-            return [Placed(name, count) for name, count in zip(names, counts, strict=True)]
-    return None
+    orders = permutations(parameters_named(config, module), len(rows))
+    fitting = [found for names in orders if (found := _fitted(config, module, names, rows))]
+    as_made = [found for found in fitting if _as_made([one.name for one in found])]
+    only = fitting if len(fitting) == 1 else as_made
+    return only[0] if len(only) == 1 else None
+
+
+def _fitted(config: LoraConfig, module: str, names: Sequence[str], rows: Sequence[int]) -> list[Placed] | None:
+    """The names with the number of experts, if that is the same whole number for all."""
+    ranks = [resolve(config, f"{module}.{name}").r for name in names]
+    counts = {divmod(n, r) for n, r in zip(rows, ranks, strict=True)}
+    experts, left = next(iter(counts)) if len(counts) == 1 else (0, 0)
+    return [Placed(name, experts) for name in names] if experts and not left else None
+
+
+def _as_made(names: Sequence[str]) -> bool:
+    places = [MADE.index(name) for name in names if name in MADE]
+    return len(places) == len(names) and places == sorted(places)

@@ -303,10 +303,11 @@ def _key_of(modules: Mapping[str, Mapping[str, str]], module: str, suffix: str) 
 
 
 def _mismatch(path: Path, problems: list[str]) -> str:
-    return f"the adapter at {path} does not fit this model: {_listed(problems)}"
+    return f"the adapter at {path} does not fit this model: {listed(problems)}"
 
 
-def _listed(problems: list[str]) -> str:
+def listed(problems: list[str]) -> str:
+    """The first eight in one sentence, and how many more there are."""
     return "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
 
 
@@ -385,7 +386,7 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], name: str = DEF
     ]
     problems += [f"'{k}' holds NaN or infinity" for k in nonfinite(tensors)]
     if problems:
-        raise AdapterFileError(f"these tensors do not fit adapter '{name}': " + _listed(problems))
+        raise AdapterFileError(f"these tensors do not fit adapter '{name}': " + listed(problems))
     layers = dict(adapter_layers(model))
     for module, share in shares(model, name).items():
         suffixes = share.saved(layers[module].base)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from twofold.adapter.config import resolve
-from twofold.adapter.experts import placed
-from twofold.adapter.files import AdapterFiles
+from twofold.adapter.experts import parameters_named, placed
+from twofold.adapter.files import AdapterFiles, listed, open_adapter
 from twofold.adapter.shapes import Kind
 from twofold.errors import AdapterFileError
 from twofold.lowrank.factors import LowRank
@@ -52,6 +53,38 @@ class Pair:
     def bias(self) -> str:
         """What follows the path in the key of a bias of B, where there is one."""
         return f"{self.a.rpartition('lora_')[0]}lora_B.bias"
+
+
+def open_updates(path: Path) -> AdapterFiles:
+    """An adapter folder whose tensors and config together say what its updates are.
+
+    Raises:
+        AdapterFileError: as `open_adapter`; one factor without the other; or factors whose rank is not the config's, or of which
+            nothing tells whose they are.
+    """
+    files = open_adapter(path)
+    if wrong := unresolved(files):
+        raise AdapterFileError(
+            f"the config of the adapter at {path} does not fit its tensors: {listed(list(wrong.values()))}"
+        )
+    return files
+
+
+def unresolved(files: AdapterFiles) -> dict[str, str]:
+    """By name of an update, why the config does not give its scale: another rank, or several parameters that it may be of."""
+    found = {}
+    for pair in pairs_of(files):
+        rows, r = files.tensors.shapes[files.modules()[pair.module][pair.a]][0], resolve(files.config, pair.place).r
+        if not pair.experts and parameters_named(files.config, pair.module):
+            found[pair.name] = (
+                f"nothing tells which factors of '{pair.module}' are of which of its parameters (target_parameters); merge it into "
+                "its base instead"
+            )
+        elif rows != (pair.experts or 1) * r:
+            found[pair.name] = (
+                f"'{pair.name}' has rank {rows} in the tensors but {r} by the config, so its scale is wrong"
+            )
+    return found
 
 
 def pairs_of(files: AdapterFiles) -> Iterator[Pair]:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twofold.base.fingerprint import Sampled, fingerprint, sampled_at
+from twofold.base.fingerprint import fingerprint
 from twofold.base.head import Head
 from twofold.base.load import Base, check_complete, locate, quantization_of, renderer_for
-from twofold.base.stored import Piece, Places, StoredBase, open_stored, places_in_model
+from twofold.base.stored import Places, StoredBase, open_stored, places_in_model
 from twofold.errors import BaseError
 from twofold.events import Emit, silent
 
@@ -48,7 +48,7 @@ def map_base(reference: str, emit: Emit = silent, head: Head | None = None) -> B
         raise NotMapped(reference, f"they lack {', '.join(made)}")
     check_complete(reference, head, told, emit)
     parameters = dict(model.eval().requires_grad_(False).named_parameters())
-    known = {n: _sampled(stored, places.fused[n], p) if n in places.fused else p for n, p in parameters.items()}
+    known = {n: stored.sampled(places.fused[n], p) if n in places.fused else p for n, p in parameters.items()}
     tokenizer = AutoTokenizer.from_pretrained(stored.folder)
     taken = fingerprint(known, quantization_of(source, model))
     return Base(reference, model, tokenizer, renderer_for(model, tokenizer), taken)
@@ -76,9 +76,9 @@ def _generation(stored: StoredBase) -> Any:
 
 
 def _map(model: Any, stored: StoredBase, places: Places) -> set[str]:
-    """Put the tensors of the files in place; the parameters that are left without."""
+    """Put the tensors of the files in place; the parameters that are left without. Ties are transformers' own: of weights that the
+    files hold once, or twice with the same values."""
     missing = {n for n, _ in model.named_parameters(remove_duplicate=False)} - set(places.fused)
-    shared = missing - places.alone.keys()
     for name, key in places.alone.items():
         value = stored.read(key)
         if value.shape != (there := model.get_parameter(name).shape):
@@ -89,22 +89,10 @@ def _map(model: Any, stored: StoredBase, places: Places) -> set[str]:
     for name in places.fused:
         place, _, last = name.rpartition(".")
         model.get_submodule(place)._parameters[last] = _shape_alone(model.get_parameter(name))
-    if shared:
-        model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
     return missing
 
 
 def _shape_alone(parameter: Tensor) -> nn.Parameter:
     """A parameter of this shape that takes no memory; whoever computes with it gets NaN."""
     return nn.Parameter(torch.full((1,), torch.nan, dtype=parameter.dtype).expand(parameter.shape), requires_grad=False)
-
-
-def _sampled(stored: StoredBase, pieces: list[Piece], parameter: Tensor) -> Sampled:
-    """What a fingerprint needs of a parameter whose values lie apart."""
-    _, rows, columns = parameter.shape
-    values = []
-    for at in sampled_at(parameter.numel()).tolist():
-        expert, row, column = at // (rows * columns), at // columns % rows, at % columns
-        piece = next(p for p in pieces if p.expert == expert and p.rows.start <= row < p.rows.stop)
-        values.append(float(stored.read(piece.key)[row - piece.rows.start, column].to(torch.bfloat16)))
-    return Sampled(tuple(parameter.shape), values)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from twofold.base.fingerprint import Sampled, sampled_at
 from twofold.base.load import ORIGIN, locate
 from twofold.errors import BaseError, UserError
 from twofold.tensorfile import TensorFile
@@ -52,6 +53,16 @@ class StoredBase:
     def expect(self, key: str) -> None:
         """Let the system read one tensor ahead."""
         self.shards[self.where[key]].expect(key)
+
+    def sampled(self, pieces: list[Piece], parameter: Tensor) -> Sampled:
+        """What a fingerprint needs of a parameter whose values lie apart."""
+        _, rows, columns = parameter.shape
+        values = []
+        for at in sampled_at(parameter.numel()).tolist():
+            expert, row, column = at // (rows * columns), at // columns % rows, at % columns
+            piece = next(p for p in pieces if p.expert == expert and p.rows.start <= row < p.rows.stop)
+            values.append(float(self.read(piece.key)[row - piece.rows.start, column].to(torch.bfloat16)))
+        return Sampled(tuple(parameter.shape), values)
 
     def dtype(self) -> torch.dtype | None:
         """The type of most of its values; None if none are floating."""

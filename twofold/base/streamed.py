@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from twofold.base.fingerprint import Fingerprint, fingerprint
+from twofold.base.fingerprint import Fingerprint, Sampled, fingerprint
 from twofold.base.load import ORIGIN
 from twofold.base.shapes import meta_model
-from twofold.base.stored import StoredBase, open_stored, places_in_model
+from twofold.base.stored import Piece, StoredBase, open_stored, places_in_model
 from twofold.errors import BaseError, did_you_mean
 
 
@@ -24,12 +27,14 @@ class StreamedBase:
         model: it without weights, on the meta device.
         stored: its files.
         keys: the checkpoint's key of each parameter that lies there as the model has it.
+        fused: the pieces of each that lies there in several tensors, as experts do.
     """
 
     reference: str
     model: Any
     stored: StoredBase
     keys: dict[str, str]
+    fused: dict[str, list[Piece]]
 
     def read(self, name: str) -> Tensor:
         """One parameter, as a view of its file.
@@ -43,19 +48,37 @@ class StreamedBase:
             )
         return self.stored.read(self.keys[name])
 
+    @property
+    def held(self) -> set[str]:
+        """The parameters whose values are in the files, as they are or in pieces."""
+        return {*self.keys, *self.fused}
+
+    def matrices(self, name: str) -> Iterator[Tensor]:
+        """One parameter that is held; one of three dimensions matrix by matrix, wherever these lie."""
+        if name in self.fused:
+            pieces = sorted(self.fused[name], key=lambda p: (p.expert, p.rows.start))
+            for _, of_expert in groupby(pieces, key=lambda p: p.expert):
+                yield torch.cat([self.stored.read(p.key) for p in of_expert])
+        else:
+            whole = self.read(name)
+            yield from whole if whole.dim() == 3 else [whole]
+
     def expect(self, name: str) -> None:
         """Say that a parameter is read next, so that it comes while something else is computed."""
         if name in self.keys:
             self.stored.expect(self.keys[name])
 
     def fingerprint(self) -> Fingerprint | None:
-        """As `load_base` takes it; None where some parameters lie in the files in another form than in the model."""
-        names = [name for name, _ in self.model.named_parameters()]
-        if any(name not in self.keys for name in names):
+        """As `load_base` takes it; None where some parameters lie in the files in a form that only transformers knows."""
+        parameters = dict(self.model.named_parameters())
+        if any(name not in self.keys and name not in self.fused for name in parameters):
             return None
         origin = self.stored.folder / ORIGIN
         quantization = json.loads(origin.read_text())["quantization"] if origin.is_file() else None
-        return fingerprint({name: self.read(name) for name in names}, quantization)
+        return fingerprint({name: self._known(name, p) for name, p in parameters.items()}, quantization)
+
+    def _known(self, name: str, parameter: Tensor) -> Tensor | Sampled:
+        return self.stored.sampled(self.fused[name], parameter) if name in self.fused else self.read(name)
 
 
 def open_streamed(reference: str) -> StreamedBase:
@@ -66,7 +89,7 @@ def open_streamed(reference: str) -> StreamedBase:
     """
     stored, model = open_stored(reference), meta_model(reference)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    keys = places_in_model(model, stored.shapes, parameters).alone
-    owners = {id(parameters[name]): key for name, key in keys.items()}
-    tied = {name: owners[id(p)] for name, p in parameters.items() if name not in keys and id(p) in owners}
-    return StreamedBase(reference, model, stored, keys | tied)
+    places = places_in_model(model, stored.shapes, parameters)
+    owners = {id(parameters[name]): key for name, key in places.alone.items()}
+    tied = {name: owners[id(p)] for name, p in parameters.items() if name not in places.alone and id(p) in owners}
+    return StreamedBase(reference, model, stored, places.alone | tied, places.fused)

@@ -4,7 +4,7 @@
 |---|---|---|
 | dead | warning | a module whose update is zero |
 | rank-deficient | warning | directions that are rounding |
-| rank-mismatch | error | tensors whose rank is not the config's |
+| rank-mismatch | error | factors whose rank is not the config's, or of which nothing tells whose they are |
 | odd-scale | warning | alpha / r far from what is usual |
 | target-without-tensors | warning | an entry of target_modules for which the file holds nothing |
 | dora | warning | figures of B·A alone |
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from twofold.adapter.config import resolve
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.names import matches
+from twofold.adapter.updates import unresolved
 from twofold.lowrank.factors import LowRank
 
 ROUNDING = 1e-7
@@ -68,8 +68,7 @@ def lint_config(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator
         said = "these figures are of B·A alone: DoRA also sets the lengths of the rows, for which the base's weights are needed"
         yield Finding("warning", "dora", said)
     yield from _targets(files)
-    if not config.target_parameters:
-        yield from _ranks(files, updates)
+    yield from (Finding("error", "rank-mismatch", said) for said in unresolved(files).values())
     yield from _vllm(files)
     yield from _gguf(files, updates)
     yield from _mlx(files, updates)
@@ -84,15 +83,6 @@ def _targets(files: AdapterFiles) -> Iterator[Finding]:
         if not any(matches((entry,), module) for module in files.modules()):
             said = f"target_modules names '{entry}', but the file holds nothing for it: it did nothing"
             yield Finding("warning", "target-without-tensors", said)
-
-
-def _ranks(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator[Finding]:
-    for name, update in updates.items():
-        module = max((m for m in files.modules() if name == m or name.startswith(f"{m}.")), key=len, default=name)
-        r = resolve(files.config, module).r
-        if update.rank != r:
-            said = f"'{name}' has rank {update.rank} in the tensors but {r} by the config, so its scale is wrong"
-            yield Finding("error", "rank-mismatch", said)
 
 
 def _vllm(files: AdapterFiles) -> Iterator[Finding]:

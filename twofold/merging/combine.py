@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from twofold.adapter.config import LoraConfig
-from twofold.adapter.experts import parameters_named
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.keys import PREFIX
 from twofold.adapter.names import matcher, tails
-from twofold.adapter.peft_config import names_in_full, with_changes
+from twofold.adapter.peft_config import PAST_TENSORS, names_in_full, with_changes
 from twofold.adapter.plain import plain_config, plain_tensors, ranks_of
 from twofold.adapter.updates import PARTNERS, Pair, factors, has_groups, low_rank, pairs_of
 from twofold.errors import ConfigError
@@ -104,8 +103,11 @@ def _stored_shapes(given: Sequence[Weighed], pair: Pair) -> tuple[torch.Size, to
 # ---------------------------------------------------------------------------------------------- what cannot be combined
 
 
-def check(given: Sequence[Weighed], how: Combination, *, base_given: bool) -> None:
+def check(given: Sequence[Weighed], how: Combination, base: ReadBase | None) -> None:
     """Refuse what has no exact sum, all of it in one message.
+
+    Args:
+        base: where the adapters' base is at hand.
 
     Raises:
         ConfigError: nothing to combine, an unknown method, or adapters that hold what does not add up.
@@ -119,7 +121,8 @@ def check(given: Sequence[Weighed], how: Combination, *, base_given: bool) -> No
         problems.append(f"'{how.method}' keeps every entry and takes no density; ties, dare and magnitude_prune do")
     for one in given:
         problems += _inseparable(one.files)
-    problems = problems or [*_clashes(given), *_lacking(given, base_given=base_given)]
+    problems = problems or [*_clashes(given)]
+    problems = problems or [*(_lacking(given) if base is None else _misfits(given, base))]
     if problems:
         raise ConfigError("; ".join(problems))
 
@@ -130,19 +133,23 @@ def _inseparable(files: AdapterFiles) -> Iterator[str]:
             f"{files.path} is DoRA, which sets the lengths of the weight's rows beside B·A, and lengths do not add up; merge it "
             "into the base, and extract a plain update from the result (twofold merge, twofold extract)"
         )
-    elif stacked := next(
-        (p for p in pairs_of(files) if not p.experts and parameters_named(files.config, p.module)), None
-    ):
-        yield (
-            f"{files.path} adapts parameters of '{stacked.module}' (target_parameters), but nothing tells which factors are whose; "
-            "merge it into the base instead"
-        )
     else:
         groups = [pair.name for pair in pairs_of(files) if has_groups(files, pair)]
         if groups:
             yield f"'{groups[0]}' is a convolution with groups, whose update is no one product of two factors"
     if not any(True for _ in pairs_of(files)):
         yield f"{files.path} holds no factors, so there is nothing to combine"
+    if strange := [f"{m}.{s}" for m, s in sorted(_whole_names(files)) if not _accounted_for(files.config, m, s)]:
+        more = f" and {len(strange) - 1} more tensors" if len(strange) > 1 else ""
+        yield f"{files.path} holds '{strange[0]}'{more}, of which its config says nothing"
+
+
+def _accounted_for(config: LoraConfig, module: str, suffix: str) -> bool:
+    """Whether a config says that a tensor besides factors is there."""
+    if suffix == TOKENS:
+        return bool(config.trainable_token_indices)
+    saved = matcher(config.modules_to_save or ())
+    return any(map(saved, _parents(module))) or (config.bias != "none" and suffix.endswith("bias"))
 
 
 def _clashes(given: Sequence[Weighed]) -> Iterator[str]:
@@ -159,10 +166,10 @@ def _clashes(given: Sequence[Weighed]) -> Iterator[str]:
                 f"they adapt different parameters of '{module}' (target_parameters), which a file tells apart by position alone; "
                 "merge them into the base together (twofold merge)"
             )
-    whole = matcher([entry for c in configs for entry in c.modules_to_save or ()])
-    twice = sorted({p.module for p in pairs_in(given) if any(whole(n) for n in _parents(p.module))})
-    if twice:
-        yield f"'{twice[0]}' has factors in one adapter and is trained whole by another (modules_to_save)"
+    biased = any(c.lora_bias for c in configs)
+    if biased and (beyond := [p.name for p in pairs_in(given) if not _of_linear_layer(given, p)]):
+        yield f"'{beyond[0]}' is no linear layer, so it cannot go with the biases of B that another adapter has (lora_bias)"
+    yield from _claimed_twice(given)
     if len({c.bias for c in configs}) > 1 or (
         configs[0].bias != "none" and len({_whole_names(o.files) for o in given}) > 1
     ):
@@ -171,9 +178,36 @@ def _clashes(given: Sequence[Weighed]) -> Iterator[str]:
         yield "they train different tokens (trainable_token_indices), and only equal ones add up"
 
 
+def _claimed_twice(given: Sequence[Weighed]) -> Iterator[str]:
+    """Modules that one adapter changes in one way and another in another, or that are of different sizes."""
+    saved = matcher([entry for one in given for entry in one.files.config.modules_to_save or ()])
+    held, factored = _whole(given), {p.module for p in pairs_in(given)}
+    tokens = {module for module, suffix in held if suffix == TOKENS}
+    if twice := sorted(m for m in factored if any(map(saved, _parents(m)))):
+        yield f"'{twice[0]}' has factors in one adapter and is trained whole by another (modules_to_save)"
+    if twice := sorted(tokens & factored):
+        yield f"'{twice[0]}' has factors in one adapter and tokens of its own in another (trainable_token_indices)"
+    if twice := sorted(m for m in tokens if any(map(saved, _parents(m)))):
+        yield f"'{twice[0]}' is trained whole by one adapter (modules_to_save), and in single tokens by another"
+    for (module, suffix), holders in held.items():
+        found = dict.fromkeys(_held(one.files, module, suffix).shape for one in holders)
+        if len(found) > 1:
+            sizes = " and ".join(map(_size, found))
+            yield f"'{module}.{suffix}' is {sizes}: the adapters were trained on different bases"
+
+
 def _parameters(files: AdapterFiles, module: str) -> frozenset[tuple[str, str, int]]:
     """What of a module's own parameters an adapter changes, and where its file keeps that."""
     return frozenset((p.parameter, p.a, p.experts) for p in pairs_of(files) if p.module == module and p.experts)
+
+
+def _of_linear_layer(given: Sequence[Weighed], pair: Pair) -> bool:
+    plain = pair.a == "lora_A.weight" and not pair.experts
+    return plain and len(_stored_shapes(given, pair)[0]) == 2
+
+
+def _size(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _parents(module: str) -> list[str]:
@@ -182,10 +216,10 @@ def _parents(module: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _lacking(given: Sequence[Weighed], *, base_given: bool) -> Iterator[str]:
+def _lacking(given: Sequence[Weighed]) -> Iterator[str]:
     """Whole values whose sum needs the base's, which is not at hand."""
     needed = sorted({module for (module, _), holders in _whole(given).items() if not _sums_to_one(holders)})
-    if needed and not base_given:
+    if needed:
         more = f" (and {len(needed) - 1} more)" if len(needed) > 1 else ""
         yield (
             f"'{needed[0]}'{more} is held whole, and the weights of the adapters that hold it do not add up to 1: the base's own "
@@ -193,17 +227,46 @@ def _lacking(given: Sequence[Weighed], *, base_given: bool) -> Iterator[str]:
         )
 
 
+def _misfits(given: Sequence[Weighed], base: ReadBase) -> Iterator[str]:
+    """What adapters hold whole that is not of the base's shape, or a copy of the base that is none."""
+    for (module, suffix), holders in _whole(given).items():
+        theirs = _held(holders[0].files, module, suffix).shape
+        if not _sums_to_one(holders) and theirs != (ours := _own(base, holders[0].files, module, suffix).shape):
+            yield f"'{module}.{suffix}' is {_size(theirs)}, but {_size(ours)} by the base: it is not the adapters' own"
+    for one in given:
+        for module, suffix in _copies(one.files):
+            copy, own = _held(one.files, module, suffix), base(f"{module}.weight")
+            if copy.shape != own.shape or not torch.equal(copy.to(own), own):
+                yield (
+                    f"{one.files.path} holds another '{module}' than the base (base_layer.weight), as a resized one is; name "
+                    "the base that it was trained on"
+                )
+
+
 # ---------------------------------------------------------------------------------------------- what is not factors
+
+
+def copies_of_the_base(given: Iterable[Weighed]) -> list[str]:
+    """The modules of which adapters hold the base's own weight, as PEFT saves an embedding or a head that has factors."""
+    return sorted({module for one in given for module, _ in _copies(one.files)})
+
+
+def _copies(files: AdapterFiles) -> list[tuple[str, str]]:
+    return [(m, s) for m, suffixes in files.modules().items() for s in suffixes if s.endswith("base_layer.weight")]
+
+
+def _held(files: AdapterFiles, module: str, suffix: str) -> Tensor:
+    return files.tensors.read(files.modules()[module][suffix])
 
 
 def _whole_names(files: AdapterFiles) -> frozenset[tuple[str, str]]:
     """Module and suffix of what an adapter holds whole; copies of the base's own embedding (PEFT) say nothing new."""
-    told = {*PARTNERS, "lora_B.bias"}
+    told = {*PARTNERS, *PAST_TENSORS, "lora_B.bias", "base_layer.weight"}
     return frozenset(
         (module, suffix)
         for module, keys in files.modules().items()
         for suffix in keys
-        if not told.intersection(tails(suffix)) and not suffix.endswith("base_layer.weight")
+        if not told.intersection(tails(suffix))
     )
 
 
@@ -224,7 +287,7 @@ def _summed_whole(given: Sequence[Weighed], base: ReadBase | None) -> dict[str, 
     """base + Σ w (whole − base) of every tensor that is held whole."""
     found = {}
     for (module, suffix), holders in _whole(given).items():
-        held = [one.files.tensors.read(one.files.modules()[module][suffix]) for one in holders]
+        held = [_held(one.files, module, suffix) for one in holders]
         total = sum((w.float() * one.weight for w, one in zip(held, holders, strict=True)), torch.zeros(held[0].shape))
         if not _sums_to_one(holders) and base is not None:
             total = (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +20,8 @@ from twofold.lowrank.factors import LowRank
 
 Read: TypeAlias = Callable[[str], Tensor]
 """From a parameter's name to its values."""
+ReadMatrices: TypeAlias = Callable[[str], Iterable[Tensor]]
+"""The same, of a parameter of three dimensions one matrix after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,25 +88,24 @@ def extracted_updates(
     """The update of every target that changed, and what it lost.
 
     Raises:
-        ConfigError: a module's update is no one product, or it has another shape in the fine-tune.
+        ConfigError: a module's update is no one product, it has another shape in the fine-tune, or holds NaN or infinity.
     """
     _check(targets)
     for i, (name, shape) in enumerate(targets.items(), 1):
-        delta = difference(base, tuned, f"{name}.weight").flatten(1)
-        norm = float(delta.norm(dtype=torch.float64))
+        delta = difference(weight := f"{name}.weight", base(weight), tuned(weight)).flatten(1)
+        norm = _norm(weight, delta)
         if norm > 0:
             found = how.of(delta.T.contiguous() if shape.kind in TRANSPOSED else delta)
             yield pair_of(name, shape), found.update, Extracted(name, found.update.rank, norm, found.lost)
         emit(Progress(task="extracting modules", done=i, total=len(targets)))
 
 
-def difference(base: Read, tuned: Read, name: str) -> Tensor:
+def difference(name: str, before: Tensor, after: Tensor) -> Tensor:
     """What a parameter changed by, in at least float32.
 
     Raises:
         ConfigError: it has another shape in the fine-tune.
     """
-    before, after = base(name), tuned(name)
     if before.shape != after.shape:
         shapes = " and ".join(" x ".join(map(str, t.shape)) for t in (before, after))
         raise ConfigError(f"'{name}' is {shapes}: this is no fine-tune of that base, or its vocabulary was resized")
@@ -110,10 +113,26 @@ def difference(base: Read, tuned: Read, name: str) -> Tensor:
     return after.to(dtype) - before.to(dtype)
 
 
+def _norm(name: str, delta: Tensor) -> float:
+    norm = float(delta.norm(dtype=torch.float64))
+    if not math.isfinite(norm):
+        raise ConfigError(
+            f"'{name}' holds NaN or infinity in the base or in the fine-tune, so nothing tells what it changed by"
+        )
+    return norm
+
+
 @torch.no_grad()
-def left_out(base: Read, tuned: Read, names: Iterable[str]) -> dict[str, float]:
-    """By name, the norm of what parameters changed by that get no update, for those that did change."""
-    found = {name: float(difference(base, tuned, name).norm(dtype=torch.float64)) for name in names}
+def left_out(base: ReadMatrices, tuned: ReadMatrices, names: Iterable[str]) -> dict[str, float]:
+    """By name, the norm of what parameters changed by that get no update, for those that did change.
+
+    Raises:
+        ConfigError: one has another shape in the fine-tune, or holds NaN or infinity.
+    """
+    found = {}
+    for name in names:
+        pairs = zip_longest(base(name), tuned(name), fillvalue=torch.empty(0))
+        found[name] = math.hypot(*(_norm(name, difference(name, before, after)) for before, after in pairs))
     return {name: norm for name, norm in found.items() if norm > 0}
 
 

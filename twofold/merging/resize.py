@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twofold.adapter.experts import parameters_named
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.updates import Pair, has_groups, low_rank, pairs_of
 from twofold.errors import ConfigError
@@ -87,11 +86,6 @@ def resized_updates(files: AdapterFiles, size: Size, emit: Emit) -> Iterator[tup
 
 
 def _check(files: AdapterFiles, pairs: list[Pair]) -> None:
-    stacked = [p.module for p in pairs if not p.experts and parameters_named(files.config, p.module)]
-    if stacked:
-        raise ConfigError(
-            f"{files.path} adapts parameters of '{stacked[0]}' (target_parameters), but nothing tells which factors are whose"
-        )
     grouped = [pair.name for pair in pairs if has_groups(files, pair)]
     if grouped:
         raise ConfigError(f"'{grouped[0]}' is a convolution with groups, whose update is no one product of two factors")

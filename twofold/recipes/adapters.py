@@ -9,7 +9,7 @@ from pathlib import Path
 from twofold.adapter.attach import activate
 from twofold.adapter.files import AdapterFiles, load_adapter, open_adapter, opened_folder
 from twofold.adapter.foreign import foreign_file
-from twofold.base.fingerprint import check_same_base
+from twofold.base.fingerprint import Fingerprint, check_same_base
 from twofold.base.head import Head
 from twofold.base.load import Base, Precision, load_base, renderer_for
 from twofold.base.mapped import NotMapped, map_base
@@ -60,7 +60,7 @@ def with_adapters(base: Base, adapters: Sequence[str], emit: Emit = silent, *, a
     templates: set[str] = set()
     for i, (folder, scale) in enumerate(parse_adapter(a) for a in adapters):
         files = load_adapter(base.model, folder, name := f"adapter-{i}")
-        check_base(files, base, emit, allow_foreign=allow_foreign)
+        check_base(files, base.fingerprint, emit, allow_foreign=allow_foreign)
         weights[name] = scale
         if files.provenance and files.provenance.chat_template:
             templates.add(files.provenance.chat_template)
@@ -158,7 +158,7 @@ def _recorded_scheme(files: AdapterFiles) -> Scheme | None:
     return None if recorded is None else build(Scheme, recorded, source=f"the training recorded in {files.path}")
 
 
-def check_base(files: AdapterFiles, base: Base, emit: Emit, *, allow_foreign: bool) -> None:
+def check_base(files: AdapterFiles, base: Fingerprint, emit: Emit, *, allow_foreign: bool) -> None:
     """Refuse an adapter of another base, unless told otherwise; say so where only shapes could be checked.
 
     Raises:
@@ -169,6 +169,6 @@ def check_base(files: AdapterFiles, base: Base, emit: Emit, *, allow_foreign: bo
         return
     if allow_foreign:
         return
-    said = check_same_base(files.provenance.base, base.fingerprint, str(files.path))
+    said = check_same_base(files.provenance.base, base, str(files.path))
     if said:
         emit(Warned(text=said))

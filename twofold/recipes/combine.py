@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from twofold.adapter.files import open_adapter
+from twofold.adapter.files import AdapterFiles
 from twofold.adapter.plain import PlainAdapter
-from twofold.adapter.updates import Pair
+from twofold.adapter.updates import Pair, open_updates
 from twofold.base.streamed import open_streamed
 from twofold.errors import RunError
-from twofold.events import Emit, silent
+from twofold.events import Emit, Warned, silent
 from twofold.lowrank.factors import LowRank
-from twofold.merging.combine import Weighed, check, put_together, reduced_updates
+from twofold.merging.combine import ReadBase, Weighed, check, copies_of_the_base, put_together, reduced_updates
 from twofold.merging.methods import Combination
 from twofold.merging.preview import PlaceSummary, summary, total_lost
-from twofold.recipes.adapters import recorded_head
+from twofold.recipes.adapters import check_base, recorded_head
 from twofold.recipes.provenance import common_kept, common_provenance, digest
 
 
@@ -44,7 +44,9 @@ def combine(
             `dare_ties`, `magnitude_prune`.
         r: rank of what comes out, for the methods that bring it down; the largest of the adapters' if not given.
         density: share of the entries that ties, dare and pruning keep.
-        base: needed only where adapters hold biases or whole modules and their weights do not add up to 1.
+        base: that the adapters were trained on, which is checked; needed only where they hold biases or whole modules and their
+            weights do not add up to 1.
+        allow_foreign_base: take adapters of other bases than this one, or than one another's.
         seed: of dare's draws.
 
     Returns:
@@ -53,16 +55,20 @@ def combine(
     Raises:
         ConfigError: what cannot be combined, all of it in one message.
         AdapterFileError: a folder is damaged or not understood.
-        ForeignBaseError: they were trained on different bases.
+        ForeignBaseError: they were trained on different bases, or not on the one that is named.
+        BaseError: that cannot be read, or lacks what is needed of it.
         RunError: the output exists or cannot be written.
     """
     if output is not None and Path(output).exists():
         raise RunError(f"{output} exists already; choose another output or remove it first")
     started = time.perf_counter()
-    given = [Weighed(open_adapter(Path(path)), weight) for path, weight in adapters.items()]
+    given = [Weighed(open_updates(Path(path)), weight) for path, weight in adapters.items()]
     how = Combination(method, r, density)
-    check(given, how, base_given=base is not None)
     files = [one.files for one in given]
+    read = None if base is None else _reader(base, files, emit, allow_foreign=allow_foreign_base)
+    check(given, how, read)
+    if read is None and (copied := copies_of_the_base(given)):
+        emit(Warned(text=f"left out as the base's own, though only --base could tell: {', '.join(copied)}"))
     recorded_head([f.path for f in files])
     kept = common_kept(files, emit)
     provenance = common_provenance(files, _made(given, how, seed), emit, allow_foreign=allow_foreign_base)
@@ -74,10 +80,21 @@ def combine(
             updates[pair] = found.update
             places.append(summary(pair.name, parts, found))
     if output is not None:
-        read = None if base is None else open_streamed(base).read
         tensors, config = put_together(given, updates, read)
         PlainAdapter(tensors, config, kept, provenance).write(Path(output))
     return _told(given, how, places, output, time.perf_counter() - started)
+
+
+def _reader(base: str, files: Sequence[AdapterFiles], emit: Emit, *, allow_foreign: bool) -> ReadBase:
+    """The values of the base, once it is known to be the adapters' own."""
+    streamed = open_streamed(base)
+    taken = streamed.fingerprint()
+    if taken is None:
+        emit(Warned(text=f"{base} lies on disk in a form of which no fingerprint is taken; only shapes are compared"))
+    else:
+        for one in files:
+            check_base(one, taken, emit, allow_foreign=allow_foreign)
+    return streamed.read
 
 
 def _made(given: Sequence[Weighed], how: Combination, seed: int) -> dict[str, Any]:

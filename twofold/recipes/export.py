@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from twofold import atomic
-from twofold.adapter.files import AdapterFiles, open_adapter
+from twofold.adapter.files import AdapterFiles
 from twofold.adapter.shapes import ModuleShape, module_shapes
+from twofold.adapter.updates import open_updates
 from twofold.base.known_shapes import KNOWN_SHAPES
 from twofold.base.load import BUILT_IN, locate
 from twofold.base.mapped import NotMapped, map_base
@@ -54,7 +55,7 @@ def export_adapter(
         RunError: the output exists or cannot be written.
         ProofError: what was written, read back, is not the adapter.
     """
-    files = open_adapter(adapter)
+    files = open_updates(adapter)
     if to != "vllm":
         _check_output(output)
     elif output is not None:

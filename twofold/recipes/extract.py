@@ -40,11 +40,12 @@ def extract(
         seed: of the sampled decompositions.
 
     Returns:
-        Ranks and losses, in all and by module; and what changed but is not carried, as a share of the whole change.
+        Ranks and losses, in all and by module; what changed but is not carried, as a share of the whole change; and the names of
+        what could not be compared.
 
     Raises:
         BaseError: one of them cannot be found, or does not lie on disk as safetensors.
-        ConfigError: their shapes differ, or nothing changed.
+        ConfigError: their shapes differ, one of them holds NaN or infinity, or nothing changed.
         RunError: the output exists or cannot be written.
     """
     if Path(output).exists():
@@ -71,9 +72,11 @@ def extract(
         Kept(public_name(base), task_of(before.model), transposed),
         _provenance(before, tuned, {"tuned": public_name(tuned), "seed": seed, **vars(how)}),
     )
-    adapter.write(Path(output))
     rest = _rest(before, after, set(ranks), emit)
-    return _told(Path(output), [one for _, _, one in found], rest, time.perf_counter() - started)
+    unknown = _not_compared(before, after, emit)
+    adapter.write(Path(output))
+    told = _told(Path(output), [one for _, _, one in found], rest, time.perf_counter() - started)
+    return {**told, "not_compared": unknown}
 
 
 def _provenance(base: StreamedBase, tuned: str, made: dict[str, Any]) -> Provenance:
@@ -90,12 +93,33 @@ def _provenance(base: StreamedBase, tuned: str, made: dict[str, Any]) -> Provena
 
 def _rest(before: StreamedBase, after: StreamedBase, carried: set[str], emit: Emit) -> dict[str, float]:
     """By name, the norms of the changes that no update carries; told, since an adapter leaves them behind."""
-    names = [n for n, _ in before.model.named_parameters() if n in before.keys and n in after.keys]
-    rest = left_out(before.read, after.read, [n for n in names if n.removesuffix(".weight") not in carried])
+    once: dict[
+        tuple[str, str], str
+    ] = {}  # weights that are tied on both sides change as one, unless one of them is carried
+    for name in _names(before):
+        if name in before.held & after.held and name.removesuffix(".weight") not in carried:
+            once.setdefault((before.keys.get(name, name), after.keys.get(name, name)), name)
+    rest = left_out(before.matrices, after.matrices, once.values())
     if rest:
         loudest = max(rest, key=rest.__getitem__)
         emit(Warned(text=f"{len(rest)} tensors changed that the adapter does not carry, most of all '{loudest}'"))
     return rest
+
+
+def _not_compared(before: StreamedBase, after: StreamedBase, emit: Emit) -> list[str]:
+    """The parameters that only one of the two has, or that lie there in a form that only transformers knows."""
+    unknown = sorted({*_names(before), *_names(after)} - (before.held & after.held))
+    if unknown:
+        said = (
+            f"{len(unknown)} tensors are not in both {before.reference} and {after.reference}, or in a form that is not"
+        )
+        emit(Warned(text=f"{said} read, so nothing tells whether they changed: {', '.join(unknown[:4])}"))
+    return unknown
+
+
+def _names(base: StreamedBase) -> list[str]:
+    """Of all parameters, tied ones by each of their names."""
+    return [name for name, _ in base.model.named_parameters(remove_duplicate=False)]
 
 
 def _told(output: Path, modules: list[Extracted], rest: dict[str, float], seconds: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from twofold.adapter.files import AdapterFiles, open_adapter
 from twofold.adapter.shapes import module_shapes
+from twofold.adapter.updates import open_updates
 from twofold.base.fingerprint import check_same_base
 from twofold.base.streamed import StreamedBase, open_streamed
 from twofold.errors import ConfigError, ForeignBaseError
@@ -76,4 +77,4 @@ def compare(first: Path | str, second: Path | str) -> Comparison:
         AdapterFileError: a folder is damaged or not understood.
         ConfigError: they have no module in common, or of other shapes.
     """
-    return compare_adapters(open_adapter(Path(first)), open_adapter(Path(second)))
+    return compare_adapters(open_updates(Path(first)), open_updates(Path(second)))

@@ -69,7 +69,7 @@ def _load_data(config: TrainConfig, base: Base, held: int, emit: Emit, *, sharde
     lora = None if config.full else task.adapter(config.adapter.lora(), base)
     if config.adapter.init_from:
         files = open_adapter(Path(config.adapter.init_from))
-        check_base(files, base, emit, allow_foreign=config.allow_foreign_base)
+        check_base(files, base.fingerprint, emit, allow_foreign=config.allow_foreign_base)
         task.check_continues(files, base)
     if sharded and lora is not None:
         check_factors_only(lora)

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from twofold.adapter.files import open_adapter
 from twofold.adapter.plain import PlainAdapter
+from twofold.adapter.updates import open_updates
 from twofold.errors import RunError
 from twofold.events import Emit, Warned, silent
 from twofold.merging.combine import Weighed, put_together
@@ -30,7 +30,7 @@ def resize(adapter: str | Path, output: str | Path, size: Size, emit: Emit = sil
     if Path(output).exists():
         raise RunError(f"{output} exists already; choose another output or remove it first")
     started = time.perf_counter()
-    files = open_adapter(Path(adapter))
+    files = open_updates(Path(adapter))
     if files.config.use_dora:
         emit(Warned(text="this is DoRA: the loss that is told is that of B·A alone, the lengths of the rows are kept"))
     found = list(resized_updates(files, size, emit))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.files import AdapterFiles
-from twofold.errors import ConfigError, ProofError
+from twofold.errors import AdapterFileError, ConfigError, ProofError
 from twofold.lowrank.factors import LowRank
+from twofold.tensorfile import nonfinite
 
 A, B = "lora_A.weight", "lora_B.weight"
 PROVED = 1e-5
@@ -22,6 +23,7 @@ def plain_factors(files: AdapterFiles, format_: str) -> dict[str, LowRank]:
     Raises:
         ConfigError: the adapter is more than factors of linear layers, which the format has no word for; names what and the way
             out.
+        AdapterFileError: factors hold NaN or infinity.
     """
     others = sorted(
         {_word(suffix) for suffixes in files.modules().values() for suffix in suffixes if suffix not in (A, B)}
@@ -36,6 +38,8 @@ def plain_factors(files: AdapterFiles, format_: str) -> dict[str, LowRank]:
     found = {}
     for module, keys in sorted(files.modules().items()):
         down, up = (files.tensors.read(keys[k]).to(torch.float32) for k in (A, B))
+        if broken := nonfinite({A: down, B: up}):
+            raise AdapterFileError(f"'{module}' of {files.path} holds NaN or infinity in {broken[0]}; train it again")
         found[module] = LowRank(down, up, resolve(files.config, module).scale)
     return found
 
@@ -89,7 +93,7 @@ def prove(expected: Mapping[str, LowRank], found: Mapping[str, LowRank], what: s
         raise ProofError(
             f"{what} holds other modules than the adapter: {', '.join(sorted(expected.keys() ^ found.keys()))}"
         )
-    worst = max((_difference(update, found[module]) for module, update in expected.items()), default=0.0)
+    worst = _largest([0.0, *(_difference(update, found[module]) for module, update in expected.items())])
     if not worst <= PROVED:
         raise ProofError(f"{what}, read back, differs from the adapter by {worst:.3g} of its size; do not use it")
     return worst
@@ -106,4 +110,10 @@ def _difference(expected: LowRank, found: LowRank) -> float:
         return float("inf")
     if any(a.shape != b.shape for a, b in pairs):
         return float("inf")
-    return max(float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float32).tiny)) for a, b in pairs)
+    tiny = torch.finfo(torch.float32).tiny
+    return _largest([float((a - b).abs().max() / a.abs().max().clamp_min(tiny)) for a, b in pairs])
+
+
+def _largest(values: Sequence[float]) -> float:
+    """NaN if one of them is, which Python's own maximum passes over."""
+    return float(torch.tensor(values, dtype=torch.float64).max())
