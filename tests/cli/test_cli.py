@@ -302,7 +302,7 @@ def test_an_adapter_whose_tensors_do_not_fit(cli: WarmCli, llama_base: Path, bro
 
 def test_a_scale_that_is_no_number(cli: WarmCli, llama_base: Path, adapter: Path) -> None:
     said = cli("generate", "--base", llama_base, "--adapter", f"{adapter}:loud", "hello").refusal()
-    assert "the part after ':' must be a number" in said
+    assert "the part after ':' must be a finite number" in said
 
 
 def test_merging_nothing(cli: WarmCli, llama_base: Path, tmp_path: Path) -> None:

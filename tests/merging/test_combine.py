@@ -22,8 +22,12 @@ from twofold.adapter.attach import attach
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import Provenance, load_adapter, open_adapter, save_adapter
 from twofold.adapter.updates import updates_of
-from twofold.errors import ConfigError, ForeignBaseError, RunError
+from twofold.errors import AdapterFileError, ConfigError, ForeignBaseError, RunError
 from twofold.merging.methods import METHODS
+from twofold.merging.resize import Size
+from twofold.recipes.adapters import parse_adapter
+from twofold.recipes.inspect import compare, inspect_adapter
+from twofold.recipes.resize import resize
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -320,6 +324,34 @@ def test_adapters_of_different_bases_are_refused(tmp_path: Path) -> None:
         twofold.combine({first: 1.0}, tmp_path / "out")
     with pytest.raises(ConfigError):
         twofold.combine({first: 1.0, narrow: 1.0}, tmp_path / "other")
+
+
+@pytest.mark.parametrize("suffix", ["lora_A.weight", "lora_B.bias", "norm.weight"])
+def test_values_that_are_not_finite_are_refused(suffix: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, r=2, target_modules=["q_proj"], lora_bias=True, modules_to_save=["norm"])
+    tensors = load_file(path / "adapter_model.safetensors")
+    key = next(k for k in tensors if k.endswith(suffix))
+    tensors[key].view(-1)[0] = torch.nan
+    save_file(tensors, path / "adapter_model.safetensors")
+    said = f"'{key.removeprefix('base_model.model.')}' holds NaN or infinity"
+    for work in (
+        lambda: twofold.combine({path: 1.0}, tmp_path / "out"),
+        lambda: resize(path, tmp_path / "out", Size(r=1)),
+        lambda: compare(path, path),
+    ):
+        with pytest.raises(AdapterFileError, match=said):
+            work()
+    assert said in [f.message for f in inspect_adapter(path).findings if f.severity == "error"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(weight: float, tmp_path: Path) -> None:
+    path = saved(tmp_path, r=2, target_modules=["q_proj"])
+    with pytest.raises(ConfigError, match=f"is {weight}, but must be a finite number"):
+        twofold.combine({path: weight}, tmp_path / "out")
+    with pytest.raises(ConfigError, match="must be a finite number"):
+        parse_adapter(f"{path}:{weight}")
 
 
 # ---------------------------------------------------------------------------------------------- the command

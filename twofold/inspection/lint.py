@@ -24,6 +24,7 @@ from torch import Tensor
 
 from twofold.adapter.config import resolve
 from twofold.adapter.files import AdapterFiles
+from twofold.adapter.keys import PREFIX
 from twofold.adapter.names import matches
 from twofold.lowrank.factors import LowRank
 
@@ -59,6 +60,12 @@ def lint_update(name: str, update: LowRank, values: Tensor) -> Iterator[Finding]
     if not low <= abs(update.scale) <= high:
         said = f"'{name}' has the scale {update.scale:g}; usual are {low:g} to {high:g}, so is lora_alpha meant so?"
         yield Finding("warning", "odd-scale", said)
+
+
+def lint_values(files: AdapterFiles) -> Iterator[Finding]:
+    """Tensors that are no numbers, be they factors or not."""
+    for key in files.tensors.nonfinite():
+        yield Finding("error", "not-finite", f"'{key.removeprefix(PREFIX)}' holds NaN or infinity")
 
 
 def lint_config(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator[Finding]:

@@ -117,6 +117,11 @@ def check(given: Sequence[Weighed], how: Combination, *, base_given: bool) -> No
         problems.append(f"'{how.method}' keeps every rank and takes none; 'svd' is the best of rank {how.r}")
     if how.density != 1 and how.method in ("cat", "svd", "linear"):
         problems.append(f"'{how.method}' keeps every entry and takes no density; ties, dare and magnitude_prune do")
+    problems += [
+        f"the weight of {one.files.path} is {one.weight}, but must be a finite number"
+        for one in given
+        if not math.isfinite(one.weight)
+    ]
     for one in given:
         problems += _inseparable(one.files)
     problems = problems or [*_clashes(given), *_lacking(given, base_given=base_given)]

@@ -41,7 +41,7 @@ class Size:
             raise ConfigError(f"the rank is {self.r}, but must be at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ConfigError(f"energy is {self.energy}, but must be above 0 and at most 1, as in 0.99")
-        if self.ratio is not None and self.ratio < 1:
+        if self.ratio is not None and not self.ratio >= 1:
             raise ConfigError(f"ratio is {self.ratio}, but must be at least 1")
 
     def rank(self, values: Tensor) -> int:

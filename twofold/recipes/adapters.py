@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 from twofold.adapter.attach import activate
 from twofold.adapter.files import AdapterFiles, load_adapter, open_adapter, opened_folder
 from twofold.adapter.foreign import foreign_file
+from twofold.adapter.keys import PREFIX
 from twofold.base.fingerprint import check_same_base
 from twofold.base.head import Head
 from twofold.base.load import Base, Precision, load_base, renderer_for
 from twofold.base.mapped import NotMapped, map_base
 from twofold.config import build
-from twofold.errors import ConfigError
+from twofold.errors import AdapterFileError, ConfigError
 from twofold.events import Emit, Message, Warned, silent
 from twofold.quant import Scheme
 
@@ -23,15 +25,31 @@ def parse_adapter(reference: str) -> tuple[Path, float]:
     """`DIR` or `DIR:scale`.
 
     Raises:
-        ConfigError: the scale is no number.
+        ConfigError: the scale is no finite number.
     """
     folder, colon, scale = reference.rpartition(":")
     if not colon or Path(reference).is_dir():
         return Path(reference), 1.0
     try:
-        return Path(folder), float(scale)
-    except ValueError as error:
-        raise ConfigError(f"'{reference}': the part after ':' must be a number, as in my-adapter:0.5") from error
+        found = float(scale)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise ConfigError(f"'{reference}': the part after ':' must be a finite number, as in my-adapter:0.5")
+    return Path(folder), found
+
+
+def open_finite(path: Path) -> AdapterFiles:
+    """An adapter whose tensors are to be computed with: none holds NaN or infinity.
+
+    Raises:
+        AdapterFileError: as `open_adapter`, or one does.
+    """
+    files = open_adapter(path)
+    if broken := [key.removeprefix(PREFIX) for key in files.tensors.nonfinite()]:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise AdapterFileError(f"{path}: '{broken[0]}'{more} holds NaN or infinity; train the adapter again")
+    return files
 
 
 def load_with_adapters(

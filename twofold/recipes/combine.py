@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from twofold.adapter.files import open_adapter
 from twofold.adapter.plain import PlainAdapter
 from twofold.adapter.updates import Pair
 from twofold.base.streamed import open_streamed
@@ -19,7 +18,7 @@ from twofold.lowrank.factors import LowRank
 from twofold.merging.combine import Weighed, check, put_together, reduced_updates
 from twofold.merging.methods import Combination
 from twofold.merging.preview import PlaceSummary, summary, total_lost
-from twofold.recipes.adapters import recorded_head
+from twofold.recipes.adapters import open_finite, recorded_head
 from twofold.recipes.provenance import common_kept, common_provenance, digest
 
 
@@ -52,14 +51,14 @@ def combine(
 
     Raises:
         ConfigError: what cannot be combined, all of it in one message.
-        AdapterFileError: a folder is damaged or not understood.
+        AdapterFileError: a folder is damaged or not understood, or holds NaN or infinity.
         ForeignBaseError: they were trained on different bases.
         RunError: the output exists or cannot be written.
     """
     if output is not None and Path(output).exists():
         raise RunError(f"{output} exists already; choose another output or remove it first")
     started = time.perf_counter()
-    given = [Weighed(open_adapter(Path(path)), weight) for path, weight in adapters.items()]
+    given = [Weighed(open_finite(Path(path)), weight) for path, weight in adapters.items()]
     how = Combination(method, r, density)
     check(given, how, base_given=base is not None)
     files = [one.files for one in given]
