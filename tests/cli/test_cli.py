@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import yaml
 from tiny_base import write_jsonl
+from transformers import AutoModelForCausalLM
 from warm_cli import Finished, WarmCli, cold
 
 from twofold.cli.main import VERBS
@@ -160,6 +162,19 @@ def test_merge(cli: WarmCli, llama_base: Path, adapter: Path, tmp_path: Path) ->
     assert "exists already" in cli("merge", *flags).refusal()
     asked = ("--base", llama_base, "--adapter", adapter, "--check", tmp_path / "merged", "--json")
     assert cli("merge", *asked).json()["holds_the_adapter"]
+
+
+def test_merge_takes_what_knows_nothing_of_its_base(
+    cli: WarmCli, llama_base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    cli("export", adapter, "--to", "kohya", "-o", tmp_path / "kohya.safetensors", "--json").json()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama_base), config).save_pretrained(tmp_path / "pissa")
+    for given in ("kohya.safetensors", "pissa"):
+        flags = ("--base", llama_base, "--adapter", tmp_path / given)
+        merged = tmp_path / f"merged-{given}"
+        cli("merge", *flags, "-o", merged, "--no-verify", "--json").json()
+        assert cli("merge", *flags, "--check", merged, "--json").json()["holds_the_adapter"]
 
 
 def test_preview(cli: WarmCli, config: Path) -> None:

@@ -6,6 +6,7 @@
 | rank-deficient | warning | directions that are rounding |
 | rank-mismatch | error | tensors whose rank is not the config's |
 | odd-scale | warning | alpha / r far from what is usual |
+| unknown-tensor | error | tensors that the config has no word for |
 | target-without-tensors | warning | an entry of target_modules for which the file holds nothing |
 | dora | warning | figures of B·A alone |
 | vllm-*, gguf-*, mlx-* | note | what these engines and formats do not take, or take otherwise |
@@ -26,6 +27,7 @@ from twofold.adapter.config import resolve
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.keys import PREFIX
 from twofold.adapter.names import matches
+from twofold.adapter.whole import unknown_said
 from twofold.lowrank.factors import LowRank
 
 ROUNDING = 1e-7
@@ -75,6 +77,8 @@ def lint_config(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator
         said = "these figures are of B·A alone: DoRA also sets the lengths of the rows, for which the base's weights are needed"
         yield Finding("warning", "dora", said)
     yield from _targets(files)
+    if unknown := unknown_said(files):
+        yield Finding("error", "unknown-tensor", unknown)
     if not config.target_parameters:
         yield from _ranks(files, updates)
     yield from _vllm(files)

@@ -8,9 +8,8 @@ the weights of the adapters that hold a tensor do not add up to 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,16 +21,13 @@ from twofold.adapter.keys import PREFIX
 from twofold.adapter.names import matcher, tails
 from twofold.adapter.peft_config import names_in_full, with_changes
 from twofold.adapter.plain import plain_config, plain_tensors, ranks_of
-from twofold.adapter.updates import PARTNERS, Pair, factors, has_groups, low_rank, pairs_of
+from twofold.adapter.updates import Pair, factors, has_groups, low_rank, pairs_of
+from twofold.adapter.whole import TOKENS, ReadBase, parents, unknown_said, whole_names
 from twofold.errors import ConfigError
 from twofold.events import Emit, Progress
 from twofold.lowrank.algebra import Reduced
 from twofold.lowrank.factors import LowRank
 from twofold.merging.methods import Combination, Weighted, problems_of, reduced_by
-
-ReadBase: TypeAlias = Callable[[str], Tensor]
-"""From a parameter's name in the model to its values."""
-TOKENS = "token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True)
@@ -146,6 +142,8 @@ def _inseparable(files: AdapterFiles) -> Iterator[str]:
         groups = [pair.name for pair in pairs_of(files) if has_groups(files, pair)]
         if groups:
             yield f"'{groups[0]}' is a convolution with groups, whose update is no one product of two factors"
+    if unknown := unknown_said(files):
+        yield unknown
     if not any(True for _ in pairs_of(files)):
         yield f"{files.path} holds no factors, so there is nothing to combine"
 
@@ -165,11 +163,11 @@ def _clashes(given: Sequence[Weighed]) -> Iterator[str]:
                 "merge them into the base together (twofold merge)"
             )
     whole = matcher([entry for c in configs for entry in c.modules_to_save or ()])
-    twice = sorted({p.module for p in pairs_in(given) if any(whole(n) for n in _parents(p.module))})
+    twice = sorted({p.module for p in pairs_in(given) if any(whole(n) for n in parents(p.module))})
     if twice:
         yield f"'{twice[0]}' has factors in one adapter and is trained whole by another (modules_to_save)"
     if len({c.bias for c in configs}) > 1 or (
-        configs[0].bias != "none" and len({_whole_names(o.files) for o in given}) > 1
+        configs[0].bias != "none" and len({whole_names(o.files) for o in given}) > 1
     ):
         yield f"they train different biases (bias {', '.join(sorted({c.bias for c in configs}))}), and only equal ones add up"
     if len({str(c.trainable_token_indices) for c in configs if c.trainable_token_indices}) > 1:
@@ -179,12 +177,6 @@ def _clashes(given: Sequence[Weighed]) -> Iterator[str]:
 def _parameters(files: AdapterFiles, module: str) -> frozenset[tuple[str, str, int]]:
     """What of a module's own parameters an adapter changes, and where its file keeps that."""
     return frozenset((p.parameter, p.a, p.experts) for p in pairs_of(files) if p.module == module and p.experts)
-
-
-def _parents(module: str) -> list[str]:
-    """The name and those of the modules around it."""
-    parts = module.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _lacking(given: Sequence[Weighed], *, base_given: bool) -> Iterator[str]:
@@ -201,22 +193,11 @@ def _lacking(given: Sequence[Weighed], *, base_given: bool) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------- what is not factors
 
 
-def _whole_names(files: AdapterFiles) -> frozenset[tuple[str, str]]:
-    """Module and suffix of what an adapter holds whole; copies of the base's own embedding (PEFT) say nothing new."""
-    told = {*PARTNERS, "lora_B.bias"}
-    return frozenset(
-        (module, suffix)
-        for module, keys in files.modules().items()
-        for suffix in keys
-        if not told.intersection(tails(suffix)) and not suffix.endswith("base_layer.weight")
-    )
-
-
 def _whole(given: Sequence[Weighed]) -> dict[tuple[str, str], list[Weighed]]:
     """The adapters that hold a whole tensor, by module and suffix."""
     found: dict[tuple[str, str], list[Weighed]] = {}
     for one in given:
-        for name in sorted(_whole_names(one.files)):
+        for name in sorted(whole_names(one.files)):
             found.setdefault(name, []).append(one)
     return found
 
@@ -268,6 +249,7 @@ def _common_config(given: Sequence[Weighed], modules: list[str]) -> LoraConfig:
         configs[0],
         **_targets(configs, modules),
         lora_dropout=configs[0].lora_dropout if len({c.lora_dropout for c in configs}) == 1 else 0.0,
+        init_lora_weights=True,
         lora_bias=any(c.lora_bias for c in configs),
         modules_to_save=saved or None,
         target_parameters=parameters or None,

@@ -12,6 +12,7 @@ from torch import Tensor
 from twofold.adapter.experts import parameters_named
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.updates import Pair, has_groups, low_rank, pairs_of
+from twofold.adapter.whole import unknown_said
 from twofold.errors import ConfigError
 from twofold.events import Emit, Progress
 from twofold.lowrank.algebra import decomposed
@@ -95,5 +96,7 @@ def _check(files: AdapterFiles, pairs: list[Pair]) -> None:
     grouped = [pair.name for pair in pairs if has_groups(files, pair)]
     if grouped:
         raise ConfigError(f"'{grouped[0]}' is a convolution with groups, whose update is no one product of two factors")
+    if unknown := unknown_said(files):
+        raise ConfigError(unknown)
     if not pairs:
         raise ConfigError(f"{files.path} holds no factors, so there is nothing to resize")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -142,12 +142,16 @@ def recorded_head(folders: list[Path]) -> Head:
         AdapterFileError: there is none, or it cannot be read; this is told before a base is loaded.
         ConfigError: they were trained for different tasks, or classes.
     """
-    files = [opened_folder(folder) for folder in folders if not foreign_file(folder)]
-    found = {_head(f) for f in files if f.provenance}
+    found = {_head(f) for f in _folders(folders) if f.provenance}
     if len(found) > 1:
         said = " and ".join(sorted(f"{h.task} {list(h.labels) or ''}".strip() for h in found))
         raise ConfigError(f"these adapters were trained for {said} and cannot go on one base; use them one at a time")
     return next(iter(found), Head())
+
+
+def _folders(adapters: Iterable[Path]) -> list[AdapterFiles]:
+    """Those that are folders; a lone file says nothing of its training."""
+    return [opened_folder(folder) for folder in adapters if not foreign_file(folder)]
 
 
 def _head(files: AdapterFiles) -> Head:
@@ -161,7 +165,7 @@ def trained_over(adapters: list[str]) -> Scheme | None:
     Raises:
         ConfigError: they were trained over differently packed bases.
     """
-    found = {_recorded_scheme(open_adapter(parse_adapter(a)[0])) for a in adapters}
+    found = {_recorded_scheme(files) for files in _folders(parse_adapter(a)[0] for a in adapters)}
     if len(found) > 1:
         raise ConfigError(
             f"these adapters were trained over bases packed differently ({', '.join(str(s or 'not at all') for s in found)}); say "

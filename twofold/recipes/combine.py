@@ -19,7 +19,7 @@ from twofold.merging.combine import Weighed, check, put_together, reduced_update
 from twofold.merging.methods import Combination
 from twofold.merging.preview import PlaceSummary, summary, total_lost
 from twofold.recipes.adapters import open_finite, recorded_head
-from twofold.recipes.provenance import common_kept, common_provenance, digest
+from twofold.recipes.provenance import common_kept, common_provenance, compare_copies, digest
 
 
 def combine(
@@ -43,7 +43,8 @@ def combine(
             `dare_ties`, `magnitude_prune`.
         r: rank of what comes out, for the methods that bring it down; the largest of the adapters' if not given.
         density: share of the entries that ties, dare and pruning keep.
-        base: needed only where adapters hold biases or whole modules and their weights do not add up to 1.
+        base: needed only where adapters hold biases or whole modules and their weights do not add up to 1; copies of its weights in
+            adapters are compared with it.
         seed: of dare's draws.
 
     Returns:
@@ -62,6 +63,8 @@ def combine(
     how = Combination(method, r, density)
     check(given, how, base_given=base is not None)
     files = [one.files for one in given]
+    read = None if base is None else open_streamed(base).read
+    compare_copies(files, read, emit)
     recorded_head([f.path for f in files])
     kept = common_kept(files, emit)
     provenance = common_provenance(files, _made(given, how, seed), emit, allow_foreign=allow_foreign_base)
@@ -73,7 +76,6 @@ def combine(
             updates[pair] = found.update
             places.append(summary(pair.name, parts, found))
     if output is not None:
-        read = None if base is None else open_streamed(base).read
         tensors, config = put_together(given, updates, read)
         PlainAdapter(tensors, config, kept, provenance).write(Path(output))
     return _told(given, how, places, output, time.perf_counter() - started)

@@ -13,7 +13,7 @@ from twofold.merging.combine import Weighed, put_together
 from twofold.merging.preview import share_lost
 from twofold.merging.resize import Resized, Size, resized_updates
 from twofold.recipes.adapters import open_finite
-from twofold.recipes.provenance import common_kept, common_provenance, digest
+from twofold.recipes.provenance import common_kept, common_provenance, compare_copies, digest
 
 
 def resize(adapter: str | Path, output: str | Path, size: Size, emit: Emit = silent) -> dict[str, Any]:
@@ -33,6 +33,7 @@ def resize(adapter: str | Path, output: str | Path, size: Size, emit: Emit = sil
     files = open_finite(Path(adapter))
     if files.config.use_dora:
         emit(Warned(text="this is DoRA: the loss that is told is that of B·A alone, the lengths of the rows are kept"))
+    compare_copies([files], None, emit)
     found = list(resized_updates(files, size, emit))
     tensors, config = put_together([Weighed(files, 1.0)], {pair: update for pair, update, _ in found}, None)
     made = {"resized": {"from": files.path.name, "sha256": digest(files), **_said(size)}}
