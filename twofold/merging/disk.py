@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from twofold import atomic
-from twofold.base.stored import INDEX, Piece, StoredBase, places_in_model
+from twofold.base.stored import INDEX, Piece, StoredBase, copy_others, places_in_model
 from twofold.errors import ConfigError
 from twofold.events import Emit, Progress, silent
 from twofold.layers.experts import LoraParameters
@@ -298,9 +298,7 @@ def _header(replay: Replay, shard: str) -> bytes:
 
 
 def _write_others(replay: Replay, folder: Path) -> None:
-    for inner in replay.base.others():
-        (folder / inner).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(replay.base.folder / inner, folder / inner)
+    copy_others(replay.base.folder, folder)
     if replay.base.index is not None:
         shutil.copyfile(replay.base.folder / INDEX, folder / INDEX)
         if replay.added:
