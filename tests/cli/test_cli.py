@@ -308,6 +308,14 @@ def test_an_adapter_that_is_not_there_is_told_before_the_base_is_loaded(
     assert "loading" not in found.stderr
 
 
+def test_an_adapter_of_a_task_that_is_not_known(cli: WarmCli, llama_base: Path, broken: Path) -> None:
+    ours = json.loads((broken / "twofold.json").read_text())
+    ours["training"]["task"] = "token-cls"
+    (broken / "twofold.json").write_text(json.dumps(ours))
+    said = cli("generate", "--base", llama_base, "--adapter", broken, "hello").refusal()
+    assert "the task 'token-cls', which is none of causal-lm, " in said
+
+
 def test_an_adapter_whose_tensors_do_not_fit(cli: WarmCli, llama_base: Path, broken: Path) -> None:
     path = broken / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 5}))

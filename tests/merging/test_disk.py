@@ -21,7 +21,7 @@ from twofold.adapter.attach import activate, attach
 from twofold.adapter.config import LoraConfig
 from twofold.base.load import Base, load_base
 from twofold.base.stored import StoredBase, open_stored
-from twofold.errors import BaseError, RunError
+from twofold.errors import BaseError, ConfigError, RunError
 from twofold.events import Event, Message
 from twofold.merging.checkpoint import write_merged
 from twofold.merging.disk import NotStreamed, differing, plan_replay, write_replay
@@ -105,6 +105,7 @@ def test_a_cut_tie_among_shards(tied_base: Path, tmp_path: Path) -> None:
     check_equal(adapted(folder, "bfloat16", target_modules=["lm_head"]), tmp_path)
     index = json.loads((tmp_path / "disk" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(tensors(tmp_path / "disk"))
+    assert index["metadata"]["total_parameters"] == sum(t.numel() for t in tensors(tmp_path / "disk").values())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors(tmp_path / "disk").values())
 
 
@@ -212,6 +213,12 @@ def test_other_files_go_along_and_what_does_not_is_said(dtype: str, llama_base: 
     with pytest.raises(RunError, match="lies inside the base's own folder"):
         write(adapted(folder, dtype), folder / "merged")
     assert not (folder / "merged").exists()
+
+
+def test_a_merge_that_cannot_be_leaves_nothing(llama_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="bias"):
+        write(adapted(llama_base, "float32", lora_bias=True), tmp_path / "merged")
+    assert [*tmp_path.iterdir()] == []
 
 
 SLOW = """

@@ -12,7 +12,7 @@ from twofold.adapter.files import AdapterFiles, load_adapter, open_adapter, open
 from twofold.adapter.foreign import foreign_file
 from twofold.adapter.keys import PREFIX
 from twofold.base.fingerprint import check_same_base
-from twofold.base.head import Head
+from twofold.base.head import CLASSES, Head
 from twofold.base.load import Base, Precision, load_base, renderer_for
 from twofold.base.mapped import NotMapped, map_base
 from twofold.config import build
@@ -156,7 +156,10 @@ def _folders(adapters: Iterable[Path]) -> list[AdapterFiles]:
 
 def _head(files: AdapterFiles) -> Head:
     training = files.provenance.training if files.provenance else {}
-    return Head(task=training.get("task", "causal-lm"), labels=tuple(training.get("labels", ())))
+    task = training.get("task", "causal-lm")
+    if task not in CLASSES:
+        raise AdapterFileError(f"{files.path} was trained for the task '{task}', which is none of {', '.join(CLASSES)}")
+    return Head(task=task, labels=tuple(training.get("labels", ())))
 
 
 def trained_over(adapters: list[str]) -> Scheme | None:
