@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twofold import atomic
 from twofold.errors import AdapterFileError
-from twofold.events import Pieces
+from twofold.events import Pieces, finished
 
 SUMMED_BYTES = 1 << 20
 """Of a file, in one piece."""
@@ -112,6 +112,12 @@ class TensorFile:
             if not bool(torch.isfinite(part.sum())):
                 return False
         return True
+
+    def nonfinite(self) -> list[str]:
+        """Keys of the tensors that hold a NaN or an infinity."""
+        if finished(self.checking_finite()):
+            return []
+        return [key for key in self.shapes if nonfinite({key: self.read(key)})]
 
 
 def _header(path: Path) -> tuple[dict[str, _Entry], int, dict[str, str]]:

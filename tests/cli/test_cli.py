@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import yaml
 from tiny_base import write_jsonl
+from transformers import AutoModelForCausalLM
 from warm_cli import Finished, WarmCli, cold
 
 from twofold.cli.main import VERBS
@@ -162,6 +164,19 @@ def test_merge(cli: WarmCli, llama_base: Path, adapter: Path, tmp_path: Path) ->
     assert cli("merge", *asked).json()["holds_the_adapter"]
 
 
+def test_merge_takes_what_knows_nothing_of_its_base(
+    cli: WarmCli, llama_base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    cli("export", adapter, "--to", "kohya", "-o", tmp_path / "kohya.safetensors", "--json").json()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama_base), config).save_pretrained(tmp_path / "pissa")
+    for given in ("kohya.safetensors", "pissa"):
+        flags = ("--base", llama_base, "--adapter", tmp_path / given)
+        merged = tmp_path / f"merged-{given}"
+        cli("merge", *flags, "-o", merged, "--no-verify", "--json").json()
+        assert cli("merge", *flags, "--check", merged, "--json").json()["holds_the_adapter"]
+
+
 def test_preview(cli: WarmCli, config: Path) -> None:
     found = cli("preview", config, "--examples", 2, "--json").json()
     assert found["train"]["examples"] == 23
@@ -293,6 +308,14 @@ def test_an_adapter_that_is_not_there_is_told_before_the_base_is_loaded(
     assert "loading" not in found.stderr
 
 
+def test_an_adapter_of_a_task_that_is_not_known(cli: WarmCli, llama_base: Path, broken: Path) -> None:
+    ours = json.loads((broken / "twofold.json").read_text())
+    ours["training"]["task"] = "token-cls"
+    (broken / "twofold.json").write_text(json.dumps(ours))
+    said = cli("generate", "--base", llama_base, "--adapter", broken, "hello").refusal()
+    assert "the task 'token-cls', which is none of causal-lm, " in said
+
+
 def test_an_adapter_whose_tensors_do_not_fit(cli: WarmCli, llama_base: Path, broken: Path) -> None:
     path = broken / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 5}))
@@ -302,7 +325,7 @@ def test_an_adapter_whose_tensors_do_not_fit(cli: WarmCli, llama_base: Path, bro
 
 def test_a_scale_that_is_no_number(cli: WarmCli, llama_base: Path, adapter: Path) -> None:
     said = cli("generate", "--base", llama_base, "--adapter", f"{adapter}:loud", "hello").refusal()
-    assert "the part after ':' must be a number" in said
+    assert "the part after ':' must be a finite number" in said
 
 
 def test_merging_nothing(cli: WarmCli, llama_base: Path, tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from warm_cli import WarmCli
 
 from twofold.adapter.attach import attach
 from twofold.adapter.config import LoraConfig
@@ -85,6 +87,28 @@ def test_an_adapter_is_like_itself_and_unlike_one_of_other_modules(llama_base: P
     other = adapter(llama_base, tmp_path / "b", 1, target_modules=["v_proj"])
     with pytest.raises(ConfigError, match="no module in common"):
         compare(first, other)
+
+
+def test_what_is_held_whole_is_told_where_it_differs(llama_base: Path, tmp_path: Path) -> None:
+    first = adapter(llama_base, tmp_path / "a", 1, target_modules=["q_proj"], modules_to_save=["lm_head", "norm"])
+    second = Path(shutil.copytree(first, tmp_path / "b"))
+    assert compare(first, second).whole == []
+    tensors = load_file(second / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.weight"] *= -1
+    save_file(tensors, second / "adapter_model.safetensors")
+    assert compare(first, second).whole == ["lm_head.weight"]
+    plain = adapter(llama_base, tmp_path / "c", 1, target_modules=["q_proj"])
+    assert compare(plain, first).whole == ["lm_head.weight", "model.norm.weight"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_dead_adapter_is_like_nothing(order: int, cli: WarmCli, llama_base: Path, tmp_path: Path) -> None:
+    alive = adapter(llama_base, tmp_path / "a", 1, target_modules=["q_proj"])
+    dead = Path(shutil.copytree(alive, tmp_path / "dead"))
+    tensors = load_file(dead / "adapter_model.safetensors")
+    save_file({k: v * ("lora_A" in k) for k, v in tensors.items()}, dead / "adapter_model.safetensors")
+    said = cli("compare", *(alive, dead)[::order])
+    assert "cosine of all updates together 0.000" in said.stdout, said.stderr
 
 
 @pytest.mark.parametrize("dora_first", [True, False])

@@ -29,8 +29,9 @@ from twofold.errors import AdapterFileError, ConfigError, ForeignBaseError, RunE
 from twofold.events import Event, Warned
 from twofold.merging.methods import METHODS
 from twofold.merging.resize import Size
+from twofold.recipes.adapters import parse_adapter
 from twofold.recipes.export import export_adapter
-from twofold.recipes.inspect import compare
+from twofold.recipes.inspect import compare, inspect_adapter
 from twofold.recipes.resize import resize
 
 pytest_plugins = ("tiny_fixtures",)
@@ -249,6 +250,69 @@ def test_biases_of_b_are_scaled_with_their_updates(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), logits(expected), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "first", "second"),
+    [
+        ("gpt2", {"target_modules": ["c_attn"]}, {"target_modules": ["wte"]}),
+        ("llama", {"init_lora_weights": "gaussian"}, {"lora_bias": True}),
+    ],
+)
+def test_adapters_of_other_layers_and_starts_go_together(
+    family: str, first: dict[str, Any], second: dict[str, Any], tmp_path: Path
+) -> None:
+    a, b = (saved(tmp_path, family, seed, **given) for seed, given in ((1, first), (2, second)))
+    twofold.combine({a: 1.0, b: 0.5}, tmp_path / "out")
+    model, expected = build_model(family), build_model(family)
+    load_adapter(model, tmp_path / "out")
+    load_adapter(expected, a, "a")
+    load_adapter(expected, b, "b")
+    twofold.activate(expected, {"a": 1.0, "b": 0.5})
+    torch.testing.assert_close(logits(model), logits(expected), rtol=1e-5, atol=2e-5)
+
+
+def with_tensors(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """The same adapter with more in its file."""
+    file = path / "adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.{k}": v for k, v in tensors.items()}, file)
+    return path
+
+
+def test_what_only_a_training_needs_is_left_out(tmp_path: Path) -> None:
+    path = saved(tmp_path, r=2, target_modules=["q_proj"])
+    kept = load_file(path / "adapter_model.safetensors").keys()
+    with_tensors(path, {"model.layers.0.self_attn.q_proj.lora_velora_embed": torch.ones(2)})
+    twofold.combine({path: 0.5}, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors").keys() == kept
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.0.self_attn.k_proj.lora_X.weight", "norm.weight", "layers.0.self_attn.q_proj.lora_B.bias"]
+)
+def test_tensors_that_the_config_has_no_word_for_are_refused(name: str, tmp_path: Path) -> None:
+    path = with_tensors(saved(tmp_path, r=2, target_modules=["q_proj"]), {f"model.{name}": torch.ones(32)})
+    with pytest.raises(ConfigError, match=f"holds 'model.{name}', which is no part of the adapter"):
+        twofold.combine({path: 1.0}, tmp_path / "out")
+    with pytest.raises(ConfigError, match=f"holds 'model.{name}', which is no part of the adapter"):
+        resize(path, tmp_path / "out", Size(r=1))
+    assert "unknown-tensor" in [f.code for f in inspect_adapter(path).findings]
+
+
+def test_a_copy_of_the_base_is_compared_with_it(tmp_path: Path) -> None:
+    model = build_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    own = model.get_input_embeddings().weight.detach().clone()
+    path, key = saved(tmp_path, r=2, target_modules=["embed_tokens"]), "model.embed_tokens.base_layer.weight"
+    with_tensors(path, {key: own})
+    twofold.combine({path: 1.0}, tmp_path / "out", base=str(tmp_path / "base"))
+    assert not any("base_layer" in k for k in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    with_tensors(path, {key: own + 1})
+    with pytest.raises(AdapterFileError, match="that is not the base's, so it was trained over another one"):
+        twofold.combine({path: 1.0}, tmp_path / "other", base=str(tmp_path / "base"))
+    told: list[Event] = []
+    twofold.combine({path: 1.0}, None, emit=told.append)
+    assert any(isinstance(e, Warned) and "was not compared with the base" in e.text for e in told)
+
+
 # ---------------------------------------------------------------------------------------------- what is refused
 
 
@@ -294,30 +358,6 @@ def with_tensor(path: Path, key: str, tensor: Tensor) -> Path:
     file = path / "adapter_model.safetensors"
     save_file({**load_file(file), f"base_model.model.{key}": tensor}, file)
     return path
-
-
-def test_a_copy_of_the_base_must_be_one(tmp_path: Path) -> None:
-    """PEFT saves the weight of an embedding that has factors beside them; resized or trained, it is part of the adapter."""
-    base = str(tmp_path / "base")
-    build_model("llama").save_pretrained(base)
-    own = build_model("llama").model.embed_tokens.weight.detach()
-    same, other = (saved(tmp_path, r=2, target_modules=["embed_tokens"]) for _ in range(2))
-    with_tensor(same, "model.embed_tokens.base_layer.weight", own.clone())
-    with_tensor(other, "model.embed_tokens.base_layer.weight", own + 1)
-    twofold.combine({same: 2.0}, tmp_path / "out", base=base)
-    with pytest.raises(ConfigError, match=r"holds another 'model.embed_tokens' than the base"):
-        twofold.combine({same: 1.0, other: 1.0}, None, base=base)
-    heard: list[Event] = []
-    twofold.combine({other: 1.0}, None, emit=heard.append)
-    assert [e.text for e in heard if isinstance(e, Warned)] == [
-        "left out as the base's own, though only --base could tell: model.embed_tokens"
-    ]
-
-
-def test_tensors_that_no_config_speaks_of_are_refused(tmp_path: Path) -> None:
-    path = with_tensor(saved(tmp_path, r=2, target_modules=["q_proj"]), "model.norm.weight", torch.ones(32))
-    with pytest.raises(ConfigError, match=r"holds 'model\.norm\.weight', of which its config says nothing"):
-        twofold.combine({path: 1.0}, tmp_path / "out")
 
 
 def test_the_base_that_is_named_must_be_the_adapters(tmp_path: Path) -> None:
@@ -402,11 +442,36 @@ def test_adapters_of_different_bases_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ForeignBaseError, match="trained on a base with other weights"):
         twofold.combine({first: 1.0, second: 1.0}, tmp_path / "out")
     twofold.combine({first: 1.0, second: 1.0}, tmp_path / "out", allow_foreign_base=True)
-    narrow = saved(tmp_path, "gpt2", r=2)
     with pytest.raises(RunError, match="exists already"):
         twofold.combine({first: 1.0}, tmp_path / "out")
-    with pytest.raises(ConfigError):
-        twofold.combine({first: 1.0, narrow: 1.0}, tmp_path / "other")
+
+
+@pytest.mark.parametrize("suffix", ["lora_A.weight", "lora_B.bias", "norm.weight"])
+def test_values_that_are_not_finite_are_refused(suffix: str, tmp_path: Path) -> None:
+    path = saved(tmp_path, r=2, target_modules=["q_proj"], lora_bias=True, modules_to_save=["norm"])
+    tensors = load_file(path / "adapter_model.safetensors")
+    key = next(k for k in tensors if k.endswith(suffix))
+    tensors[key].view(-1)[0] = torch.nan
+    save_file(tensors, path / "adapter_model.safetensors")
+    said = f"'{key.removeprefix('base_model.model.')}' holds NaN or infinity"
+    for work in (
+        lambda: twofold.combine({path: 1.0}, tmp_path / "out"),
+        lambda: resize(path, tmp_path / "out", Size(r=1)),
+        lambda: compare(path, path),
+    ):
+        with pytest.raises(AdapterFileError, match=said):
+            work()
+    assert said in [f.message for f in inspect_adapter(path).findings if f.severity == "error"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(weight: float, tmp_path: Path) -> None:
+    path = saved(tmp_path, r=2, target_modules=["q_proj"])
+    with pytest.raises(ConfigError, match=f"is {weight}, but must be a finite number"):
+        twofold.combine({path: weight}, tmp_path / "out")
+    with pytest.raises(ConfigError, match="must be a finite number"):
+        parse_adapter(f"{path}:{weight}")
 
 
 # ---------------------------------------------------------------------------------------------- the command

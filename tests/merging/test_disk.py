@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,11 @@ from twofold.adapter.attach import activate, attach
 from twofold.adapter.config import LoraConfig
 from twofold.base.load import Base, load_base
 from twofold.base.stored import StoredBase, open_stored
-from twofold.errors import BaseError, RunError
+from twofold.errors import BaseError, ConfigError, RunError
 from twofold.events import Event, Message
 from twofold.merging.checkpoint import write_merged
 from twofold.merging.disk import NotStreamed, differing, plan_replay, write_replay
-from twofold.recipes.merge import check_merged, merge_checkpoint, said_of_check
+from twofold.recipes.merge import check_merged, merge_checkpoint, said_of_check, write
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -104,6 +105,7 @@ def test_a_cut_tie_among_shards(tied_base: Path, tmp_path: Path) -> None:
     check_equal(adapted(folder, "bfloat16", target_modules=["lm_head"]), tmp_path)
     index = json.loads((tmp_path / "disk" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(tensors(tmp_path / "disk"))
+    assert index["metadata"]["total_parameters"] == sum(t.numel() for t in tensors(tmp_path / "disk").values())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors(tmp_path / "disk").values())
 
 
@@ -190,6 +192,33 @@ def test_the_recipe_streams_and_says_where_it_cannot(llama_base: Path, tmp_path:
     assert not check_merged(adapted(llama_base, "float32", use_dora=True), tmp_path / "disk")["holds_the_adapter"]
     merge_checkpoint(adapted(llama_base, "bfloat16"), tmp_path / "memory", emit=heard.append)
     assert any(isinstance(e, Message) and "in memory" in e.text for e in heard)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # from disk, and in memory
+def test_other_files_go_along_and_what_does_not_is_said(dtype: str, llama_base: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(llama_base, tmp_path / "base"))
+    (folder / "code").mkdir()
+    for name in ("LICENSE", "code/modeling.py", "extra.bin"):
+        (folder / name).write_text(name)
+    (folder / "linked").symlink_to(tmp_path)
+    (folder / "dangling").symlink_to(tmp_path / "nothing")
+    heard: list[Event] = []
+    write(adapted(folder, dtype), tmp_path / "merged", heard.append)
+    assert [(tmp_path / "merged" / name).read_text() for name in ("LICENSE", "code/modeling.py")] == [
+        "LICENSE",
+        "code/modeling.py",
+    ]
+    (said,) = (e.text for e in heard if isinstance(e, Message) and "left behind" in e.text)
+    assert said.endswith(": dangling, extra.bin, linked")
+    with pytest.raises(RunError, match="lies inside the base's own folder"):
+        write(adapted(folder, dtype), folder / "merged")
+    assert not (folder / "merged").exists()
+
+
+def test_a_merge_that_cannot_be_leaves_nothing(llama_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="bias"):
+        write(adapted(llama_base, "float32", lora_bias=True), tmp_path / "merged")
+    assert [*tmp_path.iterdir()] == []
 
 
 SLOW = """

@@ -21,7 +21,7 @@ from twofold import atomic
 from twofold.adapter.attach import adapter_layers, attach
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import save_adapter
-from twofold.errors import AdapterFileError, ConfigError, ProofError
+from twofold.errors import AdapterFileError, ConfigError, ProofError, RunError, UserError
 from twofold.lowrank.factors import LowRank
 from twofold.merging.export import gguf_adapter, mlx
 from twofold.merging.export.factors import prove
@@ -30,6 +30,8 @@ from twofold.recipes.export import Format, export_adapter
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 6},
     "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
+    "silent modules": {"r": 4, "lora_alpha": 6, "alpha_pattern": {"[qkvo]_proj": 0}},
+    "silent": {"r": 4, "lora_alpha": 0},
     "patterns": {"r": 4, "lora_alpha": 6, "rank_pattern": {"k_proj": 3, "o_proj": 7}, "alpha_pattern": {"q_proj": 5}},
 }
 
@@ -46,13 +48,13 @@ def adapted(tmp_path: Path, family: str = "llama", **settings: Any) -> tuple[Pat
 
 
 def in_llama_cpp(path: Path) -> dict[str, np.ndarray]:
-    """The updates that llama.cpp would add, by its names: `alpha / rank * B A`."""
+    """The updates that llama.cpp would add, by its names: `alpha / rank * B A`, and B A if alpha is 0."""
     reader = gguf.GGUFReader(path)
     alpha = reader.fields["adapter.lora.alpha"].contents()
     held = {t.name: t.data.astype(np.float64) for t in reader.tensors}
     names = {n.removesuffix(".lora_a") for n in held if n.endswith(".lora_a")}
     assert len(held) == 2 * len(names)
-    return {n: alpha / len(held[f"{n}.lora_a"]) * held[f"{n}.lora_b"] @ held[f"{n}.lora_a"] for n in names}
+    return {n: (alpha / len(held[f"{n}.lora_a"]) or 1.0) * held[f"{n}.lora_b"] @ held[f"{n}.lora_a"] for n in names}
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -177,6 +179,17 @@ def test_a_spoiled_folder_for_mlx_is_not_proved(
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_gives_way_to_what_is_written_beside(tmp_path: Path) -> None:
+    base, adapter, _ = adapted(tmp_path, r=2)
+    (tmp_path / "out.Modelfile").write_text("mine")
+    with pytest.raises(RunError, match=r"out\.Modelfile exists already"):
+        export_adapter(adapter, "gguf", tmp_path / "out.gguf", str(base))
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError):
+        export_adapter(adapter, "gguf", tmp_path / "new.gguf", str(base), tmp_path / "base.gguf")
+    assert not (tmp_path / "new.gguf").exists()
+
+
 def test_nothing_is_written_for_vllm(tmp_path: Path) -> None:
     base, adapter, _ = adapted(tmp_path)
     with pytest.raises(ConfigError, match="leave out --output"):
@@ -191,11 +204,15 @@ def test_nothing_is_written_for_vllm(tmp_path: Path) -> None:
         {"r": 32, "rank_pattern": {".*_proj": 2}},  # vLLM compares the config's r, though no module has it
     ],
 )
-def test_vllm_is_told_the_smallest_rank_that_it_takes(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_vllm_is_told_the_smallest_rank_that_it_takes(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, adapter, _ = adapted(tmp_path, **settings)
     command = export_adapter(adapter, "vllm", None, str(base))["command"]
     assert "--max-lora-rank 32 " in command
     assert f"adapter={adapter}" in command
+    monkeypatch.chdir(adapter)
+    assert "--lora-modules adapter=." in export_adapter(Path("."), "vllm", None, str(base))["command"]
     assert command.startswith(f"vllm serve {base} --enable-lora")
 
 

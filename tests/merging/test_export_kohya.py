@@ -23,6 +23,7 @@ from twofold.recipes.export import export_adapter
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 6},
     "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
+    "silent modules": {"r": 4, "lora_alpha": 6, "alpha_pattern": {"[qkvo]_proj": 0}},
     "patterns": {"r": 4, "lora_alpha": 6, "rank_pattern": {"k_proj": 3, "o_proj": 7}, "alpha_pattern": {"q_proj": 5}},
 }
 

@@ -111,6 +111,7 @@ def test_at_full_rank_nothing_is_lost_whatever_else_the_adapter_holds(
         ({"r": 2, "energy": 0.9}, "not r and energy"),
         ({"energy": 1.5}, "energy is 1.5, but must be above 0 and at most 1"),
         ({"ratio": 0.5}, "ratio is 0.5, but must be at least 1"),
+        ({"ratio": float("nan")}, "ratio is nan, but must be at least 1"),
         ({"r": 0}, "the rank is 0"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from warm_cli import WarmCli
 from twofold.adapter.attach import attach
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import Provenance, open_adapter, save_adapter
+from twofold.adapter.shapes import module_shapes
 from twofold.adapter.updates import updates_of
 from twofold.base.fingerprint import fingerprint
 from twofold.base.load import load_base
 from twofold.errors import ConfigError
+from twofold.inspection.against_base import lint_against
 from twofold.recipes.export import Format, export_adapter
 from twofold.recipes.inspect import inspect_adapter
 
@@ -250,6 +253,10 @@ def test_what_is_wrong_in_the_files_is_named(llama_base: Path, gpt2_base: Path, 
     assert (
         "'q_porj', but the file holds nothing" in codes(changed(path, target_modules=targets))["target-without-tensors"]
     )
+    above = adapter(llama_base, tmp_path / "above", r=80, target_modules=["q_proj"])
+    assert "uses 32 of its 80 directions" in codes(above)["rank-deficient"]
+    whole = adapter(llama_base, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert codes(whole)["whole"].endswith("no part of these figures: lm_head")
     narrow = adapter(llama_base, tmp_path / "narrow", target_modules=["q_proj"])
     said = codes(changed(narrow, target_modules=["q_proj", "k_proj"]), llama_base)["target-ignored"]
     assert "_proj' of the base, but the file holds nothing" in said
@@ -262,7 +269,31 @@ def test_what_is_wrong_in_the_files_is_named(llama_base: Path, gpt2_base: Path, 
     assert "has rank 5 in the tensors but 8 by the config" in codes(changed(path, other_rank))["rank-mismatch"]
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_fits_its_base_whatever_its_groups(groups: int, tmp_path: Path) -> None:
+    def net(width: int) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Conv2d(width, 8, 3, groups=groups))
+
+    attach(model := net(4), LoraConfig(r=4, target_modules=["0"]))
+    files = open_adapter(save_adapter(model, tmp_path / "a"))
+    assert [*lint_against(files, module_shapes(net(4)))] == []
+    (wrong,) = lint_against(files, module_shapes(net(6)))
+    assert wrong.message == "'0' is 8 x 36 where the base has 8 x 54"
+
+
 # ---------------------------------------------------------------------------------------------- the command
+
+
+def test_the_document_is_json_where_a_share_is_infinite(cli: WarmCli, llama_base: Path, tmp_path: Path) -> None:
+    model = load_base(str(llama_base), "float32", "cpu").model
+    torch.nn.init.zeros_(model.model.layers[0].self_attn.q_proj.weight)
+    shutil.copytree(llama_base, tmp_path / "base")
+    model.save_pretrained(tmp_path / "base")
+    path = adapter(tmp_path / "base", tmp_path / "a", target_modules=["q_proj"])
+    said = cli("inspect", path, "--base", tmp_path / "base", "--html", tmp_path / "a.html", "--json").stdout
+    first, second = (m["beside_base"]["relative_norm"] for m in json.loads(said, parse_constant=pytest.fail)["modules"])
+    assert first is None
+    assert second > 0
 
 
 def test_the_command_writes_pages_that_need_no_network(cli: WarmCli, llama_base: Path, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,14 +75,31 @@ class StoredBase:
                     counts[dtype] = counts.get(dtype, 0) + torch.Size(shape).numel()
         return max(counts, key=lambda d: counts[d], default=None)
 
-    def others(self) -> Iterator[Path]:
-        """Every other file that belongs to the model, relative to the folder; weights in other formats do not."""
-        for path in sorted(self.folder.rglob("*")):
-            inner = path.relative_to(self.folder)
-            hidden = any(part.startswith(".") for part in inner.parts)
-            weights = path.suffix in WEIGHTS or inner.name.endswith(".index.json")
-            if path.is_file() and not (hidden or weights or inner.name == ORIGIN):
-                yield inner
+
+def copy_others(source: Path, folder: Path) -> None:
+    """Copy every file of a model's folder that holds no weights."""
+    for inner in _inside(source):
+        if (source / inner).is_file() and not _is_weights(inner):
+            (folder / inner).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / inner, folder / inner)
+
+
+def left_behind(source: Path) -> list[str]:
+    """What of a model's folder `copy_others` leaves out, the model itself aside: other weights, links to folders or to nothing."""
+    found = [inner for inner in _inside(source) if _is_weights(inner) or not (source / inner).exists()]
+    links = [inner for inner in _inside(source) if (source / inner).is_symlink() and (source / inner).is_dir()]
+    own = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+    return sorted(str(inner) for inner in {*found, *links} if not own.fullmatch(str(inner)))
+
+
+def _inside(folder: Path) -> list[Path]:
+    """All that is in a folder and not hidden, relative to it."""
+    found = (path.relative_to(folder) for path in sorted(folder.rglob("*")))
+    return [inner for inner in found if inner.name != ORIGIN and not any(part.startswith(".") for part in inner.parts)]
+
+
+def _is_weights(inner: Path) -> bool:
+    return inner.suffix in WEIGHTS or inner.name.endswith(".index.json")
 
 
 def open_stored(reference: str) -> StoredBase:
@@ -89,7 +108,7 @@ def open_stored(reference: str) -> StoredBase:
     Raises:
         BaseError: no such base, or it is not stored as safetensors.
     """
-    folder = _folder(locate(reference))
+    folder = folder_of(reference)
     try:
         if (folder / SINGLE).is_file():
             return StoredBase(folder, {SINGLE: TensorFile(folder / SINGLE)}, None)
@@ -100,7 +119,13 @@ def open_stored(reference: str) -> StoredBase:
         raise BaseError(f"{reference} does not lie on disk as whole safetensors files ({error})") from error
 
 
-def _folder(source: str) -> Path:
+def folder_of(reference: str) -> Path:
+    """Where a base's files lie.
+
+    Raises:
+        BaseError: no such base.
+    """
+    source = locate(reference)
     if Path(source).is_dir():
         return Path(source)
     from transformers.utils import cached_file

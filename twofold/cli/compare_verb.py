@@ -52,6 +52,8 @@ def _show(found: Comparison) -> None:
     for which, names in (("first", found.only_first), ("second", found.only_second)):
         if names:
             stdout.print(f"in the {which} alone: {', '.join(names)}")
+    if found.whole:
+        stdout.print(f"held whole, and no part of these figures, but different: {', '.join(found.whole)}")
     for name, (a, b) in found.config.items():
         stdout.print(f"{name}: {a} / {b}")
     stdout.print(f"cosine of all updates together {found.cosine:.3f}; spaces: 1 is the same, beside what chance gives")
@@ -59,4 +61,6 @@ def _show(found: Comparison) -> None:
 
 def _spaces(m: ModuleComparison) -> tuple[str, ...]:
     pairs = ((m.output_similarity, m.output_baseline), (m.input_similarity, m.input_baseline))
-    return tuple(text for phi, chance in pairs for text in (f"{phi[-1][-1]:.3f}" if phi else "-", f"{chance:.3f}"))
+    return tuple(
+        text for phi, chance in pairs for text in (f"{phi[-1][-1]:.3f}" if phi and phi[-1] else "-", f"{chance:.3f}")
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import select
 import sys
@@ -145,8 +146,16 @@ def _say(sentence: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """The one JSON document of a verb."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """The one JSON document of a verb; null stands for numbers that JSON has no word for."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

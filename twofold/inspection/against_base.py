@@ -99,12 +99,12 @@ def _share(size: Tensor, of: float) -> float:
 
 def fits(update: LowRank, shape: ModuleShape | None) -> bool:
     """Whether the base has such a module, whose weight is one matrix of this shape."""
-    return shape is not None and shape.kind in MATRICES and _wrong(update, shape) is None
+    return shape is not None and shape.kind in MATRICES and shape.groups == 1 and _wrong(update, shape) is None
 
 
 def _wrong(update: LowRank, shape: ModuleShape) -> str | None:
     """How an update's shape differs from its module's, if it does."""
-    return _differs(update, shape.out_features, shape.in_features // shape.groups) if shape.kind in MATRICES else None
+    return _differs(update, shape.out_features, shape.in_features) if shape.kind in MATRICES else None
 
 
 def _misfit(update: LowRank, pair: Pair, shape: ModuleShape, parameter: ParameterShape | None) -> str | None:

@@ -6,8 +6,11 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
+
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.updates import updates_of
+from twofold.adapter.whole import whole_names
 from twofold.errors import ConfigError
 from twofold.lowrank.algebra import inner, leading, norm
 from twofold.lowrank.factors import LowRank
@@ -45,6 +48,7 @@ class Comparison:
     Attributes:
         cosine: of all deltas together.
         only_first, only_second: modules that one of them leaves alone.
+        whole: tensors that are no factors (modules trained whole, biases, tokens) and differ, or that one of them alone has.
         config: settings that differ, by name, with both values.
     """
 
@@ -52,6 +56,7 @@ class Comparison:
     modules: list[ModuleComparison]
     only_first: list[str]
     only_second: list[str]
+    whole: list[str]
     config: dict[str, tuple[Any, Any]]
 
     def as_json(self) -> dict[str, Any]:
@@ -86,6 +91,7 @@ def compare_adapters(first: AdapterFiles, second: AdapterFiles) -> Comparison:
         modules=modules,
         only_first=only_first,
         only_second=only_second,
+        whole=_differing_whole(first, second),
         config=_differences(first, second),
     )
 
@@ -105,6 +111,17 @@ def _compared(name: str, a: LowRank, b: LowRank) -> ModuleComparison:
         output_baseline=most / a.B.shape[0],
         input_baseline=most / a.A.shape[1],
     )
+
+
+def _differing_whole(first: AdapterFiles, second: AdapterFiles) -> list[str]:
+    names = whole_names(first) | whole_names(second)
+    return [f"{module}.{suffix}" for module, suffix in sorted(names) if not _same(first, second, module, suffix)]
+
+
+def _same(first: AdapterFiles, second: AdapterFiles, module: str, suffix: str) -> bool:
+    keys = [files.modules().get(module, {}).get(suffix) for files in (first, second)]
+    a, b = (files.tensors.read(key) if key else None for files, key in zip((first, second), keys, strict=True))
+    return a is not None and b is not None and torch.equal(a, b)
 
 
 def _ratio(value: float, scale: float) -> float:

@@ -3,10 +3,12 @@
 | code | severity | of |
 |---|---|---|
 | dead | warning | a module whose update is zero |
-| rank-deficient | warning | directions that are rounding |
+| rank-deficient | warning | directions that are rounding, or more than the weight has |
 | rank-mismatch | error | factors whose rank is not the config's, or of which nothing tells whose they are |
 | odd-scale | warning | alpha / r far from what is usual |
+| unknown-tensor | error | tensors that the config has no word for |
 | target-without-tensors | warning | an entry of target_modules for which the file holds nothing |
+| whole | note | tensors that are no factors |
 | dora | warning | figures of B·A alone |
 | vllm-*, gguf-*, mlx-* | note | what these engines and formats do not take, or take otherwise |
 
@@ -23,8 +25,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from twofold.adapter.files import AdapterFiles
+from twofold.adapter.keys import PREFIX
 from twofold.adapter.names import matches
 from twofold.adapter.updates import unresolved
+from twofold.adapter.whole import MAGNITUDES, unknown_said, whole_names
 from twofold.lowrank.factors import LowRank
 
 ROUNDING = 1e-7
@@ -53,12 +57,18 @@ def lint_update(name: str, update: LowRank, values: Tensor) -> Iterator[Finding]
         yield Finding("warning", "dead", f"'{name}' changes nothing: its update is zero")
         return
     real = int((values > ROUNDING * values[0]).sum())
-    if real < len(values):
-        yield Finding("warning", "rank-deficient", f"'{name}' uses {real} of its {len(values)} directions")
+    if real < update.rank:
+        yield Finding("warning", "rank-deficient", f"'{name}' uses {real} of its {update.rank} directions")
     low, high = USUAL_SCALES
     if not low <= abs(update.scale) <= high:
         said = f"'{name}' has the scale {update.scale:g}; usual are {low:g} to {high:g}, so is lora_alpha meant so?"
         yield Finding("warning", "odd-scale", said)
+
+
+def lint_values(files: AdapterFiles) -> Iterator[Finding]:
+    """Tensors that are no numbers, be they factors or not."""
+    for key in files.tensors.nonfinite():
+        yield Finding("error", "not-finite", f"'{key.removeprefix(PREFIX)}' holds NaN or infinity")
 
 
 def lint_config(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator[Finding]:
@@ -68,6 +78,11 @@ def lint_config(files: AdapterFiles, updates: Mapping[str, LowRank]) -> Iterator
         said = "these figures are of B·A alone: DoRA also sets the lengths of the rows, for which the base's weights are needed"
         yield Finding("warning", "dora", said)
     yield from _targets(files)
+    if unknown := unknown_said(files):
+        yield Finding("error", "unknown-tensor", unknown)
+    elif whole := sorted({module for module, suffix in whole_names(files) if suffix != MAGNITUDES}):
+        said = f"held whole (biases, modules_to_save, tokens), and no part of these figures: {', '.join(whole[:4])}"
+        yield Finding("note", "whole", said + (f" and {len(whole) - 4} more" if len(whole) > 4 else ""))
     yield from (Finding("error", "rank-mismatch", said) for said in unresolved(files).values())
     yield from _vllm(files)
     yield from _gguf(files, updates)

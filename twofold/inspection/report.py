@@ -12,7 +12,7 @@ from torch import Tensor
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.updates import updates_of
 from twofold.inspection.against_base import BesideBase
-from twofold.inspection.lint import Finding, lint_config, lint_update
+from twofold.inspection.lint import Finding, lint_config, lint_update, lint_values
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.spectra import effective_rank, energy_rank, singular_values, stable_rank
 from twofold.tensorfile import nonfinite
@@ -102,7 +102,7 @@ def report_adapter(
     """
     updates = updates_of(files)
     broken = [name for name, update in updates.items() if nonfinite({"A": update.A, "B": update.B})]
-    findings = [*found, *(Finding("error", "not-finite", f"'{name}' holds NaN or infinity") for name in broken)]
+    findings = [*found, *lint_values(files)]
     reports = []
     for name, update in updates.items():
         if name not in broken:

@@ -10,22 +10,28 @@ from torch import Tensor, nn
 
 from twofold import atomic
 from twofold.adapter.attach import adapter_layers
+from twofold.base.stored import copy_others
 from twofold.errors import ConfigError
 from twofold.layers.protocol import AdapterLayer
 from twofold.layers.quantised import packed_as
 
 
-def write_merged(model: Any, tokenizer: Any, output: Path, *, chat_template: str | None = None) -> Path:
+def write_merged(
+    model: Any, tokenizer: Any, output: Path, *, chat_template: str | None = None, source: Path | None = None
+) -> Path:
     """Write the model with its active adapters folded in; the model and the tokenizer are left as they are.
 
     Sums are made in float32 and rounded once to the base's type. Where an update lands on one of two tied weights, the
     tie is cut and both are written, so that the other one keeps its values.
 
+    Args:
+        source: the base's folder, whose files besides weights, config and tokenizer go along.
+
     Raises:
         ConfigError: no adapter is active.
         RunError: the output exists or cannot be written.
     """
-    return write_state(model, tokenizer, output, merged_state(model), chat_template=chat_template)
+    return write_state(model, tokenizer, output, merged_state(model), chat_template=chat_template, source=source)
 
 
 def write_state(
@@ -35,6 +41,7 @@ def write_state(
     state: dict[str, Tensor],
     *,
     chat_template: str | None = None,
+    source: Path | None = None,
     replace: bool = False,
 ) -> Path:
     """Write these tensors as the model's, with its config and the tokenizer; with `replace`, over what is there."""
@@ -45,6 +52,8 @@ def write_state(
         tokenizer.chat_template = template_before if chat_template is None else chat_template
         model.config.tie_word_embeddings = tied_before and not untied
         with atomic.new_folder(output, replace=replace) as folder:
+            if source is not None:
+                copy_others(source, folder)
             model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
             usual = (folder / "config.json").stat().st_mode

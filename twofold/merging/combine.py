@@ -8,9 +8,8 @@ the weights of the adapters that hold a tensor do not add up to 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,18 +18,15 @@ from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.keys import PREFIX
 from twofold.adapter.names import matcher, tails
-from twofold.adapter.peft_config import PAST_TENSORS, names_in_full, with_changes
+from twofold.adapter.peft_config import names_in_full, with_changes
 from twofold.adapter.plain import plain_config, plain_tensors, ranks_of
-from twofold.adapter.updates import PARTNERS, Pair, factors, has_groups, low_rank, pairs_of
+from twofold.adapter.updates import Pair, factors, has_groups, low_rank, pairs_of
+from twofold.adapter.whole import TOKENS, ReadBase, parents, unknown_said, whole_names
 from twofold.errors import ConfigError
 from twofold.events import Emit, Progress
 from twofold.lowrank.algebra import Reduced
 from twofold.lowrank.factors import LowRank
 from twofold.merging.methods import Combination, Weighted, problems_of, reduced_by
-
-ReadBase: TypeAlias = Callable[[str], Tensor]
-"""From a parameter's name in the model to its values."""
-TOKENS = "token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True)
@@ -119,6 +115,11 @@ def check(given: Sequence[Weighed], how: Combination, base: ReadBase | None) -> 
         problems.append(f"'{how.method}' keeps every rank and takes none; 'svd' is the best of rank {how.r}")
     if how.density != 1 and how.method in ("cat", "svd", "linear"):
         problems.append(f"'{how.method}' keeps every entry and takes no density; ties, dare and magnitude_prune do")
+    problems += [
+        f"the weight of {one.files.path} is {one.weight}, but must be a finite number"
+        for one in given
+        if not math.isfinite(one.weight)
+    ]
     for one in given:
         problems += _inseparable(one.files)
     problems = problems or [*_clashes(given)]
@@ -137,19 +138,10 @@ def _inseparable(files: AdapterFiles) -> Iterator[str]:
         groups = [pair.name for pair in pairs_of(files) if has_groups(files, pair)]
         if groups:
             yield f"'{groups[0]}' is a convolution with groups, whose update is no one product of two factors"
+    if unknown := unknown_said(files):
+        yield unknown
     if not any(True for _ in pairs_of(files)):
         yield f"{files.path} holds no factors, so there is nothing to combine"
-    if strange := [f"{m}.{s}" for m, s in sorted(_whole_names(files)) if not _accounted_for(files.config, m, s)]:
-        more = f" and {len(strange) - 1} more tensors" if len(strange) > 1 else ""
-        yield f"{files.path} holds '{strange[0]}'{more}, of which its config says nothing"
-
-
-def _accounted_for(config: LoraConfig, module: str, suffix: str) -> bool:
-    """Whether a config says that a tensor besides factors is there."""
-    if suffix == TOKENS:
-        return bool(config.trainable_token_indices)
-    saved = matcher(config.modules_to_save or ())
-    return any(map(saved, _parents(module))) or (config.bias != "none" and suffix.endswith("bias"))
 
 
 def _clashes(given: Sequence[Weighed]) -> Iterator[str]:
@@ -171,7 +163,7 @@ def _clashes(given: Sequence[Weighed]) -> Iterator[str]:
         yield f"'{beyond[0]}' is no linear layer, so it cannot go with the biases of B that another adapter has (lora_bias)"
     yield from _claimed_twice(given)
     if len({c.bias for c in configs}) > 1 or (
-        configs[0].bias != "none" and len({_whole_names(o.files) for o in given}) > 1
+        configs[0].bias != "none" and len({whole_names(o.files) for o in given}) > 1
     ):
         yield f"they train different biases (bias {', '.join(sorted({c.bias for c in configs}))}), and only equal ones add up"
     if len({str(c.trainable_token_indices) for c in configs if c.trainable_token_indices}) > 1:
@@ -183,11 +175,11 @@ def _claimed_twice(given: Sequence[Weighed]) -> Iterator[str]:
     saved = matcher([entry for one in given for entry in one.files.config.modules_to_save or ()])
     held, factored = _whole(given), {p.module for p in pairs_in(given)}
     tokens = {module for module, suffix in held if suffix == TOKENS}
-    if twice := sorted(m for m in factored if any(map(saved, _parents(m)))):
+    if twice := sorted(m for m in factored if any(map(saved, parents(m)))):
         yield f"'{twice[0]}' has factors in one adapter and is trained whole by another (modules_to_save)"
     if twice := sorted(tokens & factored):
         yield f"'{twice[0]}' has factors in one adapter and tokens of its own in another (trainable_token_indices)"
-    if twice := sorted(m for m in tokens if any(map(saved, _parents(m)))):
+    if twice := sorted(m for m in tokens if any(map(saved, parents(m)))):
         yield f"'{twice[0]}' is trained whole by one adapter (modules_to_save), and in single tokens by another"
     for (module, suffix), holders in held.items():
         found = dict.fromkeys(_held(one.files, module, suffix).shape for one in holders)
@@ -210,12 +202,6 @@ def _size(shape: torch.Size) -> str:
     return " x ".join(map(str, shape))
 
 
-def _parents(module: str) -> list[str]:
-    """The name and those of the modules around it."""
-    parts = module.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
 def _lacking(given: Sequence[Weighed]) -> Iterator[str]:
     """Whole values whose sum needs the base's, which is not at hand."""
     needed = sorted({module for (module, _), holders in _whole(given).items() if not _sums_to_one(holders)})
@@ -228,53 +214,25 @@ def _lacking(given: Sequence[Weighed]) -> Iterator[str]:
 
 
 def _misfits(given: Sequence[Weighed], base: ReadBase) -> Iterator[str]:
-    """What adapters hold whole that is not of the base's shape, or a copy of the base that is none."""
+    """What adapters hold whole that is not of the base's shape."""
     for (module, suffix), holders in _whole(given).items():
         theirs = _held(holders[0].files, module, suffix).shape
         if not _sums_to_one(holders) and theirs != (ours := _own(base, holders[0].files, module, suffix).shape):
             yield f"'{module}.{suffix}' is {_size(theirs)}, but {_size(ours)} by the base: it is not the adapters' own"
-    for one in given:
-        for module, suffix in _copies(one.files):
-            copy, own = _held(one.files, module, suffix), base(f"{module}.weight")
-            if copy.shape != own.shape or not torch.equal(copy.to(own), own):
-                yield (
-                    f"{one.files.path} holds another '{module}' than the base (base_layer.weight), as a resized one is; name "
-                    "the base that it was trained on"
-                )
 
 
 # ---------------------------------------------------------------------------------------------- what is not factors
-
-
-def copies_of_the_base(given: Iterable[Weighed]) -> list[str]:
-    """The modules of which adapters hold the base's own weight, as PEFT saves an embedding or a head that has factors."""
-    return sorted({module for one in given for module, _ in _copies(one.files)})
-
-
-def _copies(files: AdapterFiles) -> list[tuple[str, str]]:
-    return [(m, s) for m, suffixes in files.modules().items() for s in suffixes if s.endswith("base_layer.weight")]
 
 
 def _held(files: AdapterFiles, module: str, suffix: str) -> Tensor:
     return files.tensors.read(files.modules()[module][suffix])
 
 
-def _whole_names(files: AdapterFiles) -> frozenset[tuple[str, str]]:
-    """Module and suffix of what an adapter holds whole; copies of the base's own embedding (PEFT) say nothing new."""
-    told = {*PARTNERS, *PAST_TENSORS, "lora_B.bias", "base_layer.weight"}
-    return frozenset(
-        (module, suffix)
-        for module, keys in files.modules().items()
-        for suffix in keys
-        if not told.intersection(tails(suffix))
-    )
-
-
 def _whole(given: Sequence[Weighed]) -> dict[tuple[str, str], list[Weighed]]:
     """The adapters that hold a whole tensor, by module and suffix."""
     found: dict[tuple[str, str], list[Weighed]] = {}
     for one in given:
-        for name in sorted(_whole_names(one.files)):
+        for name in sorted(whole_names(one.files)):
             found.setdefault(name, []).append(one)
     return found
 
@@ -326,6 +284,7 @@ def _common_config(given: Sequence[Weighed], modules: list[str]) -> LoraConfig:
         configs[0],
         **_targets(configs, modules),
         lora_dropout=configs[0].lora_dropout if len({c.lora_dropout for c in configs}) == 1 else 0.0,
+        init_lora_weights=True,
         lora_bias=any(c.lora_bias for c in configs),
         modules_to_save=saved or None,
         target_parameters=parameters or None,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from twofold import atomic
-from twofold.base.stored import INDEX, Piece, StoredBase, places_in_model
+from twofold.base.stored import INDEX, Piece, StoredBase, copy_others, places_in_model
 from twofold.errors import ConfigError
 from twofold.events import Emit, Progress, silent
 from twofold.layers.experts import LoraParameters
@@ -67,7 +67,6 @@ class Formed:
     def of(self, layer: AdapterLayer, name: str, stored: Tensor) -> Tensor:
         """One tensor of a layer, merged; what is in the files if the layer leaves it as it is."""
         if type(layer) is LoraLinear and name == "weight":
-            layer.folded_bias()
             return layer.fold(self.memory(stored))
         if type(layer) is LoraLinear:
             return stored if (bias := layer.folded_bias()) is None else bias
@@ -139,7 +138,7 @@ def plan_replay(model: Any, base: StoredBase) -> Replay:
 
     Raises:
         NotStreamed: the model is in another type than the files, or a changed tensor is joined or split on loading.
-        ConfigError: no adapter is active, or the base is packed.
+        ConfigError: no adapter is active, the base is packed, or a bias of B has no bias of the base to go into.
     """
     check_mergeable(model)
     parameters, by_name = _bare(model)
@@ -155,6 +154,8 @@ def plan_replay(model: Any, base: StoredBase) -> Replay:
         if not found:
             raise NotStreamed(f"'{name}' has no tensor of its own in the base's files: it is fused or split on loading")
         replay.changed |= found
+        if isinstance(change.layer, LoraLinear):
+            change.layer.folded_bias()
     _plan_ties(model, replay, parameters, places.alone, by_name)
     return replay
 
@@ -298,9 +299,7 @@ def _header(replay: Replay, shard: str) -> bytes:
 
 
 def _write_others(replay: Replay, folder: Path) -> None:
-    for inner in replay.base.others():
-        (folder / inner).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(replay.base.folder / inner, folder / inner)
+    copy_others(replay.base.folder, folder)
     if replay.base.index is not None:
         shutil.copyfile(replay.base.folder / INDEX, folder / INDEX)
         if replay.added:
@@ -312,9 +311,10 @@ def _write_others(replay: Replay, folder: Path) -> None:
 
 def _index(replay: Replay, index: dict[str, Any]) -> dict[str, Any]:
     where = {key: index["weight_map"][twin] for key, twin in replay.added.items()}
-    size = sum(replay.base.read(twin).nbytes for twin in replay.added.values())
+    twins = [replay.base.read(twin) for twin in replay.added.values()]
+    more = {"total_size": sum(t.nbytes for t in twins), "total_parameters": sum(t.numel() for t in twins)}
     metadata = dict(index.get("metadata") or {})
-    metadata |= {"total_size": metadata["total_size"] + size} if "total_size" in metadata else {}
+    metadata |= {key: metadata[key] + value for key, value in more.items() if key in metadata}
     return {**index, "metadata": metadata, "weight_map": {**index["weight_map"], **where}}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.updates import Pair, has_groups, low_rank, pairs_of
+from twofold.adapter.whole import unknown_said
 from twofold.errors import ConfigError
 from twofold.events import Emit, Progress
 from twofold.lowrank.algebra import decomposed
@@ -40,7 +41,7 @@ class Size:
             raise ConfigError(f"the rank is {self.r}, but must be at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ConfigError(f"energy is {self.energy}, but must be above 0 and at most 1, as in 0.99")
-        if self.ratio is not None and self.ratio < 1:
+        if self.ratio is not None and not self.ratio >= 1:
             raise ConfigError(f"ratio is {self.ratio}, but must be at least 1")
 
     def rank(self, values: Tensor) -> int:
@@ -89,5 +90,7 @@ def _check(files: AdapterFiles, pairs: list[Pair]) -> None:
     grouped = [pair.name for pair in pairs if has_groups(files, pair)]
     if grouped:
         raise ConfigError(f"'{grouped[0]}' is a convolution with groups, whose update is no one product of two factors")
+    if unknown := unknown_said(files):
+        raise ConfigError(unknown)
     if not pairs:
         raise ConfigError(f"{files.path} holds no factors, so there is nothing to resize")

@@ -78,6 +78,7 @@ def write_comparison(path: Path, names: tuple[str, str], found: Comparison) -> N
             for m in alike
         ],
         hidden=len(found.modules) - len(alike),
+        whole=found.whole,
         only=[(which, only) for which, only in zip(names, (found.only_first, found.only_second), strict=True) if only],
         config=Table("Settings that differ", ["Setting", *names], differing) if differing else None,
     )

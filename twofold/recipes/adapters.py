@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from twofold.adapter.attach import activate
-from twofold.adapter.files import AdapterFiles, load_adapter, open_adapter, opened_folder
+from twofold.adapter.files import AdapterFiles, load_adapter, opened_folder
 from twofold.adapter.foreign import foreign_file
+from twofold.adapter.keys import PREFIX
+from twofold.adapter.updates import open_updates
 from twofold.base.fingerprint import Fingerprint, check_same_base
-from twofold.base.head import Head
+from twofold.base.head import CLASSES, Head
 from twofold.base.load import Base, Precision, load_base, renderer_for
 from twofold.base.mapped import NotMapped, map_base
 from twofold.config import build
-from twofold.errors import ConfigError
+from twofold.errors import AdapterFileError, ConfigError
 from twofold.events import Emit, Message, Warned, silent
 from twofold.quant import Scheme
 
@@ -23,15 +26,31 @@ def parse_adapter(reference: str) -> tuple[Path, float]:
     """`DIR` or `DIR:scale`.
 
     Raises:
-        ConfigError: the scale is no number.
+        ConfigError: the scale is no finite number.
     """
     folder, colon, scale = reference.rpartition(":")
     if not colon or Path(reference).is_dir():
         return Path(reference), 1.0
     try:
-        return Path(folder), float(scale)
-    except ValueError as error:
-        raise ConfigError(f"'{reference}': the part after ':' must be a number, as in my-adapter:0.5") from error
+        found = float(scale)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise ConfigError(f"'{reference}': the part after ':' must be a finite number, as in my-adapter:0.5")
+    return Path(folder), found
+
+
+def open_finite(path: Path) -> AdapterFiles:
+    """An adapter whose tensors are to be computed with: none holds NaN or infinity.
+
+    Raises:
+        AdapterFileError: as `open_updates`, or one does.
+    """
+    files = open_updates(path)
+    if broken := [key.removeprefix(PREFIX) for key in files.tensors.nonfinite()]:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise AdapterFileError(f"{path}: '{broken[0]}'{more} holds NaN or infinity; train the adapter again")
+    return files
 
 
 def load_with_adapters(
@@ -124,17 +143,24 @@ def recorded_head(folders: list[Path]) -> Head:
         AdapterFileError: there is none, or it cannot be read; this is told before a base is loaded.
         ConfigError: they were trained for different tasks, or classes.
     """
-    files = [opened_folder(folder) for folder in folders if not foreign_file(folder)]
-    found = {_head(f) for f in files if f.provenance}
+    found = {_head(f) for f in _folders(folders) if f.provenance}
     if len(found) > 1:
         said = " and ".join(sorted(f"{h.task} {list(h.labels) or ''}".strip() for h in found))
         raise ConfigError(f"these adapters were trained for {said} and cannot go on one base; use them one at a time")
     return next(iter(found), Head())
 
 
+def _folders(adapters: Iterable[Path]) -> list[AdapterFiles]:
+    """Those that are folders; a lone file says nothing of its training."""
+    return [opened_folder(folder) for folder in adapters if not foreign_file(folder)]
+
+
 def _head(files: AdapterFiles) -> Head:
     training = files.provenance.training if files.provenance else {}
-    return Head(task=training.get("task", "causal-lm"), labels=tuple(training.get("labels", ())))
+    task = training.get("task", "causal-lm")
+    if task not in CLASSES:
+        raise AdapterFileError(f"{files.path} was trained for the task '{task}', which is none of {', '.join(CLASSES)}")
+    return Head(task=task, labels=tuple(training.get("labels", ())))
 
 
 def trained_over(adapters: list[str]) -> Scheme | None:
@@ -143,7 +169,7 @@ def trained_over(adapters: list[str]) -> Scheme | None:
     Raises:
         ConfigError: they were trained over differently packed bases.
     """
-    found = {_recorded_scheme(open_adapter(parse_adapter(a)[0])) for a in adapters}
+    found = {_recorded_scheme(files) for files in _folders(parse_adapter(a)[0] for a in adapters)}
     if len(found) > 1:
         raise ConfigError(
             f"these adapters were trained over bases packed differently ({', '.join(str(s or 'not at all') for s in found)}); say "

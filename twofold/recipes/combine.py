@@ -11,16 +11,17 @@ import torch
 
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.plain import PlainAdapter
-from twofold.adapter.updates import Pair, open_updates
+from twofold.adapter.updates import Pair
+from twofold.adapter.whole import ReadBase
 from twofold.base.streamed import open_streamed
 from twofold.errors import RunError
 from twofold.events import Emit, Warned, silent
 from twofold.lowrank.factors import LowRank
-from twofold.merging.combine import ReadBase, Weighed, check, copies_of_the_base, put_together, reduced_updates
+from twofold.merging.combine import Weighed, check, put_together, reduced_updates
 from twofold.merging.methods import Combination
 from twofold.merging.preview import PlaceSummary, summary, total_lost
-from twofold.recipes.adapters import check_base, recorded_head
-from twofold.recipes.provenance import common_kept, common_provenance, digest
+from twofold.recipes.adapters import check_base, open_finite, recorded_head
+from twofold.recipes.provenance import common_kept, common_provenance, compare_copies, digest
 
 
 def combine(
@@ -44,8 +45,8 @@ def combine(
             `dare_ties`, `magnitude_prune`.
         r: rank of what comes out, for the methods that bring it down; the largest of the adapters' if not given.
         density: share of the entries that ties, dare and pruning keep.
-        base: that the adapters were trained on, which is checked; needed only where they hold biases or whole modules and their
-            weights do not add up to 1.
+        base: that the adapters were trained on, which is checked, as are copies of its weights in them; needed only where they
+            hold biases or whole modules and their weights do not add up to 1.
         allow_foreign_base: take adapters of other bases than this one, or than one another's.
         seed: of dare's draws.
 
@@ -54,7 +55,7 @@ def combine(
 
     Raises:
         ConfigError: what cannot be combined, all of it in one message.
-        AdapterFileError: a folder is damaged or not understood.
+        AdapterFileError: a folder is damaged or not understood, or holds NaN or infinity, or other weights than the base.
         ForeignBaseError: they were trained on different bases, or not on the one that is named.
         BaseError: that cannot be read, or lacks what is needed of it.
         RunError: the output exists or cannot be written.
@@ -62,13 +63,12 @@ def combine(
     if output is not None and Path(output).exists():
         raise RunError(f"{output} exists already; choose another output or remove it first")
     started = time.perf_counter()
-    given = [Weighed(open_updates(Path(path)), weight) for path, weight in adapters.items()]
+    given = [Weighed(open_finite(Path(path)), weight) for path, weight in adapters.items()]
     how = Combination(method, r, density)
     files = [one.files for one in given]
     read = None if base is None else _reader(base, files, emit, allow_foreign=allow_foreign_base)
     check(given, how, read)
-    if read is None and (copied := copies_of_the_base(given)):
-        emit(Warned(text=f"left out as the base's own, though only --base could tell: {', '.join(copied)}"))
+    compare_copies(files, read, emit)
     recorded_head([f.path for f in files])
     kept = common_kept(files, emit)
     provenance = common_provenance(files, _made(given, how, seed), emit, allow_foreign=allow_foreign_base)

@@ -57,7 +57,7 @@ def export_adapter(
     """
     files = open_updates(adapter)
     if to != "vllm":
-        _check_output(output)
+        _check_output(output, to)
     elif output is not None:
         raise ConfigError("vLLM reads an adapter's folder as it is, so nothing is written for it; leave out --output")
     if base_gguf is not None and to != "gguf":
@@ -74,22 +74,24 @@ def export_adapter(
     told: dict[str, Any] = {"format": to, "modules": len(updates), "r": max(update.rank for update in updates.values())}
     name = base or files.base_name or reference
     if output is None:
-        return told | {"command": vllm_command(files, updates, name, adapter.name)}
+        return told | {"command": vllm_command(files, updates, name, adapter.resolve().name)}
     told |= {"output": str(output)}
     if to == "mlx":
         return told | {"largest_difference": write_mlx(updates, model.config.num_hidden_layers, output)}
-    difference = write_gguf_adapter(updates, Layout.of(model.config), output, adapter.name)
-    told |= {"largest_difference": difference} | _base_beside(reference, base_gguf, emit)
+    told |= _base_beside(reference, base_gguf, emit)
+    difference = write_gguf_adapter(updates, Layout.of(model.config), output, adapter.resolve().name)
+    told |= {"largest_difference": difference}
     modelfile = output.with_suffix(".Modelfile")
     atomic.write_text(modelfile, _modelfile(name, output, base_gguf or _named(name)))
     return told | {"modelfile": str(modelfile), "modelfile_is_whole": (base_gguf or _named(name)) is not None}
 
 
-def _check_output(output: Path | None) -> None:
+def _check_output(output: Path | None, to: Format) -> None:
     if output is None:
         raise ConfigError("--output is missing: where to write; see twofold export --help")
-    if output.exists():
-        raise RunError(f"{output} exists already; choose another output or remove it first")
+    for path in (output, output.with_suffix(".Modelfile")) if to.startswith("gguf") else (output,):
+        if path.exists():
+            raise RunError(f"{path} exists already; choose another output or remove it first")
 
 
 def _base_of(files: AdapterFiles, given: str | None) -> str:

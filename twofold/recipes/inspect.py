@@ -7,7 +7,6 @@ from pathlib import Path
 
 from twofold.adapter.files import AdapterFiles, open_adapter
 from twofold.adapter.shapes import module_shapes
-from twofold.adapter.updates import open_updates
 from twofold.base.fingerprint import check_same_base
 from twofold.base.streamed import StreamedBase, open_streamed
 from twofold.errors import ConfigError, ForeignBaseError
@@ -18,6 +17,7 @@ from twofold.inspection.lint import Finding
 from twofold.inspection.report import AdapterReport, report_adapter
 from twofold.lowrank.intruders import intruders as intruders_in_few_passes
 from twofold.lowrank.intruders import intruders_exactly
+from twofold.recipes.adapters import open_finite
 
 DIRECTIONS = 10
 """How many of the largest directions of a changed weight are looked at for intruders (arXiv 2410.21228)."""
@@ -74,7 +74,7 @@ def compare(first: Path | str, second: Path | str) -> Comparison:
     """How alike the updates of two adapter folders are.
 
     Raises:
-        AdapterFileError: a folder is damaged or not understood.
+        AdapterFileError: a folder is damaged or not understood, or holds NaN or infinity.
         ConfigError: they have no module in common, or of other shapes.
     """
-    return compare_adapters(open_updates(Path(first)), open_updates(Path(second)))
+    return compare_adapters(open_finite(Path(first)), open_finite(Path(second)))

@@ -16,7 +16,7 @@ from twofold.base.batch import Example
 from twofold.base.head import head_of, task_of
 from twofold.base.load import Base, Precision, load_base
 from twofold.base.mapped import NotMapped
-from twofold.base.stored import open_stored
+from twofold.base.stored import folder_of, left_behind, open_stored
 from twofold.errors import BaseError, ConfigError, RunError
 from twofold.events import Emit, Message, silent, working
 from twofold.functional.widen import move_buffers
@@ -78,7 +78,7 @@ def merge_from_disk(asked: Asked, output: Path, emit: Emit = silent, *, verify: 
         except (NotStreamed, NotMapped) as reason:
             emit(Message(text=f"merging in memory, through transformers: {reason}"))
             loaded = asked.load(emit)
-            _write_from_memory(loaded, output)
+            _write_from_memory(loaded, output, emit)
     ended = time.perf_counter()
     told = _told(output, ended - started, checked_device("cpu")) | {"writing_seconds": ended - writing}
     if not verify:
@@ -133,20 +133,39 @@ def write(base: Base, output: Path, emit: Emit = silent) -> None:
         _stream(base, output, emit)
     except (NotStreamed, BaseError) as reason:
         emit(Message(text=f"merging in memory, through transformers: {reason}"))
-        _write_from_memory(base, output)
+        _write_from_memory(base, output, emit)
 
 
 def _stream(base: Base, output: Path, emit: Emit) -> None:
     template = base.renderer.template
     changed = template if template != base.tokenizer.chat_template else None
-    replay = plan_replay(base.model, open_stored(base.reference))
+    stored = open_stored(base.reference)
+    replay = plan_replay(base.model, stored)
+    _check_outside(stored.folder, output)
     if changed is not None:
         emit(Message(text="the merged folder gets the chat template that the adapter was trained with"))
     write_replay(replay, output, chat_template=changed, emit=emit)
+    _tell_left_behind(stored.folder, emit)
 
 
-def _write_from_memory(base: Base, output: Path) -> None:
-    write_merged(base.model, base.tokenizer, output, chat_template=base.renderer.template)
+def _write_from_memory(base: Base, output: Path, emit: Emit) -> None:
+    source = folder_of(base.reference)
+    _check_outside(source, output)
+    write_merged(base.model, base.tokenizer, output, chat_template=base.renderer.template, source=source)
+    _tell_left_behind(source, emit)
+
+
+def _check_outside(source: Path, output: Path) -> None:
+    if output.resolve().is_relative_to(source.resolve()):
+        raise RunError(
+            f"{output} lies inside the base's own folder, all of which goes along; choose an output outside of it"
+        )
+
+
+def _tell_left_behind(source: Path, emit: Emit) -> None:
+    if left := left_behind(source):
+        more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+        emit(Message(text=f"left behind in {source}, being other weights or links: {', '.join(left[:4])}{more}"))
 
 
 def check_merged(base: Base, folder: Path, emit: Emit = silent) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from twofold.adapter.files import TENSORS, AdapterFiles, Provenance
 from twofold.adapter.plain import Kept, kept_of
+from twofold.adapter.whole import ReadBase, check_copies, copied_modules
 from twofold.base.fingerprint import Fingerprint, check_same_base
 from twofold.config import build
 from twofold.errors import ConfigError
@@ -45,10 +46,23 @@ def common_kept(sources: Sequence[AdapterFiles], emit: Emit) -> Kept:
     names = sorted({k.base_name for k in found if k.base_name})
     if len(names) > 1:
         emit(Warned(text=f"these adapters call their base differently: {', '.join(names)}"))
-    if len({k.fan_in_fan_out for k in found}) > 1:
-        raise ConfigError("these adapters were trained on different kinds of bases (fan_in_fan_out differs)")
     first = next((k for k in found if k.base_name), found[0])
-    return replace(first, task=next((k.task for k in found if k.task), None))
+    task = next((k.task for k in found if k.task), None)
+    return replace(first, task=task, fan_in_fan_out=any(k.fan_in_fan_out for k in found))
+
+
+def compare_copies(sources: Sequence[AdapterFiles], base: ReadBase | None, emit: Emit) -> None:
+    """Compare what adapters hold of the base's own weights with it; without one, say that this was not done.
+
+    Raises:
+        AdapterFileError: they differ.
+    """
+    for source in sources:
+        if base is not None:
+            check_copies(source, base)
+        elif copied := copied_modules(source):
+            said = f"{source.path} holds a copy of the base's '{copied[0]}', which is left out and was not compared with the base"
+            emit(Warned(text=said))
 
 
 def digest(files: AdapterFiles) -> str:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from twofold.adapter.plain import PlainAdapter
-from twofold.adapter.updates import open_updates
 from twofold.errors import RunError
 from twofold.events import Emit, Warned, silent
 from twofold.merging.combine import Weighed, put_together
 from twofold.merging.preview import share_lost
 from twofold.merging.resize import Resized, Size, resized_updates
-from twofold.recipes.provenance import common_kept, common_provenance, digest
+from twofold.recipes.adapters import open_finite
+from twofold.recipes.provenance import common_kept, common_provenance, compare_copies, digest
 
 
 def resize(adapter: str | Path, output: str | Path, size: Size, emit: Emit = silent) -> dict[str, Any]:
@@ -24,15 +24,16 @@ def resize(adapter: str | Path, output: str | Path, size: Size, emit: Emit = sil
 
     Raises:
         ConfigError: its factors are no plain matrices.
-        AdapterFileError: the folder is damaged or not understood.
+        AdapterFileError: the folder is damaged or not understood, or holds NaN or infinity.
         RunError: the output exists or cannot be written.
     """
     if Path(output).exists():
         raise RunError(f"{output} exists already; choose another output or remove it first")
     started = time.perf_counter()
-    files = open_updates(Path(adapter))
+    files = open_finite(Path(adapter))
     if files.config.use_dora:
         emit(Warned(text="this is DoRA: the loss that is told is that of B·A alone, the lengths of the rows are kept"))
+    compare_copies([files], None, emit)
     found = list(resized_updates(files, size, emit))
     tensors, config = put_together([Weighed(files, 1.0)], {pair: update for pair, update, _ in found}, None)
     made = {"resized": {"from": files.path.name, "sha256": digest(files), **_said(size)}}

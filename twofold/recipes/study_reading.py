@@ -187,12 +187,8 @@ def _learned_and_forgotten(rows: Sequence[Row], before: Mapping[str, float]) -> 
 def _edges(study: Study, found: Sequence[Outcome]) -> str:
     """Which arms might do better at rates that were not tried."""
     ends = {arm.name: (min(arm.rates), max(arm.rates)) for arm in study.arms if len(arm.rates) > 1}
-    at_end = [o.arm for o in found if o.rate in ends.get(o.arm, ())]
-    return (
-        f" Best at the lowest or highest rate tried, so that another may be better: {', '.join(at_end)}."
-        if at_end
-        else ""
-    )
+    at_end = ", ".join(o.arm for o in found if o.rate in ends.get(o.arm, ()))
+    return f" Best at the lowest or highest rate tried, so that another may be better: {at_end}." if at_end else ""
 
 
 def _by_rate(study: Study, rows: Rows) -> dict[str, str]:

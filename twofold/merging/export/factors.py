@@ -73,9 +73,14 @@ def with_scale(update: LowRank, scale: float) -> torch.Tensor:
 
 
 def commonest_scale(updates: Mapping[str, LowRank]) -> float:
-    """The scale that most modules have, so that few factors change."""
-    scales = [update.scale for update in updates.values()]
-    return max(scales, key=scales.count)
+    """The scale that most modules have, so that few factors change; one of zero is folded into B, which divides by the others."""
+    return commonest([update.scale for update in updates.values()])
+
+
+def commonest(values: Sequence[float]) -> float:
+    """Of those that are not zero; 1 if all are."""
+    found = [value for value in values if value] or [1.0]
+    return max(found, key=found.count)
 
 
 def largest_rank(config: LoraConfig) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from twofold import atomic
 from twofold.errors import ConfigError
 from twofold.lowrank.factors import LowRank
-from twofold.merging.export.factors import prove, with_scale
+from twofold.merging.export.factors import commonest, prove, with_scale
 from twofold.merging.export.gguf_layout import Layout, as_tensor
 
 
@@ -27,8 +27,7 @@ def write_gguf_adapter(updates: Mapping[str, LowRank], layout: Layout, path: Pat
         RunError: the file cannot be written.
         ProofError: what was read back is something else.
     """
-    alphas = [update.scale * update.rank for update in updates.values()]
-    alpha = max(alphas, key=alphas.count)
+    alpha = commonest([update.scale * update.rank for update in updates.values()])
     if path.suffix != ".gguf":
         raise ConfigError(f"{path} should be a file that ends in .gguf")
     tensors: dict[str, Tensor] = {}

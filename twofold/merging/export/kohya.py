@@ -82,7 +82,10 @@ def _modules(files: AdapterFiles) -> dict[str, tuple[Tensor, Tensor, float]]:
         name = kohya_name(pair.name)
         if name in found:
             raise ConfigError(f"two modules would both be called '{name}' in kohya's layout, which has no dots")
-        found[name] = (*factors(files, pair), resolve(files.config, pair.module).scale)
+        (down, up), scale = factors(files, pair), resolve(files.config, pair.module).scale
+        found[name] = (
+            (down, up, scale) if scale else (down, torch.zeros_like(up), 1.0)
+        )  # readers take an alpha of 0 for r
     return found
 
 
