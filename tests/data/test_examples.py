@@ -11,7 +11,7 @@ from tiny_base import chats, pairs, tokenizer, write_jsonl
 from twofold.base.batch import Example
 from twofold.base.chat import ALPACA, Renderer
 from twofold.data.examples import DataConfig, Examples, load_examples
-from twofold.errors import DataError
+from twofold.errors import ConfigError, DataError
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -95,6 +95,12 @@ def test_over_long_examples_are_dropped_cut_or_refused_and_counted(chatty: Rende
     assert cut.report.lost_supervised_tokens == 2 * 2  # the line break after the end token is not supervised
     with pytest.raises(DataError, match=r"2 examples of .* are over 60 tokens; raise data.max_length"):
         loaded(tmp_path, rows, chatty, max_length=60, too_long="refuse")
+
+
+@pytest.mark.parametrize("length", [-5, 0, 1])
+def test_a_limit_that_leaves_nothing_to_predict_is_refused(length: int) -> None:
+    with pytest.raises(ConfigError, match=f"max_length is {length} but must be at least 2"):
+        DataConfig(train="x.jsonl", max_length=length)
 
 
 def test_an_answer_cut_off_whole_leaves_nothing_to_learn(chatty: Renderer, tmp_path: Path) -> None:

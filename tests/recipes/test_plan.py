@@ -309,6 +309,8 @@ def test_what_cannot_be_planned_is_refused(llama_base: Path, tmp_path: Path) -> 
         planned(tmp_path)
     with pytest.raises(ConfigError, match="batch_size is 0"):
         PlanSettings(batch_size=0)
+    with pytest.raises(ConfigError, match=r"learning_rate is 0\.0 but must be above 0"):
+        PlanSettings(learning_rate=0.0)
     with pytest.raises(ConfigError, match="qlora"):
         PlanSettings(method="full", quantization="nf4")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from twofold.base.batch import Example
 from twofold.base.chat import ALPACA, Renderer
 from twofold.data.formats import Format, Source, Table, as_messages, instruction_text, read_table
-from twofold.errors import DataError
+from twofold.errors import ConfigError, DataError
 from twofold.events import Emit, Progress, silent
 
 
@@ -38,6 +38,12 @@ class DataConfig:
     system: str | None = None
     template: str | None = None
     streaming: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ConfigError(
+                f"max_length is {self.max_length} but must be at least 2: a token and the one that is predicted from it"
+            )
 
     def chat_template(self) -> str | None:
         """The text of the template file, if one is given."""
