@@ -26,7 +26,7 @@ def evaluate(base: Base, data: DataConfig, emit: Emit = silent) -> dict[str, Any
         UserError: the data is not of this task, or cannot be read.
     """
     task = TASKS[task_of(base.model)]
-    examples = task.examples(data.train, data, base, emit)
+    examples = task.examples(data.train, task.limited(data, base, emit), base, emit)
     return task.evaluated(held_out_loss(base, examples, emit), examples)
 
 
