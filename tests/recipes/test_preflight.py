@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_base import POSITIONS, write_jsonl
+from tiny_base import POSITIONS, pairs, write_jsonl
 from tiny_runs import Heard, load_report
 
 from twofold.data.examples import DataConfig
@@ -49,6 +49,17 @@ def test_settings_far_from_known_good_ones_are_named(
     found = foreseen(llama_base, train_file, adapter, learning_rate=rate).warnings
     assert len(found) == len(said)
     assert all(s in f for s, f in zip(said, found, strict=True))
+
+
+def test_states_are_remembered_on_the_fast_path_alone(llama_base: Path, gpt2_base: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": q, "completion": a} for q, a in pairs(8)])
+    fast, plain = (foreseen(b, data, {}, cache_frozen=True, learning_rate=2e-3) for b in (llama_base, gpt2_base))
+    assert (fast.remembered, fast.warnings) == (fast.train.tokens * 32 * 4, [])
+    assert plain.remembered == 0
+    (said,) = plain.warnings
+    assert said.startswith(
+        "training.cache_frozen has no effect: only the fast path remembers states, and GPT2LMHeadModel"
+    )
 
 
 def test_the_micro_batch_decides_the_memory_and_the_batch_the_time(llama_base: Path, train_file: Path) -> None:
