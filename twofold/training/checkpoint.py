@@ -32,6 +32,7 @@ class Progressed:
         step: optimiser steps done.
         best: the trained tensors at the lowest evaluation loss so far.
         stale: evaluations since then.
+        left_out: examples of all processes, so far, in which nothing could be learned.
     """
 
     step: int = 0
@@ -41,6 +42,7 @@ class Progressed:
     best_loss: float | None = None
     best_step: int | None = None
     stale: int = 0
+    left_out: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
 
 
