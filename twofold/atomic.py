@@ -48,7 +48,7 @@ def new_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        raise RunError(_cannot_write(path, error)) from error
+        raise RunError(cannot_write(path, error)) from error
     finally:
         _remove(temporary)
 
@@ -75,7 +75,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        raise RunError(_cannot_write(path, error)) from error
+        raise RunError(cannot_write(path, error)) from error
     except RunError as error:
         raise RunError(str(error).replace(str(temporary), str(path))) from error
     finally:
@@ -112,7 +112,7 @@ def resumed_folder(path: Path, job: str) -> Iterator[Path]:
             os.replace(temporary, path)
             sync(path.parent)
     except OSError as error:
-        raise RunError(_cannot_write(path, error)) from error
+        raise RunError(cannot_write(path, error)) from error
 
 
 @contextmanager
@@ -154,6 +154,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def _cannot_write(path: Path, error: OSError) -> str:
+def cannot_write(path: Path, error: OSError) -> str:
+    """What to say of a place that cannot be written."""
     reason = error.strerror or str(error)
     return f"cannot write {path}: {reason}; free space or choose another output folder"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from families import build_model
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
@@ -181,6 +182,21 @@ def test_a_trained_copy_is_float32_or_wider_and_never_the_base(dtype: torch.dtyp
     torch.testing.assert_close(layer(x), base(x) * 2)
     assert layer(x).dtype is dtype
     assert bool((base.weight == 1).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_copy_of_a_whole_attention_is_called_as_the_model_calls_it(dtype: torch.dtype) -> None:
+    """By keywords, with tuples in and out; its products are float32's, rounded once to the base's type."""
+    base = build_model("llama").model.layers[0].self_attn.to(dtype).requires_grad_(False)
+    layer, held = TrainedCopy.from_base(base), CopyShare(base)
+    layer.add("a", held)
+    held.weight_when_active = 1.0
+    x, turn = torch.randn(2, 5, 32).to(dtype), torch.randn(2, 5, 8).to(dtype)
+    y, _ = layer(hidden_states=x, position_embeddings=(turn, turn), attention_mask=None)
+    expected, _ = base.float()(
+        hidden_states=x.float(), position_embeddings=(turn.float(), turn.float()), attention_mask=None
+    )
+    assert torch.equal(y, expected.to(dtype))
 
 
 def test_a_trained_bias_shifts_the_output_by_its_change() -> None:

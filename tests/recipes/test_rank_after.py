@@ -23,21 +23,22 @@ pytest_plugins = ("tiny_fixtures",)
 def test_the_curve_is_that_of_adapters_written_at_each_rank(
     config: TrainConfig, cli: WarmCli, held_out_file: Path, tmp_path: Path
 ) -> None:
-    config = changed(replace(config, adapter=replace(config.adapter, r=6), verify=False), epochs=6)
-    adapter = train(config)["adapter"]
+    adapter = replace(config.adapter, r=6, lora_bias=True)
+    config = changed(replace(config, adapter=adapter, verify=False), epochs=6)
+    trained = train(config)["adapter"]
     flags = ("--base", config.base, "--dtype", "float32", "--device", "cpu", "--data", held_out_file, "--json")
-    found = cli("resize", adapter, "--tolerance", 0.05, "-o", tmp_path / "small", *flags).json()
+    found = cli("resize", trained, "--tolerance", 0.05, "-o", tmp_path / "small", *flags).json()
     assert list(map(int, found["losses"])) == [1, 2, 3, 4, 5, 6]
     assert found["losses"]["1"] > found["losses"]["6"]
     for r in (1, 3, 6):
-        resize(adapter, tmp_path / f"r{r}", Size(r=r))
+        resize(trained, tmp_path / f"r{r}", Size(r=r))
         asked = ("--adapter", tmp_path / f"r{r}", *flags)
         assert cli("eval", *asked).json()["loss"] == pytest.approx(found["losses"][str(r)], rel=1e-5)
     assert found["r"] == smallest({int(r): loss for r, loss in found["losses"].items()}, 0.05)
     assert open_adapter(tmp_path / "small").config.r == found["r"]
     assert load_with_adapters(config.base, [str(tmp_path / "small")], "float32", "cpu")
     assert (tmp_path / "small-ranks.svg").is_file()
-    assert "exists already" in cli("resize", adapter, "--tolerance", 0.05, "-o", tmp_path / "small", *flags).refusal()
+    assert "exists already" in cli("resize", trained, "--tolerance", 0.05, "-o", tmp_path / "small", *flags).refusal()
 
 
 def test_dora_is_refused(config: TrainConfig, cli: WarmCli, held_out_file: Path, tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ import yaml
 from tiny_runs import KILL_AT_STEP
 from warm_cli import Finished, WarmCli, cold
 
+from twofold.recipes.runs import RunFolder
+from twofold.training import checkpoint
+
 pytest_plugins = ("tiny_fixtures",)
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "twofold.json")
@@ -225,7 +228,8 @@ def stopped(cli: WarmCli, config: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """All but the lock, which says nothing once its process is gone."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 @pytest.mark.parametrize(
@@ -260,12 +264,35 @@ def test_a_finished_run_is_not_resumed(cli: WarmCli, config: Path, reference: Pa
     assert files(reference) == before
 
 
+def test_a_run_that_is_going_on_is_left_alone(cli: WarmCli, config: Path, stopped: Path, tmp_path: Path) -> None:
+    """Its events after the newest checkpoint are news, and what looks half-written is being written."""
+    run = shutil.copytree(stopped, tmp_path / "run")
+    (run / "checkpoints" / ".step-000009.partial").mkdir()
+    (run / "checkpoints" / ".step-000009.partial" / "state.json").write_text("{}")
+    with RunFolder(run).locked():
+        before = files(run)
+        said = cli("train", config, "--output", run, "--resume").refusal()
+        assert "another process is at work" in said
+        assert files(run) == before
+    resumed(cli, config, run)
+
+
 def test_a_run_folder_that_was_moved_can_be_resumed(
     cli: WarmCli, config: Path, stopped: Path, reference: Path, tmp_path: Path
 ) -> None:
     run = shutil.copytree(stopped, tmp_path / "moved")
     resumed(cli, config, run)
     assert_same(run, reference)
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_however_many_digits_these_have(tmp_path: Path) -> None:
+    steps = (999_998, 999_999, 1_000_000)
+    for step in steps:
+        checkpoint.folder_of(tmp_path, step).mkdir()
+        (checkpoint.folder_of(tmp_path, step) / "state.json").write_text("{}")
+    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 1_000_000)
+    checkpoint.prune(tmp_path, 2)
+    assert {checkpoint.step_of(p) for p in tmp_path.iterdir()} == {999_999, 1_000_000}
 
 
 ONE_MORE_THREAD = "import torch; torch.set_num_threads(torch.get_num_threads() + 1)"

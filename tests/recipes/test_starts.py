@@ -17,13 +17,15 @@ from twofold.base.batch import Example, pack
 from twofold.base.blocks import NotDescribed
 from twofold.base.load import load_base
 from twofold.errors import ConfigError
+from twofold.events import silent
 from twofold.layers.linear import LinearShare
 from twofold.lowrank.spectral_init import eva_ranks, loftq
 from twofold.quant import Scheme
 from twofold.recipes.proof import base_digest
 from twofold.recipes.settings import AdapterSettings, TrainConfig
 from twofold.recipes.starts import loftq_start, started
-from twofold.recipes.train import train
+from twofold.recipes.train import prepare, train
+from twofold.training.loop import train as run_job
 from twofold.training.objective import plain_objective
 
 pytest_plugins = ("tiny_fixtures",)
@@ -164,6 +166,27 @@ def test_a_training_with_a_start_from_data_goes_on_after_a_stop(config: TrainCon
     (run / "report.json").unlink()
     again = train(halved, resume=True)
     assert again["evaluation"]["adapter"] == undisturbed["evaluation"]["adapter"]
+
+
+@pytest.mark.parametrize("freeze_a", [False, True], ids=["whole", "frozen A"])
+@pytest.mark.parametrize("start", ["lora_ga", "pissa"])
+def test_a_training_goes_on_from_its_own_start_where_another_would_be_computed(
+    config: TrainConfig, start: str, freeze_a: bool
+) -> None:
+    """Decompositions are unique up to signs, which another machine or number of threads may choose otherwise."""
+    adapter = AdapterSettings(r=4, init_lora_weights=start, freeze_a=freeze_a)
+    halved = replace(config, adapter=adapter, training=replace(config.training, checkpoint_every=4, epochs=2))
+    _, _, whole = prepare(halved)
+    run_job(whole, silent)
+    base, _, resumed = prepare(halved)
+    with torch.no_grad():
+        for share in shares(base.model, "default").values():
+            for tensor in share.state_dict().values():
+                tensor.neg_()
+    run_job(resumed, silent, whole.checkpoints / "step-000004")
+    assert all(torch.equal(p, whole.parameters[n]) for n, p in resumed.parameters.items())
+    batch = whole.batches(0)[0]
+    assert torch.equal(resumed.objective(batch).loss_sum, whole.objective(batch).loss_sum)
 
 
 @pytest.mark.parametrize("which", ["llama_base", "gpt2_base"])

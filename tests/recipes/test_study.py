@@ -18,6 +18,7 @@ from twofold.base.load import load_base
 from twofold.data.examples import DataConfig
 from twofold.errors import ConfigError
 from twofold.events import silent
+from twofold.recipes import proving
 from twofold.recipes.intents import shares_right
 from twofold.recipes.materials import Ground
 from twofold.recipes.proving import nothing_changes
@@ -64,7 +65,9 @@ APART = pytest.param("costs-less", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", ["forgets-less", APART, "rate-by-rank", "low-rank", "proved"])
-def test_every_reading(name: str, ground: Ground, tmp_path: Path) -> None:
+def test_every_reading(name: str, ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proving, "ROUNDS", 2)
+    monkeypatch.setattr(proving, "TOKENS", 4)
     asked = fitted(STUDIES[name])
     found = study(asked, tmp_path / "work", tmp_path / "evidence", ground=ground)
     assert found["trainings"] == sum(len(a.rates) for a in asked.arms) * (asked.seeds if asked.every_rate else 1) + (

@@ -19,11 +19,13 @@ from warm_cli import WarmCli
 from twofold.config import as_dict
 from twofold.errors import ConfigError, RunError
 from twofold.events import Message
+from twofold.recipes import side_by_side
 from twofold.recipes.grid import RANK, RATE, Cell, noise, ranks, rates, recommend, scores
 from twofold.recipes.settings import TrainConfig
 from twofold.recipes.side_by_side import SideBySide
 from twofold.recipes.sweep import Sweep, sweep
 from twofold.recipes.train import train
+from twofold.training import together
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -107,6 +109,50 @@ def test_a_rate_that_breaks_its_adapter_leaves_the_others_alone(grid: TrainConfi
     assert broken["loss"] is None
     assert math.isfinite(good["loss"])
     assert found["recommendation"]["settings"] == {RATE: 0.01}
+
+
+@pytest.fixture
+def breaks_at_the_sixth_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training at a rate of 0.02 has then a loss that is not finite."""
+    real = together._update
+
+    def update(one: together.Learner, loss: float, batches: Any) -> None:
+        broken = one.job.config.learning_rate == 0.02 and one.progressed.step == 5
+        real(one, math.nan if broken else loss, batches)
+
+    monkeypatch.setattr(together, "_update", update)
+
+
+@pytest.mark.usefixtures("breaks_at_the_sixth_step")
+def test_a_training_that_breaks_late_is_not_judged_by_what_it_was_before(grid: TrainConfig) -> None:
+    found = sweep(grid, Sweep(axes={RATE: [1e-6, 0.02]}, how=SideBySide(halvings=2)))
+    assert [(c["failed_at"], c["loss"], c["finished"]) for c in found["cells"]][1] == (6, None, True)
+    assert found["recommendation"]["settings"] is None
+
+
+@pytest.mark.usefixtures("breaks_at_the_sixth_step")
+def test_a_training_that_broke_is_left_alone_after_an_interruption_too(
+    grid: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Sweep(axes={RATE: [0.005, 0.02]}, how=IN_TURN)
+    whole = sweep(replace(grid, output=str(tmp_path / "whole")), asked)
+    real, calls = together.advance, []
+
+    def interrupted(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(side_by_side, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(grid, asked)
+    again = sweep(grid, asked, resume=True)
+    for ours, theirs in zip(again["cells"], whole["cells"], strict=True):
+        assert {k: ours[k] for k in ("loss", "steps", "failed_at")} == {
+            k: theirs[k] for k in ("loss", "steps", "failed_at")
+        }
+    assert again["cells"][1]["failed_at"] == 6
 
 
 def test_killed_and_resumed_it_comes_to_the_same(cli: WarmCli, grid: TrainConfig, tmp_path: Path) -> None:

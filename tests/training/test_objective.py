@@ -233,11 +233,24 @@ def test_remembered_lower_layers_give_the_same_loss_and_gradients(share: bool) -
     assert torch.equal(objective(batch).loss_sum, found.loss_sum)
 
 
-def test_nothing_is_remembered_where_the_lowest_layer_learns() -> None:
-    objective = objective_for(adapted("llama"), 0, recompute=False, cache_frozen=True)
-    assert isinstance(objective, FastObjective)
-    assert objective.trunk is not None
-    assert objective.trunk.depth == 0
+@pytest.mark.parametrize(
+    "lowest",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["lm_head"], "trainable_token_indices": [11, 15, 58]},
+    ],
+    ids=["first layer", "adapted embedding", "whole embedding", "single tokens"],
+)
+def test_nothing_is_remembered_where_the_embedding_or_the_first_layer_learns(lowest: dict[str, Any]) -> None:
+    model, batch = build_model("llama"), pack(alike_examples())
+    attach(model, LoraConfig(r=2, **lowest))
+    randomise(list(learned(model).items()), scale=0.1)
+    objective = objective_for(model, 0, recompute=False, cache_frozen=True)
+    assert "cache_frozen has nothing to keep" in objective.path
+    expected = gradients(model, plain(model)(batch).loss_sum)
+    assert distance(gradients(model, objective(batch).loss_sum), expected) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------- packing
@@ -359,10 +372,10 @@ def test_subclassed_projections_norms_and_activations_are_not_described() -> Non
     assert "gelu" in reason_of(active)
 
 
-@pytest.mark.parametrize("saved", ["norm", "lm_head", "down_proj"])
+@pytest.mark.parametrize("saved", ["norm", "lm_head", "down_proj", "self_attn", "mlp"])
 def test_whole_trained_modules_are_learned_from_on_whatever_path(saved: str) -> None:
     model, examples = build_model("llama"), some_examples(*LENGTHS)
-    attach(model, LoraConfig(r=2, target_modules=("q_proj",), modules_to_save=(saved,)))
+    attach(model, LoraConfig(r=2, target_modules=("q_proj", "up_proj"), modules_to_save=(saved,)))
     randomise(list(learned(model).items()), scale=0.1)
     loss = objective_for(model, 0, recompute=False)(pack(examples)).loss_sum
     expected = by_hand(model, examples)[0]

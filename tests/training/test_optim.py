@@ -13,7 +13,7 @@ from twofold.adapter.attach import adapter_layers, attach, shares
 from twofold.adapter.config import LoraConfig
 from twofold.errors import ConfigError
 from twofold.layers.embedding import EmbeddingShare
-from twofold.layers.linear import LinearShare
+from twofold.layers.experts import LoraParameters, ParametersShare
 from twofold.training.optim import TrainingConfig, optimiser, set_rate
 
 RATE, DECAY = 0.1, 0.5
@@ -46,12 +46,22 @@ def step(model: nn.Module, config: TrainingConfig, gradient: float) -> None:
 
 
 def deltas(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: layer.delta() for n, layer in adapter_layers(model)}  # type: ignore[attr-defined, misc]
+    found: dict[str, torch.Tensor] = {}
+    for name, layer in adapter_layers(model):
+        if isinstance(layer, LoraParameters):
+            found |= {f"{name}.{own}": layer.delta(own) for own in layer.changed()}
+        else:
+            found[name] = layer.delta()  # type: ignore[operator]
+    return found
 
 
-def test_b_learns_faster_than_a_by_the_ratio() -> None:
+OF_PARAMETERS = {"target_modules": [], "target_parameters": ["mlp.down_proj.weight"]}
+
+
+@pytest.mark.parametrize("settings", [{"lora_bias": True}, OF_PARAMETERS], ids=["linear", "parameters"])
+def test_b_learns_faster_than_a_by_the_ratio(settings: dict[str, Any]) -> None:
     """Adam's first step moves every value by the rate."""
-    model = adapted(lora_bias=True)
+    model = adapted(**settings)
     before = {n: p.detach().clone() for n, p in learned(model)}
     step(model, TrainingConfig(learning_rate=RATE, loraplus_lr_ratio=16.0), 1.0)
     for name, p in learned(model):
@@ -62,8 +72,8 @@ def test_b_learns_faster_than_a_by_the_ratio() -> None:
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"freeze_a": True}, {"target_modules": ["q_proj", "embed_tokens"]}, {"lora_bias": True}],
-    ids=["plain", "frozen A", "embedding", "lora_bias"],
+    [{}, {"freeze_a": True}, {"target_modules": ["q_proj", "embed_tokens"]}, {"lora_bias": True}, OF_PARAMETERS],
+    ids=["plain", "frozen A", "embedding", "lora_bias", "parameters"],
 )
 def test_decay_takes_its_share_off_the_update_and_nothing_else(settings: dict[str, Any], ratio: float) -> None:
     """With no gradient, a step multiplies the update by 1 − lr·λ; what carries no update stays as it is."""
@@ -73,10 +83,21 @@ def test_decay_takes_its_share_off_the_update_and_nothing_else(settings: dict[st
     for name, delta in deltas(model).items():
         torch.testing.assert_close(delta, before[name] * (1 - RATE / 10 * DECAY), rtol=1e-6, atol=1e-9)
     for share in shares(model, "default").values():
-        still = share.A if isinstance(share, LinearShare) else share.B if isinstance(share, EmbeddingShare) else None
+        factors = share.factors[0] if isinstance(share, ParametersShare) else share
+        still = factors.B if isinstance(share, EmbeddingShare) else factors.A
         assert any(still is p and torch.equal(p, kept[n]) for n, p in learned(model)) or settings.get("freeze_a")
     for name, p in learned(model):
         assert p.dim() > 1 or torch.equal(p, kept[name])
+
+
+@pytest.mark.parametrize("name", ["linear", "convolution"])
+def test_the_lengths_of_dora_do_not_decay(name: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 8) if name == "linear" else nn.Conv2d(3, 8, 3))
+    attach(model, LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    (lengths,) = (p for n, p in learned(model) if n.endswith("magnitude"))
+    before = lengths.detach().clone()
+    step(model, TrainingConfig(learning_rate=RATE, weight_decay=DECAY), 0.0)
+    assert torch.equal(lengths, before)
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])

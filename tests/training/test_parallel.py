@@ -146,6 +146,25 @@ def test_an_adapted_head_and_embedding_train_over_a_sharded_base(
     assert_same_training(tmp_path / "run", tmp_path / "alone")
 
 
+OTHER_SIGNS = """
+import os, twofold.recipes.train as recipe
+real = recipe.started
+def started(*a):
+    lora, factors = real(*a)
+    return lora, {n: (-A, -B) for n, (A, B) in factors.items()} if os.environ["RANK"] == "1" else factors
+recipe.started = started
+"""
+
+
+def test_processes_whose_machines_decompose_with_other_signs_have_one_start(
+    config: Path, cli: WarmCli, tmp_path: Path
+) -> None:
+    flags = ("--adapter.init-lora-weights", "lora_ga", "--adapter.freeze-a", "--training.max-steps", 4)
+    assert cli("train", config, "--output", tmp_path / "alone", *flags).code == 0
+    all_well(cli.world(2, "train", config, "--output", tmp_path / "run", *flags, setup=OTHER_SIGNS))
+    assert_same_training(tmp_path / "run", tmp_path / "alone")
+
+
 def test_a_base_in_bfloat16_is_sharded_under_factors_in_float32(config: Path, cli: WarmCli, tmp_path: Path) -> None:
     """Sums of bfloat16 differ by their order, so the losses are only near."""
     flags = ("--dtype", "bfloat16", "--training.max-steps", 4)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.kinds import Part, parts_of
@@ -206,6 +206,17 @@ def attached(model: nn.Module) -> list[str]:
 def active(model: nn.Module) -> dict[str, float]:
     """The adapters that count now, with their weights."""
     return {n: weight for adapters in adapters_of(model) for n, weight in adapters.weights.items() if weight}
+
+
+def constants(model: nn.Module) -> dict[str, Tensor]:
+    """What the active adapters hold and never learn, by its name in the model: a frozen A, the start an update is counted from."""
+    return {
+        f"{name}.{key}": tensor
+        for name, share in model.named_modules()
+        if isinstance(share, Share) and share.weight_when_active
+        for key, tensor in share.state_dict(keep_vars=True).items()
+        if not isinstance(tensor, nn.Parameter)
+    }
 
 
 def config_of(model: nn.Module, name: str = DEFAULT_NAME) -> LoraConfig:

@@ -223,6 +223,8 @@ def _obstacles(model: nn.Module, body: nn.Module, layers: nn.ModuleList, head: n
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             yield f"'{name or type(model).__name__}' is hooked or patched, and only its own forward knows how"
+        if isinstance(module, AdapterLayer) and [*module.base.children()]:
+            yield f"'{name}' is adapted as a whole, and only its own forward knows how"
     for layer in layers:
         if type(layer).__name__ not in LAYERS:
             yield f"layers of class {type(layer).__name__} have no description yet"

@@ -42,15 +42,17 @@ class TrainedCopy(AdapterLayer):
     def from_base(cls, base: nn.Module) -> TrainedCopy:
         return cls(base)
 
-    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """As the base's, in the copy's type; what comes out is in the type of what went in, or of the base."""
         shares = self.active()
         if not shares:
-            return cast(Tensor, self.base(x, *args, **named))
+            return self.base(*args, **named)
         module = cast(CopyShare, shares[-1]).module
-        if not x.is_floating_point():
-            return cast(Tensor, module(x, *args, **named)).to(self.weight.dtype)
-        wide = next(module.parameters()).dtype
-        return cast(Tensor, module(x.to(wide), *args, **named)).to(x.dtype)
+        given = (*args, *named.values())
+        floating = [v.dtype for v in given if isinstance(v, Tensor) and v.is_floating_point()]
+        own, wide = (next(m.parameters()).dtype for m in (self.base, module))
+        found = module(*_cast(args, wide), **{n: _cast(v, wide) for n, v in named.items()})
+        return _cast(found, (floating or [own])[0])
 
     def merge(self) -> None:
         """The copy already is a weight of its own."""
@@ -60,6 +62,13 @@ class TrainedCopy(AdapterLayer):
 
     def folded(self) -> dict[str, Tensor]:
         return _as_in_base(self)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The floating-point tensors of a value, or of a tuple of values, in another type."""
+    if isinstance(value, tuple):
+        return tuple(_cast(v, dtype) for v in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class BiasShare(Share):

@@ -99,9 +99,10 @@ class _Cuts:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.found: list[tuple[LinearShare, Decomposition]] = [
-            (share, decomposed(share.low_rank())) for share in _plain_shares(model)
-        ]
+        shares = _plain_shares(model)
+        for share in shares:
+            _scale_into_factors(share)
+        self.found: list[tuple[LinearShare, Decomposition]] = [(s, decomposed(s.low_rank())) for s in shares]
         self.highest = max(len(share.A) for share, _ in self.found)
 
     @torch.no_grad()
@@ -110,7 +111,15 @@ class _Cuts:
         for share, whole in self.found:
             update = whole.truncated(r, 0.0).update
             share.A.data, share.B.data = update.A.to(share.A.dtype), update.B.to(share.B.dtype)
-            share.scale = 1.0
+
+
+@torch.no_grad()
+def _scale_into_factors(share: LinearShare) -> None:
+    """Make it the same update at scale 1."""
+    for factor in (share.B, share.b_bias):
+        if factor is not None:
+            factor.data = factor * share.scale
+    share.scale = 1.0
 
 
 def _plain_shares(model: nn.Module) -> Sequence[LinearShare]:

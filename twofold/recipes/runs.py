@@ -92,7 +92,7 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One process at a time; the lock goes with the process, however it ends."""
-        with self.lock.open("w") as file:
+        with self._opened_lock() as file:
             try:
                 _lock(file)
             except OSError as error:
@@ -104,6 +104,13 @@ class RunFolder:
                 self.lock.unlink(missing_ok=True)
                 with suppress(OSError):  # it holds something, as it should
                     self.path.rmdir()
+
+    def _opened_lock(self) -> IO[str]:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return self.lock.open("w")
+        except OSError as error:
+            raise RunError(atomic.cannot_write(self.path, error)) from error
 
     def recorded(self) -> list[dict[str, Any]]:
         """The events so far; a line that a crash cut short does not count."""
@@ -179,7 +186,7 @@ def open_resumed(config: TrainConfig) -> tuple[RunFolder, Path | None]:
         )
     checkpoint.remove_partial(run.checkpoints)
     newest = checkpoint.newest(run.checkpoints)
-    step = int(newest.name.removeprefix("step-")) if newest else 0
+    step = checkpoint.step_of(newest) if newest else 0
     kept = [r for r in run.recorded() if r.get("step", 0) <= step]
     atomic.write_text(run.events, "".join(json.dumps(r) + "\n" for r in kept))
     return run, newest

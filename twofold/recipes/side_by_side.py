@@ -130,9 +130,8 @@ def _trained(
     described = _described_again(config, loaded, [one for _, one in pairs])
     pairs = [(cell, one) for (cell, _), one in zip(pairs, described, strict=True)]
     kept, rungs = list(pairs), _recorded(pairs, folder)
-    for cell, one in pairs:
+    for _, one in pairs:
         one.resume()
-        one.failed = next((r["step"] for r in rungs if r["label"] == cell.label and r["loss"] is None), None)
     for mark in MARKS:
         done = {row["label"] for row in rungs if row["mark"] == mark}
         until = {one.name: round(mark * one.job.steps) for _, one in kept}
@@ -170,7 +169,7 @@ def _recorded(pairs: Pairs, folder: Path) -> list[dict[str, Any]]:
 
 
 def _rung(cell: Cell, one: Learner, mark: float, loaded: Loaded) -> dict[str, Any]:
-    loss = None if one.failed else _held_out(one, loaded)["loss"]
+    loss = None if one.progressed.failed else _held_out(one, loaded)["loss"]
     finite = loss is not None and math.isfinite(loss)
     return {
         "label": cell.label,
@@ -221,10 +220,10 @@ def _result(
     stopped: bool,
 ) -> dict[str, Any]:
     """What a cell came to; the adapter of one that came to its end is saved."""
-    own = [r for r in rungs if r["label"] == cell.label]
-    found: dict[str, Any] = {"loss": own[-1]["loss"] if own else None, "accuracy": None}
+    own, failed = [r for r in rungs if r["label"] == cell.label], one.progressed.failed
+    found: dict[str, Any] = {"loss": own[-1]["loss"] if own and failed is None else None, "accuracy": None}
     path = folder / "cells" / cell.label / "adapter"
-    if not stopped and one.failed is None:
+    if not stopped and failed is None:
         found = _held_out(one, loaded)
         provenance = provenance_of(cell.of(config), loaded, one.progressed)
         save_adapter(loaded.base.model, path, one.name, provenance=provenance, base_name=loaded.base.public_name)
@@ -236,7 +235,7 @@ def _result(
         **found,
         "train_loss": statistics.fmean(closing) if closing else None,
         "steps": one.progressed.step,
-        "failed_at": one.failed,
+        "failed_at": failed,
         "finished": not stopped,
         "rungs": [{k: r[k] for k in ("mark", "step", "loss")} for r in own],
         "parameters": sum(p.numel() for p in one.job.parameters.values()),

@@ -29,6 +29,9 @@ a dozen steps at most, with held-out sets of 32 to 96; three epochs in matches-f
 dozen steps compare how fast arms learn, and not what they can hold in the end: nothing here speaks of models of billions, or of
 training that fills an adapter's capacity.
 
+Where a table says how many intents and answers are right, the model was asked all held-out commands, greedily and without a
+grammar: an answer is right if its JSON is the expected one, slots and all.
+
 Every arm is compared at its own best learning rate: all its rates are tried with one seed, and the best runs with the other seeds.
 ± is the standard deviation over seeds, which draw the start and the order of the data. Two arms are told apart where their means
 differ by more than two standard errors of the difference. With three seeds that is a rough test, and the best of several rates,

@@ -87,7 +87,6 @@ def sweep(config: TrainConfig, asked: Sweep, emit: Emit = silent, *, resume: boo
         for cell in group:
             check_sweepable(cell.of(config))
     place = SweepFolder(folder_beside(Path(config.output)))
-    place.path.mkdir(parents=True, exist_ok=True)
     with RunFolder(place.path).locked():
         _open(place, config, asked, resume=resume)
         found = [one for results in _results(config, groups, asked, place, emit) for one in results]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from twofold import atomic
-from twofold.adapter.attach import attach, folding, freeze_a
+from twofold.adapter.attach import attach, constants, folding, freeze_a
 from twofold.adapter.files import Provenance, load_adapter, save_adapter
 from twofold.base.batch import Example, PackedBatch
 from twofold.base.chat import Renderer
@@ -52,25 +52,27 @@ def train(config: TrainConfig, emit: Emit = silent, *, resume: bool = False) -> 
         LostProcessError: another process of the training is gone; checkpoints are kept.
         ProofError: the base changed.
     """
-    with joined() as world:
-        config, run, newest = world.on_main(lambda: _begin(config, resume=resume))
+    with joined() as world, ExitStack() as held:
+        config, run, newest = world.on_main(lambda: _begin(config, held, resume=resume))
         with _recording(config, run, emit, world) as heard:
             return _train(config, run, newest, heard, world)
 
 
-def _begin(config: TrainConfig, *, resume: bool) -> tuple[TrainConfig, RunFolder, Path | None]:
+def _begin(config: TrainConfig, held: ExitStack, *, resume: bool) -> tuple[TrainConfig, RunFolder, Path | None]:
+    """The run and the checkpoint to go on from; its lock, which comes before any look at what to forget, stays in `held`."""
     config = resolved(as_begun(config) if resume else config)
+    held.enter_context(RunFolder(Path(config.output)).locked())
     run, newest = open_resumed(config) if resume else (open_new(config), None)
     return config, run, newest
 
 
 @contextmanager
 def _recording(config: TrainConfig, run: RunFolder, emit: Emit, world: World) -> Iterator[Emit]:
-    """Who hears of the run; one process holds its lock and writes it down."""
+    """Who hears of the run; one process writes it down."""
     if not world.main:
         yield silent
         return
-    with run.locked(), closing(EventLog(run)) as log:
+    with closing(EventLog(run)) as log:
         try:
             with trackers(config, run) as told:
                 yield fan_out(log, emit, *told)
@@ -218,6 +220,7 @@ def job_of(config: TrainConfig, run: RunFolder, loaded: Loaded, world: World) ->
         model=base.model,
         objective=objective,
         parameters={n: p for n, p in base.model.named_parameters() if p.requires_grad},
+        constants=constants(base.model),
         config=training,
         steps=total_steps(loaded.train, training),
         epoch=_epochs(training, loaded),

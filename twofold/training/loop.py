@@ -19,7 +19,7 @@ from twofold.layers.linear import cast_once
 from twofold.machine import memory_bytes
 from twofold.native.training import fast_training
 from twofold.training import checkpoint
-from twofold.training.checkpoint import Progressed
+from twofold.training.checkpoint import Progressed, Trained
 from twofold.training.objective import Objective
 from twofold.training.optim import TrainingConfig, learning_rate, optimiser, set_rate
 from twofold.training.parallel import draw_seed, start_alike, sum_gradients
@@ -34,6 +34,7 @@ class Job:
 
     Attributes:
         parameters: what is trained, by name.
+        constants: what the adapter holds beside that: see `checkpoint.Trained`.
         steps: optimiser steps in all.
         epoch: how many passes over the data so many steps make.
         batches: this process's packed micro-batches of a step, counted from 0.
@@ -46,6 +47,7 @@ class Job:
     model: nn.Module
     objective: Objective
     parameters: Mapping[str, nn.Parameter]
+    constants: Mapping[str, Tensor]
     config: TrainingConfig
     steps: int
     epoch: Callable[[int], float]
@@ -55,6 +57,10 @@ class Job:
     checkpoints: Path
     device: torch.device
     world: World = ALONE
+
+    @property
+    def trained(self) -> Trained:
+        return Trained(self.parameters, self.constants)
 
 
 def train(job: Job, emit: Emit, resume_from: Path | None = None) -> Progressed:
@@ -69,7 +75,7 @@ def train(job: Job, emit: Emit, resume_from: Path | None = None) -> Progressed:
 
 
 def _train(job: Job, emit: Emit, resume_from: Path | None) -> Progressed:
-    start_alike(job.parameters.values(), job.world)
+    start_alike(job.trained.tensors().values(), job.world)
     optimise = optimiser(job.model, job.config)
     progressed = _resumed(job, optimise, resume_from, emit) if resume_from else Progressed()
     job.model.train()
@@ -94,8 +100,8 @@ def _train(job: Job, emit: Emit, resume_from: Path | None) -> Progressed:
 
 def _resumed(job: Job, optimise: torch.optim.Optimizer, folder: Path, emit: Emit) -> Progressed:
     """Rank 0 reads, so that the folder need not be on every machine."""
-    saved = job.world.on_main(lambda: checkpoint.read(folder, job.parameters, job.world.size))
-    checkpoint.restore(saved, job.parameters, optimise)
+    saved = job.world.on_main(lambda: checkpoint.read(folder, job.trained, job.world.size))
+    checkpoint.restore(saved, job.trained, optimise)
     if saved.processes != job.world.size:
         emit(
             Message(
@@ -110,7 +116,7 @@ def _save(job: Job, optimise: torch.optim.Optimizer, progressed: Progressed) -> 
     """Rank 0 writes; all processes hold the same."""
 
     def write() -> str:
-        folder = checkpoint.save(job.checkpoints, progressed, job.parameters, optimise, job.world.size)
+        folder = checkpoint.save(job.checkpoints, progressed, job.trained, optimise, job.world.size)
         checkpoint.prune(job.checkpoints, job.config.keep_checkpoints)
         return folder.name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -100,9 +100,20 @@ def objective_for(
         return found
     described = describe(model)
     if isinstance(described, Decoder):
-        trunk = Trunk(described) if cache_frozen else None
-        return FastObjective(described, recompute, share_prefixes, trunk)
+        fast = FastObjective(described, recompute, share_prefixes)
+        return _remembering(fast) if cache_frozen else fast
     return plain_objective(model, pad_id, described, recompute=recompute)
+
+
+def _remembering(objective: FastObjective) -> FastObjective:
+    """The same with the states below the lowest layer that learns kept, if there are any."""
+    trunk = Trunk(objective.decoder)
+    if trunk.depth:
+        return replace(objective, trunk=trunk)
+    return replace(
+        objective,
+        path=f"{objective.path}; cache_frozen has nothing to keep, for the embedding or the first layer learns",
+    )
 
 
 def plain_objective(model: Any, pad_id: int, why: NotDescribed, *, recompute: bool) -> PlainObjective:

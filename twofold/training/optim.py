@@ -5,7 +5,7 @@ s·BA. Decaying both factors, as AdamW over all parameters does, takes that off 
 where the update is zero; so B alone is decayed (for embeddings A, which carries the zero), by the rate of the run whatever
 LoRA+ makes of B's. A copy of a whole module is decayed as in full fine-tuning. Where the update is counted from a start
 (PiSSA, OLoRA), decaying the factors would decay the base's own main part, so what decays is their distance from the start.
-Biases and DoRA's lengths are left alone. The reasons are in docs/decisions/.
+Biases and DoRA's lengths, whatever their shape, are left alone. The reasons are in docs/decisions/.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from twofold.errors import ConfigError
+from twofold.layers.dora import MatrixShare
 from twofold.layers.embedding import EmbeddingShare
+from twofold.layers.experts import ParameterFactors
 from twofold.layers.linear import LinearShare
 
 
@@ -189,9 +191,9 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
 
     `ratio` of a group is how many times the run's learning rate its own is.
     """
-    shares = list(model.modules())
-    faster = {id(p) for s in shares if isinstance(s, LinearShare) for p in (s.B, s.b_bias) if p is not None}
-    spared = {id(p) for s in shares for p in _not_decayed(s)}
+    modules = list(model.modules())
+    faster = {id(p) for m in modules for p in _faster(m)}
+    spared = {id(p) for m in modules for p in _not_decayed(m)}
     found: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -202,13 +204,21 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str,
     return [{"params": ps, "ratio": ratio, "weight_decay": decay} for (ratio, decay), ps in by_rate]
 
 
-def _not_decayed(module: nn.Module) -> list[Tensor]:
-    """The factors whose decay would not be the update's."""
-    if isinstance(module, EmbeddingShare):
-        return [module.B]
+def _faster(module: nn.Module) -> list[Tensor]:
+    """What LoRA+ gives a rate of its own."""
     if isinstance(module, LinearShare):
-        return [module.A] if module.start_B is None else [module.A, module.B]
-    return []
+        return [module.B] if module.b_bias is None else [module.B, module.b_bias]
+    return [module.B] if isinstance(module, ParameterFactors) else []
+
+
+def _not_decayed(module: nn.Module) -> list[Tensor]:
+    """DoRA's lengths, and the factors whose decay would not be the update's."""
+    lengths = [module.magnitude] if isinstance(module, MatrixShare) and module.magnitude is not None else []
+    if isinstance(module, EmbeddingShare):
+        return [module.B, *lengths]
+    if isinstance(module, LinearShare):
+        return [module.A, *([] if module.start_B is None else [module.B]), *lengths]
+    return [module.A] if isinstance(module, ParameterFactors) else []
 
 
 def _starts(model: nn.Module) -> list[tuple[Tensor, Tensor]]:

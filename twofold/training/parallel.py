@@ -16,10 +16,10 @@ from twofold.world import World
 
 
 @torch.no_grad()
-def start_alike(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Begin with rank 0's values everywhere: machines of another kind might draw others from the same seed."""
-    for parameter in parameters:
-        world.copy_from_main(parameter.data)
+def start_alike(tensors: Iterable[Tensor], world: World) -> None:
+    """Begin with rank 0's values everywhere: machines of another kind might draw or compute others from the same seed."""
+    for tensor in tensors:
+        world.copy_from_main(tensor.data)
 
 
 @torch.no_grad()

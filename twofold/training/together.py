@@ -39,7 +39,6 @@ class Learner:
 
     Attributes:
         losses: of each step.
-        failed: the step at which its loss or gradient was not finite, after which it is left alone.
     """
 
     name: str
@@ -47,22 +46,25 @@ class Learner:
     optimise: torch.optim.Optimizer
     progressed: Progressed = field(default_factory=Progressed)
     losses: list[float] = field(default_factory=list)
-    failed: int | None = None
 
     def batches(self) -> list[PackedBatch]:
         return [b for b in self.job.batches(self.progressed.step) if b.supervised_tokens]
 
+    def goes_on(self, until: int) -> bool:
+        """Whether it has steps to take: one whose loss or gradient was not finite is left alone."""
+        return self.progressed.failed is None and self.progressed.step < until
+
     def save(self) -> None:
         """A checkpoint, from which `resume` goes on."""
-        checkpoint.save(self.job.checkpoints, self.progressed, self.job.parameters, self.optimise)
+        checkpoint.save(self.job.checkpoints, self.progressed, self.job.trained, self.optimise)
         checkpoint.prune(self.job.checkpoints, 1)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
         newest = checkpoint.newest(self.job.checkpoints)
         if newest is not None:
-            saved = checkpoint.read(newest, self.job.parameters)
-            checkpoint.restore(saved, self.job.parameters, self.optimise)
+            saved = checkpoint.read(newest, self.job.trained)
+            checkpoint.restore(saved, self.job.trained, self.optimise)
             self.progressed = saved.progressed
 
 
@@ -92,7 +94,7 @@ def advance(model: Any, learners: Sequence[Learner], until: Mapping[str, int], r
     together = rows_at_once > 0 and joinable(model, learners)
     model.train()
     with fast_training():
-        while behind := [one for one in learners if one.failed is None and one.progressed.step < until[one.name]]:
+        while behind := [one for one in learners if one.goes_on(until[one.name])]:
             _step(model, behind, rows_at_once if together else 0)
             done, total = (sum(count.values()) for count in (_steps_of(learners), until))
             emit(Progress(task=TASK, done=done, total=total))
@@ -184,7 +186,7 @@ def _update(one: Learner, loss: float, batches: Sequence[PackedBatch]) -> None:
         limit = job.config.gradient_clip or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(job.parameters.values(), limit))
         if not math.isfinite(loss) or not math.isfinite(norm):
-            one.failed = progressed.step + 1
+            progressed.failed = progressed.step + 1
         else:
             one.optimise.step()
         one.losses.append(loss)
