@@ -187,6 +187,7 @@ def test_every_mistake_is_in_one_message_with_the_nearest_names() -> None:
         ({"target_modules": "al-linear"}, "did you mean 'all-linear'"),
         ({"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)}, "leaves nothing to adapt"),
         ({"target_modules": ("self_attn",)}, "neither linear nor an embedding nor a convolution; name those inside it"),
+        ({"modules_to_save": ("act_fn",)}, r"'model.layers.0.mlp.act_fn' in modules_to_save has no parameters"),
         ({"target_modules": ("norm", "q_proj")}, "'model.norm' matches target_modules but is neither linear"),
     ],
 )
@@ -273,6 +274,9 @@ def test_a_module_named_both_adapted_and_saved_is_refused() -> None:
     [
         ({"r": 0}, "rank must be at least 1"),
         ({"rank_pattern": {"q_proj": 0}}, "rank must be at least 1"),
+        ({"lora_alpha": 0}, "lora_alpha is 0 but must be above 0"),
+        ({"lora_alpha": -8}, "lora_alpha is -8 but must be above 0"),
+        ({"alpha_pattern": {"q_proj": 0.0}}, "alpha_pattern 'q_proj' is 0.0 but must be above 0"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"target_modules": ()}, "target_modules is empty"),
         ({"init_lora_weights": "pisa"}, "may be true, false, gaussian"),

@@ -193,6 +193,7 @@ def test_bfloat16_rows_are_float32_and_rounded_once() -> None:
     ("more", "message"),
     [
         ({"trainable_token_indices": [99]}, "token 99 is beyond 'model.embed_tokens', which has 72; resize"),
+        ({"trainable_token_indices": {"embed_tokens": []}}, "of 'model.embed_tokens' names no token; leave it out"),
         ({"trainable_token_indices": [5, 5]}, "names a token twice"),
         ({"trainable_token_indices": {"embed_token": [5]}}, "matches no module; did you mean 'embed_tokens'"),
         ({"trainable_token_indices": {"norm": [5]}}, "neither an embedding nor a linear head"),

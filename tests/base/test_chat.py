@@ -273,6 +273,12 @@ def test_generation_ends_at_every_token_that_ends_an_answer(
 # ---------------------------------------------------------------------------------------- refusals
 
 
+def test_answers_are_found_by_their_tags_behind_descriptions_of_tools() -> None:
+    listed = Renderer(renderer("tagged").tokenizer, "{% for t in tools or [] %}{{ t['name'] }}{% endfor %}" + TAGGED)
+    (example,) = listed.with_tools([{"name": "a_long_name_before_all"}]).chat(talk("Lamp?", "It is on."))
+    assert [r.removesuffix("\n") for r in runs(example)] == ["It is on.<|im_end|>"]
+
+
 def test_what_cannot_be_rendered_is_refused_with_the_reason() -> None:
     strict = (
         "{% for m in messages %}{% if m['role'] not in ['user', 'assistant'] %}{{ raise_exception('no such role') }}"

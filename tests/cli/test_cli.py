@@ -184,6 +184,11 @@ def test_preview(cli: WarmCli, config: Path) -> None:
     assert supervised == ["black cup<|im_end|>", "black hat<|im_end|>"]
 
 
+def test_preview_refuses_what_it_cannot_show(cli: WarmCli, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.yaml").write_text(config.read_text() + "\ntask: sequence-classification\n")
+    assert "use twofold train --dry-run" in cli("preview", tmp_path / "classes.yaml").refusal()
+
+
 def test_generate_and_chat(cli: WarmCli, llama_base: Path, adapter: Path) -> None:
     flags = ("--base", llama_base, "--adapter", adapter, "--dtype", "float32", "--max-new-tokens", 5)
     found = cli("generate", *flags, "colour of the cup 0?", "--json").json()

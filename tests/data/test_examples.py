@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_base import chats, pairs, tokenizer, write_jsonl
+from tiny_runs import Heard
 
 from twofold.base.batch import Example
 from twofold.base.chat import ALPACA, Renderer
 from twofold.data.examples import DataConfig, Examples, load_examples
-from twofold.errors import DataError
+from twofold.errors import ConfigError, DataError
+from twofold.events import Warned
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -44,6 +48,7 @@ def says(text: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text, **more}
 
 
+LETTER = {"prompt": "Dear", "completion": "you"}
 LONG = {"messages": [user("hm " * 50), says("yes indeed")]}
 
 
@@ -97,6 +102,12 @@ def test_over_long_examples_are_dropped_cut_or_refused_and_counted(chatty: Rende
         loaded(tmp_path, rows, chatty, max_length=60, too_long="refuse")
 
 
+@pytest.mark.parametrize("length", [-5, 0, 1])
+def test_a_limit_that_leaves_nothing_to_predict_is_refused(length: int) -> None:
+    with pytest.raises(ConfigError, match=f"max_length is {length} but must be at least 2"):
+        DataConfig(train="x.jsonl", max_length=length)
+
+
 def test_an_answer_cut_off_whole_leaves_nothing_to_learn(chatty: Renderer, tmp_path: Path) -> None:
     found = loaded(tmp_path, [*chats(4), LONG], chatty, max_length=60, too_long="cut")
     assert (found.report.examples, found.report.unsupervised) == (4, 1)
@@ -112,14 +123,59 @@ def test_a_data_set_that_teaches_nothing_is_refused(row: Any, chatty: Renderer, 
         loaded(tmp_path, [row, row], chatty)
 
 
+TOOLS = [
+    {"type": "function", "function": {"name": "dim", "parameters": {"properties": {"level": {"type": "number"}}}}},
+    {"type": "function", "function": {"name": "ring", "parameters": {"properties": {"bell": {"type": "string"}}}}},
+]
+KNOWING = (
+    "{% for t in tools or [] %}<|im_start|>tool\n{{ t | tojson }}<|im_end|>\n{% endfor %}{% for m in messages %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{% for c in m['tool_calls'] %}{{ c['function'] | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_tools_and_calls_of_them_are_shown_as_a_server_shows_them(chatty: Renderer, tmp_path: Path) -> None:
+    """Rows whose functions differ: `datasets` fills up each with what the others have."""
+    calls = [{"type": "function", "function": {"name": "dim", "arguments": '{"level": 3}'}}]
+    asked = [{"messages": [user("dim it"), says(None, tool_calls=calls)], "tools": [t]} for t in TOOLS]
+    plain = {"messages": [user("hi"), says("yes")], "tools": None}
+    told = {"messages": asked[0]["messages"], "tools": json.dumps(TOOLS)}
+    knowing = Renderer(chatty.tokenizer, KNOWING)
+    for rows, tools in (([*asked, plain], [[TOOLS[0]], [TOOLS[1]], []]), ([told], [TOOLS])):
+        found = loaded(tmp_path, rows, knowing).items
+        for example, known in zip(found, tools, strict=True):
+            prompt = knowing.with_tools(known).chat_prompt([user("dim it") if known else user("hi")])
+            assert example.token_ids[: len(prompt)] == prompt
+            answer = '{"name": "dim", "arguments": {"level": 3}}' if known else "yes"
+            assert supervised(example, knowing) == f"{answer}<|im_end|>"
+    with pytest.raises(
+        DataError, match=r"example 1: this conversation has tools, of which the chat template says nothing"
+    ):
+        loaded(tmp_path, asked, chatty)
+
+
+@pytest.mark.parametrize(("row", "why"), [({"text": "one two"}, "plain text"), (LETTER, "no chat template")])
+def test_a_system_message_that_has_no_place_is_said(row: Any, why: str, bare: Renderer, tmp_path: Path) -> None:
+    heard = Heard()
+    path = str(write_jsonl(tmp_path / "data.jsonl", [row]))
+    load_examples(path, DataConfig(train=path, system="be kind"), bare, heard)
+    (said,) = heard.of(Warned)
+    assert "data.system is left out" in said.text
+    assert why in said.text
+    load_examples(path, DataConfig(train=path), bare, heard)
+    assert len(heard.of(Warned)) == 1
+
+
 @pytest.mark.parametrize("length", [7, 16, 1000])
 def test_plain_text_is_split_and_nothing_is_lost(length: int, chatty: Renderer, tmp_path: Path) -> None:
     texts = [" ".join(f"{q} {a}" for q, a in pairs(6, start)) for start in (0, 6)]
     found = loaded(tmp_path, [{"text": t} for t in texts], chatty, max_length=length)
     assert found.report.longest <= length
-    joined = chatty.tokenizer.decode([t for e in found.items for t in e.token_ids])
-    assert joined == "".join(f"{t}<|im_end|>" for t in texts)
-    assert all(all(e.supervised) for e in found.items)
+    first, *others = (chatty.tokenizer(t)["input_ids"] + chatty.end_token_ids for t in texts)
+    predicted = [t for e in found.items for t, s in zip(e.token_ids[1:], e.supervised[1:], strict=True) if s]
+    assert predicted == [t for text in (first, *others) for t in text[1:]]
+    shown = [set(itertools.pairwise(e.token_ids)) for e in found.items]
+    assert set.union(*shown) == {pair for text in (first, *others) for pair in itertools.pairwise(text)}
     assert (found.report.too_long, found.report.unsupervised) == (0, 0)
 
 

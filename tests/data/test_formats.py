@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from tiny_base import write_jsonl
 
-from twofold.data.formats import COLUMNS, as_messages, detect, read_table
+from twofold.data.formats import COLUMNS, as_messages, detect, read_stream, read_table
+from twofold.data.tasks import find_labels
 from twofold.errors import DataError
 
 pytest_plugins = ("tiny_fixtures",)
@@ -123,6 +124,28 @@ def test_files_that_cannot_be_read(name: str, content: str | bytes, said: str, t
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("read", [lambda path: read_table(path).rows, lambda path: read_stream(path).first(9)])
+def test_words_of_a_csv_stay_the_words_that_they_are(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\nIs it?,None\nAnd 1+1?,007\nElse?,NA\n")
+    assert [row["completion"] for row in read(str(tmp_path / "a.csv"))] == ["None", "007", "NA"]
+
+
+def test_labels_of_a_csv_are_numbers_or_names(tmp_path: Path) -> None:
+    for name, labels in (("numbers", [10, 2]), ("names", ["None", "good"])):
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(f"1,{label}\n" for label in labels))
+        assert find_labels(str(tmp_path / f"{name}.csv")) == tuple(map(str, sorted(labels)))
+
+
+def test_a_hub_data_set_without_training_data_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"text": "a"}])
+    found = datasets.DatasetDict({"test": rows, "validation": rows})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **named: found)
+    with pytest.raises(DataError, match=r"^org/name has no split 'train', only 'test', 'validation'; "):
+        read_table("org/name")
+
+
 def test_a_broken_line_is_told_with_the_file_that_it_is_in(tmp_path: Path) -> None:
     written(tmp_path, "jsonl", [{"text": "fine"}], "a")
     (tmp_path / "b.jsonl").write_text('{"text": "fine"}\n{"text": \n')
@@ -145,6 +168,8 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         ({"messages": [{"role": "user"}]}, "messages", "needs 'role' and 'content'"),
         ({"messages": [{"content": "a"}]}, "messages", "needs 'role' and 'content'"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "conversations", "'from' must be one of human"),
+        ({"prompt": [], "completion": []}, "prompt-completion", "expected a list of messages, found []"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}, "messages", "needs a 'function'"),
         ({"prompt": "a", "completion": None}, "prompt-completion", "expected text, found None"),
         ({"instruction": 3, "output": "b"}, "instruction", "expected text, found 3"),
     ],

@@ -69,6 +69,9 @@ def test_data_without_answers_cannot_be_matched(base: Base, tmp_path: Path) -> N
     text = write_jsonl(tmp_path / "t.jsonl", [{"text": "nothing asked"}])
     with pytest.raises(DataError, match="plain text, which has no answers to match"):
         exact_match(base, DataConfig(train=str(text)), SHORT)
+    calling = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}])
+    with pytest.raises(DataError, match="has tools, and answers are generated without them"):
+        exact_match(base, DataConfig(train=str(calling)), SHORT)
     asked = write_jsonl(tmp_path / "m.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
     with pytest.raises(DataError, match="no answers"):
         exact_match(base, DataConfig(train=str(asked)), SHORT)

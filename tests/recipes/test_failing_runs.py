@@ -103,6 +103,12 @@ def test_a_mistake_found_when_the_adapter_is_attached_leaves_none_either(config:
     assert train(changed(config, max_steps=1))["steps"] == 1
 
 
+def test_evaluations_without_held_out_data_are_refused(config: TrainConfig) -> None:
+    without = replace(config, data=DataConfig(train=config.data.train))
+    with pytest.raises(ConfigError, match=r"training\.evaluate_every and training\.early_stopping .* data\.evaluation"):
+        changed(without, evaluate_every=2, early_stopping=3)
+
+
 def test_float16_is_refused_for_training_and_served(config: TrainConfig, cli: WarmCli, held_out_file: Path) -> None:
     with pytest.raises(ConfigError, match=r"float16 cannot train: .*use bfloat16 or float32"):
         replace(config, dtype="float16")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import build_model
 from torch import Tensor, nn
+from transformers import MambaConfig, T5Config
 
 from twofold.adapter.attach import attach
 from twofold.adapter.config import LoraConfig
@@ -307,8 +308,16 @@ def test_what_cannot_be_planned_is_refused(llama_base: Path, tmp_path: Path) -> 
     (tmp_path / "config.json").write_text('{"model_type": "no-such-family"}')
     with pytest.raises(BaseError, match="cannot read the configuration"):
         planned(tmp_path)
+    T5Config(d_model=32, num_layers=1).save_pretrained(tmp_path / "t5")
+    with pytest.raises(BaseError, match=r"t5 is a t5 model, .* only causal language models .* --dry-run"):
+        planned(tmp_path / "t5")
+    MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64).save_pretrained(tmp_path / "mamba")
+    with pytest.raises(BaseError, match="MambaForCausalLM has no attention heads"):
+        planned(tmp_path / "mamba", target_modules=["in_proj"])
     with pytest.raises(ConfigError, match="batch_size is 0"):
         PlanSettings(batch_size=0)
+    with pytest.raises(ConfigError, match=r"learning_rate is 0\.0 but must be above 0"):
+        PlanSettings(learning_rate=0.0)
     with pytest.raises(ConfigError, match="qlora"):
         PlanSettings(method="full", quantization="nf4")
 

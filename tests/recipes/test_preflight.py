@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_base import POSITIONS, pairs, write_jsonl
+from tiny_runs import Heard, load_report
 
 from twofold.data.examples import DataConfig
+from twofold.events import Message
 from twofold.recipes.preflight import Preflight
 from twofold.recipes.settings import AdapterSettings, TrainConfig
-from twofold.recipes.train import dry_run
+from twofold.recipes.train import dry_run, train
 from twofold.training.optim import TrainingConfig
 
 pytest_plugins = ("tiny_fixtures",)
@@ -48,6 +51,17 @@ def test_settings_far_from_known_good_ones_are_named(
     assert all(s in f for s, f in zip(said, found, strict=True))
 
 
+def test_states_are_remembered_on_the_fast_path_alone(llama_base: Path, gpt2_base: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": q, "completion": a} for q, a in pairs(8)])
+    fast, plain = (foreseen(b, data, {}, cache_frozen=True, learning_rate=2e-3) for b in (llama_base, gpt2_base))
+    assert (fast.remembered, fast.warnings) == (fast.train.tokens * 32 * 4, [])
+    assert plain.remembered == 0
+    (said,) = plain.warnings
+    assert said.startswith(
+        "training.cache_frozen has no effect: only the fast path remembers states, and GPT2LMHeadModel"
+    )
+
+
 def test_the_micro_batch_decides_the_memory_and_the_batch_the_time(llama_base: Path, train_file: Path) -> None:
     whole = foreseen(llama_base, train_file, {})
     halves = foreseen(llama_base, train_file, {}, micro_batch_size=2)
@@ -67,3 +81,24 @@ def test_memory_counts_what_the_process_holds_before_it_loads_a_base(llama_base:
     ballast = mmap.mmap(-1, 1 << 28)  # not from the allocator, which may still hold what an earlier test gave back
     torch.frombuffer(ballast, dtype=torch.uint8).fill_(1)
     assert runtime() - before == pytest.approx(len(ballast), rel=0.2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_examples_beyond_the_positions_that_a_base_has_learned_are_left_out(
+    gpt2_base: Path, tmp_path: Path, streaming: bool
+) -> None:
+    heard = Heard()
+    rows = [{"prompt": "near", "completion": "by"}, {"prompt": "one two " * (POSITIONS // 4), "completion": "far"}]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    config = TrainConfig(
+        base=str(gpt2_base),
+        data=DataConfig(train=str(data), streaming=streaming),
+        training=TrainingConfig(batch_size=2, max_steps=2),
+        output=str(tmp_path / "run"),
+        dtype="float32",
+        device="cpu",
+        verify=False,
+    )
+    assert train(config, heard)["steps"] == (2 if streaming else 1)
+    assert f"data.max_length is {POSITIONS}, for this base takes no more tokens" in [e.text for e in heard.of(Message)]
+    assert load_report(tmp_path / "run")["train"]["too_long"] == 1

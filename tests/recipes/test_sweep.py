@@ -183,10 +183,10 @@ def test_another_grid_cannot_go_on_in_its_folder(grid: TrainConfig) -> None:
 
 
 def test_what_cannot_be_swept_is_named(grid: TrainConfig) -> None:
-    with pytest.raises(ConfigError, match=r"data\.evaluation \(none\) and training\.evaluate_every"):
-        sweep(
-            changed(replace(grid, data=replace(grid.data, evaluation=None)), evaluate_every=2), Sweep(axes={RANK: [2]})
-        )
+    with pytest.raises(ConfigError, match=r"data\.evaluation \(none\) and training\.compile"):
+        sweep(changed(replace(grid, data=replace(grid.data, evaluation=None)), compile=True), Sweep(axes={RANK: [2]}))
+    with pytest.raises(ConfigError, match=r"with training\.evaluate_every"):
+        sweep(changed(grid, evaluate_every=2), Sweep(axes={RANK: [2]}))
     with pytest.raises(ConfigError, match="at least one seed"):
         Sweep(axes={})
 

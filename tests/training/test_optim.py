@@ -120,6 +120,12 @@ def test_without_decay_no_factor_is_touched_but_by_its_gradient() -> None:
     assert all(torch.equal(p, before[n]) for n, p in learned(model))
 
 
+@pytest.mark.parametrize("seed", [-1, 2**50])
+def test_a_seed_that_some_generator_would_not_take_is_refused(seed: int) -> None:
+    with pytest.raises(ConfigError, match=f"seed is {seed} but must be at least 0"):
+        TrainingConfig(seed=seed)
+
+
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_ratio_that_is_none_is_refused(ratio: float) -> None:
     with pytest.raises(ConfigError, match="loraplus_lr_ratio"):

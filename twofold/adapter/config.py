@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ class LoraConfig:
         problems = []
         if any(r < 1 for r in (self.r, *self.rank_pattern.values())):
             problems.append("a rank must be at least 1")
+        alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern '{p}'": a for p, a in self.alpha_pattern.items()}}
+        problems += [f"{n} is {a} but must be above 0" for n, a in alphas.items() if not 0 < a < math.inf]
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout is {self.lora_dropout} but must be at least 0 and below 1")
         if self.lora_dropout and self.target_parameters:

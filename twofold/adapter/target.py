@@ -52,6 +52,11 @@ def find_targets(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> Targe
     ]
     saved, parameters, tokens, tied = targets.saved, targets.parameters, targets.tokens, targets.tied
     problems += wrong_tokens(config, shapes, tokens)
+    problems += [
+        f"'{name}' in modules_to_save has no parameters, so nothing of it could be trained; leave it out"
+        for name in saved
+        if not shapes[name].parameters
+    ]
     if config.bias == "all" and any(s.kind == "attention" for s in shapes.values()):
         problems.append("bias='all' does not reach the biases inside MultiheadAttention; use 'none' or 'lora_only'")
     if config.ensure_weight_tying:
@@ -123,6 +128,8 @@ def wrong_tokens(
         count = shape.in_features if shape.kind == "embedding" else shape.out_features
         if shape.kind not in ("embedding", "linear"):
             problems.append(f"'{name}' in trainable_token_indices is neither an embedding nor a linear head")
+        elif not rows:
+            problems.append(f"trainable_token_indices of '{name}' names no token; leave it out")
         elif len(set(rows)) < len(rows):
             problems.append(f"trainable_token_indices of '{name}' names a token twice")
         elif not all(0 <= row < count for row in rows):

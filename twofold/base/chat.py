@@ -182,7 +182,11 @@ class Renderer:
     def _tagged_span(self, messages: Sequence[Message], i: int) -> _Span:
         tokens = self.tokenizer.special_tokens_map
         _, found = render_jinja_template(
-            conversations=[list(messages)], chat_template=self.template, return_assistant_tokens_mask=True, **tokens
+            conversations=[list(messages)],
+            tools=self.tools or None,
+            chat_template=self.template,
+            return_assistant_tokens_mask=True,
+            **tokens,
         )
         answers = sum(m["role"] == "assistant" for m in messages)
         if len(found[0]) != answers:

@@ -24,14 +24,19 @@ def meta_model(reference: str) -> Any:
     Raises:
         BaseError: no such base, or its configuration is of no causal language model.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     try:
         config = _config(reference)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise BaseError(f"cannot read the configuration of {reference}: {str(error).splitlines()[0]}") from error
+    raise BaseError(
+        f"{reference} is a {config.model_type} model, and without weights only causal language models are read; what training it "
+        "costs is said by twofold train --dry-run"
+    )
 
 
 def _config(reference: str) -> Any:

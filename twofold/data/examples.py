@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from twofold.base.batch import Example
 from twofold.base.chat import ALPACA, Renderer
-from twofold.data.formats import Format, Source, Table, as_messages, instruction_text, read_table
-from twofold.errors import DataError
-from twofold.events import Emit, Progress, silent
+from twofold.data.formats import Format, Source, Table, as_messages, instruction_text, read_table, tools_of
+from twofold.errors import ConfigError, DataError
+from twofold.events import Emit, Progress, Warned, silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +20,13 @@ class DataConfig:
     """The data of a run.
 
     Attributes:
-        train: JSONL, JSON, CSV or Parquet, a folder of them, or a hub data set.
+        train: JSONL, JSON, CSV or Parquet, a folder of them, or a hub data set. A column `tools` beside conversations describes
+            the functions that they may call, to a chat template that shows them.
         evaluation: the same, held out.
         max_length: the most tokens an example may have.
         too_long: what happens to longer ones: `drop` leaves them out, `cut` keeps their first tokens,
-            `refuse` stops. Counted and shown in each case. Plain text is never lost: it is split.
+            `refuse` stops. Counted and shown in each case. Plain text is never lost: it is split, and each
+            piece begins with the last token of the one before.
         system: a system message for conversations that have none.
         template: file of a Jinja chat template in place of the base's own.
         streaming: read and render training rows while training, and never hold them all; needs training.max_steps.
@@ -38,6 +40,12 @@ class DataConfig:
     system: str | None = None
     template: str | None = None
     streaming: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ConfigError(
+                f"max_length is {self.max_length} but must be at least 2: a token and the one that is predicted from it"
+            )
 
     def chat_template(self) -> str | None:
         """The text of the template file, if one is given."""
@@ -103,6 +111,8 @@ def examples_of(table: Table, config: DataConfig, renderer: Renderer, emit: Emit
     Raises:
         DataError: a row that cannot be rendered, over-long where that is refused, or nothing is supervised.
     """
+    if config.system is not None and (table.format == "text" or renderer.template is None):
+        emit(Warned(text=f"data.system is left out of {table.source}, for {_why_no_system(table)}"))
     task = f"reading {Path(table.source).name}"
     rendered: list[Example] = []
     for i, row in enumerate(table.rows):
@@ -111,6 +121,10 @@ def examples_of(table: Table, config: DataConfig, renderer: Renderer, emit: Emit
             emit(Progress(task=task, done=i, total=len(table.rows)))
     emit(Progress(task=task, done=len(table.rows), total=len(table.rows)))
     return fit(rendered, table, config)
+
+
+def _why_no_system(table: Table) -> str:
+    return "plain text has no place for it" if table.format == "text" else "this base has no chat template"
 
 
 def render_row(
@@ -125,9 +139,19 @@ def render_row(
             return [renderer.completion(prompt, _plain_text(row, "output", place))]
         if renderer.template is None and table.format == "prompt-completion" and isinstance(row["prompt"], str):
             return [renderer.completion(row["prompt"], _plain_text(row, "completion", place))]
-        return renderer.chat(with_system(as_messages(row, table.format, place), config.system))
+        messages = with_system(as_messages(row, table.format, place), config.system)
+        return _knowing(tools_of(row, place), renderer).chat(messages)
     except DataError as error:
         raise DataError(str(error) if str(error).startswith(place) else f"{place}: {error}") from error
+
+
+def _knowing(tools: list[dict[str, Any]], renderer: Renderer) -> Renderer:
+    if tools and not renderer.takes_tools:
+        raise DataError(
+            "this conversation has tools, of which the chat template says nothing, so the model would not see them; give "
+            "data.template one that does, or leave out the column 'tools'"
+        )
+    return renderer.with_tools(tools) if tools else renderer
 
 
 def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
@@ -144,8 +168,13 @@ def _plain_text(row: Mapping[str, Any], column: str, place: str) -> str:
 
 
 def _windows(example: Example, length: int) -> list[Example]:
-    starts = range(0, len(example.token_ids), length)
-    return [Example(example.token_ids[s : s + length], example.supervised[s : s + length]) for s in starts]
+    """Pieces of at most `length` tokens; each further one begins with the last token of the one before, to predict from."""
+    tokens, supervised = example.token_ids, example.supervised
+    further = range(length - 1, len(tokens) - 1, length - 1)
+    return [
+        example.first(length),
+        *(Example(tokens[s : s + length], [False, *supervised[s + 1 : s + length]]) for s in further),
+    ]
 
 
 def within(rendered: list[Example], config: DataConfig, source: str) -> list[Example]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 from twofold.errors import DataError
 
@@ -22,6 +22,8 @@ COLUMNS: dict[Format, tuple[str, ...]] = {
     "text": ("text",),
 }
 """The columns that each format needs, in the order they are looked for."""
+PROSE = ("prompt", "completion", "instruction", "input", "output", "text")
+"""Columns that are text whatever stands in them: in CSV, where 2 and None are words too."""
 Columns: TypeAlias = Mapping[Format, tuple[str, ...]]
 
 
@@ -131,9 +133,9 @@ def _read(source: str, *, streaming: bool) -> Any:
     try:
         if files:
             reader, names = READERS[files[0].suffix], [str(f) for f in files]
-            return load_dataset(reader, data_files=names, split="train", streaming=streaming)
+            literal = {"keep_default_na": False, "converters": dict.fromkeys(PROSE, str)} if reader == "csv" else {}
+            return load_dataset(reader, data_files=names, split="train", streaming=streaming, **literal)
         found = load_dataset(source, streaming=streaming)
-        return found["train"] if isinstance(found, dict) else found
     except DatasetGenerationError as error:
         broken = next((b for b in map(_broken_line, files) if b), None)
         raise DataError(broken or f"{source} cannot be read: {_innermost(error)}") from error
@@ -141,6 +143,13 @@ def _read(source: str, *, streaming: bool) -> Any:
         if "corresponds to no data" in str(error):  # what `datasets` says of files without a row
             raise DataError(f"{source} holds no examples") from error
         raise DataError(f"cannot load the data set {source}: {_innermost(error)}") from error
+    if not isinstance(found, dict):
+        return found
+    if "train" not in found:
+        raise DataError(
+            f"{source} has no split 'train', only {', '.join(map(repr, found))}; save the one to use as a file, and name that"
+        )
+    return found["train"]
 
 
 def _files(source: str) -> list[Path]:
@@ -203,13 +212,43 @@ def as_messages(row: Mapping[str, Any], kind: Format, place: str) -> list[dict[s
     """
     if kind == "prompt-completion":
         prompt, answer = row["prompt"], row["completion"]
-        return [*_turns(prompt, "user", place), *_turns(answer, "assistant", place)]
+        return _list([*_turns(prompt, "user", place), *_turns(answer, "assistant", place)], place)
     if kind == "instruction":
         asked = instruction_text(row, place)
         return [{"role": "user", "content": asked}, *_turns(row["output"], "assistant", place)]
     if kind == "conversations":
         return [_sharegpt(m, place) for m in _list(row["conversations"], place)]
     return [_message(m, place) for m in _list(row["messages"], place)]
+
+
+def tools_of(row: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
+    """The functions that a conversation may call, as its `tools` column describes them: a list, or the JSON of one.
+
+    Raises:
+        DataError: it is something else.
+    """
+    given = row.get("tools")
+    tools = _from_json(given) if isinstance(given, str) else given
+    if not tools:
+        return []
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(f"{place}: expected a list of functions' descriptions in 'tools', found {given!r:.80}")
+    return cast(list[dict[str, Any]], _given(tools))
+
+
+def _from_json(text: str) -> Any:
+    """What a text says in JSON; the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _given(value: Any) -> Any:
+    """The value without the None that stands for what other rows have."""
+    if isinstance(value, Mapping):
+        return {k: _given(v) for k, v in value.items() if v is not None}
+    return [_given(v) for v in value] if isinstance(value, list) else value
 
 
 def instruction_text(row: Mapping[str, Any], place: str) -> str:
@@ -231,9 +270,21 @@ def _list(value: Any, place: str) -> list[Any]:
 
 
 def _message(message: Any, place: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not message.get("role") or message.get("content") is None:
+    """A message as templates know it: where it calls functions, the text may be missing, and arguments are objects."""
+    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    if not isinstance(message, Mapping) or not message.get("role") or (message.get("content") is None and not calls):
         raise DataError(f"{place}: a message needs 'role' and 'content', found {message!r:.120}")
-    return {k: v for k, v in message.items() if v is not None}
+    said = {"content": "", **_given(message)}
+    return {**said, "tool_calls": [_call(c, place) for c in said["tool_calls"]]} if calls else said
+
+
+def _call(call: Any, place: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DataError(f"{place}: a call in 'tool_calls' needs a 'function' with a 'name', found {call!r:.120}")
+    arguments = function.get("arguments", {})
+    plain = _from_json(arguments) if isinstance(arguments, str) else arguments
+    return {**call, "function": {**function, "arguments": plain}}
 
 
 def _sharegpt(message: Any, place: str) -> dict[str, Any]:

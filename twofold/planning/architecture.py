@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from twofold.base.blocks import Decoder, describe
+from twofold.errors import BaseError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +28,17 @@ class Architecture:
 
 
 def architecture(model: Any) -> Architecture:
-    """The sizes of a transformers model."""
+    """The sizes of a transformers model.
+
+    Raises:
+        BaseError: it has no attention, so that what its layers cost is not known.
+    """
     text = model.config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:
+        raise BaseError(
+            f"{type(model).__name__} has no attention heads, and what its layers cost is not known; choose a base with attention"
+        )
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     return Architecture(

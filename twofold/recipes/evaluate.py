@@ -9,7 +9,7 @@ from twofold.base.chat import Message
 from twofold.base.head import task_of
 from twofold.base.load import Base
 from twofold.data.examples import DataConfig, with_system
-from twofold.data.formats import as_messages, read_table
+from twofold.data.formats import as_messages, read_table, tools_of
 from twofold.data.tasks import questions
 from twofold.errors import DataError
 from twofold.events import Emit, silent
@@ -26,7 +26,7 @@ def evaluate(base: Base, data: DataConfig, emit: Emit = silent) -> dict[str, Any
         UserError: the data is not of this task, or cannot be read.
     """
     task = TASKS[task_of(base.model)]
-    examples = task.examples(data.train, data, base, emit)
+    examples = task.examples(data.train, task.limited(data, base, emit), base, emit)
     return task.evaluated(held_out_loss(base, examples, emit), examples)
 
 
@@ -53,6 +53,8 @@ def _conversations(data: DataConfig) -> list[tuple[Sequence[Message], str]]:
     table = read_table(data.train)
     if table.format == "text":
         raise DataError(f"{data.train} is plain text, which has no answers to match; leave out --generate")
+    if any(tools_of(r, data.train) for r in table.rows):
+        raise DataError(f"{data.train} has tools, and answers are generated without them; leave out --generate")
     rows = [as_messages(r, table.format, f"{data.train}, example {i + 1}") for i, r in enumerate(table.rows)]
     found = [with_system(m, data.system) for m in rows if m[-1]["role"] == "assistant"]
     if not found:

@@ -73,7 +73,7 @@ def _load_data(config: TrainConfig, base: Base, held: int, emit: Emit, *, sharde
         task.check_continues(files, base)
     if sharded and lora is not None:
         check_factors_only(lora)
-    template, data, training = config.data.chat_template(), config.data, config.training
+    template, data, training = config.data.chat_template(), task.limited(config.data, base, emit), config.training
     if template is not None:
         base = replace(base, renderer=renderer_for(base.model, base.tokenizer, template))
     stream = open_stream(data, base.renderer, training.batch_size, training.seed) if data.streaming else None

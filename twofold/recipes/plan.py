@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -81,6 +82,8 @@ class PlanSettings(LoraConfig):
         for name in ("sequence_length", "batch_size", "devices"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)} but must be at least 1")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate is {self.learning_rate} but must be above 0")
         if not 0 < self.supervised_share <= 1:
             raise ConfigError(f"supervised_share is {self.supervised_share} but must be above 0 and at most 1")
         if self.method == "full" and self.quantization != "none":

@@ -41,7 +41,7 @@ class Preflight:
         seconds: predicted for all steps.
         tokens, rows: of the first step, and how many of them are computed: what examples begin with alike once, and nothing
             behind the last prediction.
-        remembered: bytes of the states that `training.cache_frozen` keeps, at most.
+        remembered: bytes of the states that `training.cache_frozen` keeps, at most; 0 on the plain path, which keeps none.
         samples: two examples, token by token, each token with whether it is supervised.
     """
 
@@ -138,11 +138,12 @@ def preflight(
         tokens=batch.tokens,
         rows=lay_out(batch, share=training.share_prefixes).computed if loop is FAST else batch.tokens,
         remembered=remembered_bytes(train, evaluation, sizes.hidden * base.dtype.itemsize)
-        if training.cache_frozen
+        if training.cache_frozen and loop is FAST
         else 0,
         samples=[example_shown(base, e) for e in train.items[:2]],
         warnings=[
             *warnings(train.report, base),
+            *_forgotten(training, described),
             *(far_off(training.learning_rate, config, sizes.hidden) if config else []),
         ],
     )
@@ -187,6 +188,13 @@ def numbers_of_rows(train: Examples, training: TrainingConfig, dtype: torch.dtyp
 def remembered_bytes(train: Examples, evaluation: Examples | None, bytes_per_token: int) -> int:
     """One state for every token of the data."""
     return bytes_per_token * (train.report.tokens + (evaluation.report.tokens if evaluation else 0))
+
+
+def _forgotten(training: TrainingConfig, described: Decoder | NotDescribed) -> list[str]:
+    """Is something to be remembered on a path that remembers nothing?"""
+    if not training.cache_frozen or isinstance(described, Decoder):
+        return []
+    return [f"training.cache_frozen has no effect: only the fast path remembers states, and {described.reason}"]
 
 
 def _path(described: Decoder | NotDescribed, base: Base, training: TrainingConfig) -> str:

@@ -64,7 +64,8 @@ def resize_by_loss(base: Base, adapter: Path, output: Path, asked: Tolerated, em
     if output.exists():
         raise RunError(f"{output} exists already; choose another output or remove it first")
     started = time.perf_counter()
-    examples = TASKS[task_of(base.model)].examples(asked.data, DataConfig(train=asked.data), base, emit)
+    task = TASKS[task_of(base.model)]
+    examples = task.examples(asked.data, task.limited(DataConfig(train=asked.data), base, emit), base, emit)
     found = _Cuts(base.model)
     losses = {}
     for r in range(found.highest, 0, -1):

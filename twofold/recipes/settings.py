@@ -95,10 +95,18 @@ class TrainConfig:
             )
         if self.data.streaming and self.training.max_steps is None:
             raise ConfigError("data.streaming needs training.max_steps, for nobody knows how long a stream is")
+        if self.data.evaluation is None:
+            self._check_evaluates_nothing()
         if self.full:
             self._check_full()
         if self.task != "causal-lm":
             self._check_task()
+
+    def _check_evaluates_nothing(self) -> None:
+        """Refuse what needs held-out data."""
+        asked = [f"training.{n}" for n in ("evaluate_every", "early_stopping") if getattr(self.training, n) is not None]
+        if asked:
+            raise ConfigError(f"{' and '.join(asked)} cannot go without data.evaluation; give it held-out data")
 
     def _check_full(self) -> None:
         """Refuse what only an adapter has, or only a frozen base."""

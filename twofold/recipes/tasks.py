@@ -15,10 +15,20 @@ from twofold.base.load import Base
 from twofold.data.examples import DataConfig, Examples, load_examples
 from twofold.data.tasks import answered, classified, find_labels
 from twofold.errors import ConfigError
-from twofold.events import Emit
+from twofold.events import Emit, Message
 from twofold.recipes.adapters import recorded_head
 from twofold.recipes.settings import TrainConfig
 from twofold.training.objective import HeldOut
+
+POSITION_TABLES = {
+    "wpe",
+    "embed_positions",
+    "position_embedding",
+    "position_embeddings",
+    "positions_embed",
+    "pos_encoding",
+}
+"""What transformers' causal models call their tables of positions."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +41,18 @@ class Task:
         """What the base is loaded to predict with."""
         return Head(task=self.name)
 
-    def examples(self, source: str, data: DataConfig, base: Base, emit: Emit) -> Examples:
-        """A data set as the model will see it.
+    def limited(self, data: DataConfig, base: Base, emit: Emit) -> DataConfig:
+        """The settings of the data with `max_length` at most what the base has places for, which is said.
 
         Raises:
             ConfigError: a setting of the data that this task knows nothing of.
+        """
+        return at_most(learned_positions(base.model), data, emit)
+
+    def examples(self, source: str, data: DataConfig, base: Base, emit: Emit) -> Examples:
+        """A data set as the model will see it; its settings are `limited` already.
+
+        Raises:
             DataError: as `load_examples`.
         """
         return load_examples(source, data, base.renderer, emit)
@@ -77,8 +94,11 @@ class SequenceClassification(Task):
     def head(self, config: TrainConfig) -> Head:
         return Head(task=self.name, labels=find_labels(config.data.train), seed=config.training.seed)
 
+    def limited(self, data: DataConfig, base: Base, emit: Emit) -> DataConfig:
+        return within_base(data, base, emit)
+
     def examples(self, source: str, data: DataConfig, base: Base, emit: Emit) -> Examples:
-        return classified(source, within_base(data, base), base.tokenizer, labels_of(base.model))
+        return classified(source, data, base.tokenizer, labels_of(base.model))
 
     def adapter(self, config: LoraConfig, base: Base) -> LoraConfig:
         if config.modules_to_save:
@@ -100,14 +120,31 @@ class SequenceClassification(Task):
 class Seq2Seq(Task):
     """Prompts for an encoder, answers of a decoder."""
 
+    def limited(self, data: DataConfig, base: Base, emit: Emit) -> DataConfig:
+        return within_base(data, base, emit)
+
     def examples(self, source: str, data: DataConfig, base: Base, emit: Emit) -> Examples:
-        return answered(source, within_base(data, base), base.tokenizer)
+        return answered(source, data, base.tokenizer)
 
     def provenance(self, base: Base) -> dict[str, Any]:
         return {"task": self.name}
 
 
-def within_base(data: DataConfig, base: Base) -> DataConfig:
+def learned_positions(model: Any) -> float:
+    """How many positions the base has a table for; infinite where it computes them, as rotary embeddings do."""
+    parts = {name.rpartition(".")[2] for named in (model.named_modules(), model.named_buffers()) for name, _ in named}
+    return float(model.config.max_position_embeddings) if parts & POSITION_TABLES else math.inf
+
+
+def at_most(tokens: int | float, data: DataConfig, emit: Emit) -> DataConfig:
+    """The settings of the data with a `max_length` that a base of so many tokens can take, which is said where it is less."""
+    if data.max_length <= tokens:
+        return data
+    emit(Message(text=f"data.max_length is {int(tokens)}, for this base takes no more tokens"))
+    return replace(data, max_length=int(tokens))
+
+
+def within_base(data: DataConfig, base: Base, emit: Emit) -> DataConfig:
     """The settings of the data with `max_length` at most what the base has learned positions for.
 
     Raises:
@@ -118,7 +155,7 @@ def within_base(data: DataConfig, base: Base) -> DataConfig:
             f"a system message belongs to a conversation, and a {head_of(base.model).words} has none; leave it out"
         )
     positions = getattr(base.model.config, "max_position_embeddings", None) or data.max_length
-    return replace(data, max_length=min(data.max_length, positions, base.tokenizer.model_max_length))
+    return at_most(min(positions, base.tokenizer.model_max_length), data, emit)
 
 
 TASKS: dict[TaskName, Task] = {

@@ -127,7 +127,7 @@ def _train(config: TrainConfig, run: RunFolder, newest: Path | None, emit: Emit,
     times = StepTimes()
     progressed = run_job(job, fan_out(times, emit), newest)
     peak = world.largest(peak_memory_bytes(base.device))
-    _say_what_was_left_out(loaded, world, emit)
+    _say_what_was_left_out(progressed, emit)
     floor = None if loaded.stream else measured_floor(job.objective, times, job.batches)  # a stream is not read again
     _save(config, run, loaded, job, progressed)
     what = "full" if config.full else "adapter"
@@ -176,12 +176,12 @@ def _path(config: TrainConfig, job: Job) -> str:
     return f"base sharded over {job.world.size} processes by FSDP2, which gathers each layer in the model's own forward"
 
 
-def _say_what_was_left_out(loaded: Loaded, world: World, emit: Emit) -> None:
-    left_out = int(world.sum(loaded.stream.left_out)[0]) if loaded.stream else 0
-    if left_out:
-        emit(
-            Warned(text=f"{left_out} examples of the stream were too long or had nothing supervised, and were left out")
+def _say_what_was_left_out(progressed: Progressed, emit: Emit) -> None:
+    if progressed.left_out:
+        said = (
+            f"{progressed.left_out} examples of the stream were too long or had nothing supervised, and were left out"
         )
+        emit(Warned(text=said))
 
 
 def _say_where_it_begins(newest: Path | None, config: TrainConfig, emit: Emit) -> None:
@@ -225,6 +225,7 @@ def job_of(config: TrainConfig, run: RunFolder, loaded: Loaded, world: World) ->
         steps=total_steps(loaded.train, training),
         epoch=_epochs(training, loaded),
         batches=_batches(training, loaded, world),
+        left_out=lambda: loaded.stream.left_out if loaded.stream else 0,
         evaluate=evaluate if held_out else None,
         checkpoints=run.checkpoints,
         device=base.device,

@@ -33,6 +33,7 @@ class Progressed:
         step: optimiser steps done.
         best: the trained tensors at the lowest evaluation loss so far.
         stale: evaluations since then.
+        left_out: examples of all processes, so far, in which nothing could be learned.
         failed: the step whose loss or gradient was not finite, where a training was left alone after it.
     """
 
@@ -43,6 +44,7 @@ class Progressed:
     best_loss: float | None = None
     best_step: int | None = None
     stale: int = 0
+    left_out: int = 0
     failed: int | None = None
     best: dict[str, Tensor] = field(default_factory=dict)
 

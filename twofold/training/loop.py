@@ -38,6 +38,7 @@ class Job:
         steps: optimiser steps in all.
         epoch: how many passes over the data so many steps make.
         batches: this process's packed micro-batches of a step, counted from 0.
+        left_out: how many examples `batches` has left out so far, because nothing in them could be learned.
         evaluate: held-out loss and token accuracy over all processes, if there is held-out data.
         checkpoints: folder for checkpoints.
         world: the processes that share the work.
@@ -51,6 +52,7 @@ class Job:
     steps: int
     epoch: Callable[[int], float]
     batches: Callable[[int], list[PackedBatch]]
+    left_out: Callable[[], int]
     evaluate: Callable[[], tuple[float, float]] | None
     checkpoints: Path
     device: torch.device
@@ -134,8 +136,8 @@ def _step(job: Job, optimise: torch.optim.Optimizer, progressed: Progressed) -> 
     started = time.perf_counter()
     rate = learning_rate(job.config, progressed.step, job.steps)
     set_rate(optimise, rate)
-    batches = job.batches(progressed.step)
-    tokens, supervised = map(int, _counted(job, batches))
+    batches, (tokens, supervised, left_out) = _drawn(job, progressed.step)
+    progressed.left_out += left_out
     if not supervised:
         progressed.step += 1
         return Warned(text=f"step {progressed.step} had nothing supervised in its rows, so nothing was learnt in it")
@@ -165,9 +167,12 @@ def _step(job: Job, optimise: torch.optim.Optimizer, progressed: Progressed) -> 
     )
 
 
-def _counted(job: Job, batches: list[PackedBatch]) -> list[float]:
-    """Tokens, and supervised tokens, of all processes' batches."""
-    return job.world.sum(sum(b.tokens for b in batches), sum(b.supervised_tokens for b in batches))
+def _drawn(job: Job, step: int) -> tuple[list[PackedBatch], list[int]]:
+    """This process's batches of a step; of all processes' tokens, supervised tokens and examples left out."""
+    before = job.left_out()
+    batches = job.batches(step)
+    tokens, supervised = sum(b.tokens for b in batches), sum(b.supervised_tokens for b in batches)
+    return batches, list(map(int, job.world.sum(tokens, supervised, job.left_out() - before)))
 
 
 def _gradients(job: Job, batches: list[PackedBatch], supervised: int) -> tuple[float, float]:
