@@ -22,7 +22,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWor
 from transformers.pytorch_utils import Conv1D
 
 from twofold.adapter.attach import adapter_layers, attach
-from twofold.adapter.config import LoraConfig, resolve
+from twofold.adapter.config import LoraConfig, check_volume, resolve
 from twofold.adapter.shapes import module_shapes
 from twofold.adapter.target import find_targets
 from twofold.errors import ConfigError, TargetError
@@ -274,9 +274,6 @@ def test_a_module_named_both_adapted_and_saved_is_refused() -> None:
     [
         ({"r": 0}, "rank must be at least 1"),
         ({"rank_pattern": {"q_proj": 0}}, "rank must be at least 1"),
-        ({"lora_alpha": 0}, "lora_alpha is 0 but must be above 0"),
-        ({"lora_alpha": -8}, "lora_alpha is -8 but must be above 0"),
-        ({"alpha_pattern": {"q_proj": 0.0}}, "alpha_pattern 'q_proj' is 0.0 but must be above 0"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"target_modules": ()}, "target_modules is empty"),
         ({"init_lora_weights": "pisa"}, "may be true, false, gaussian"),
@@ -285,6 +282,21 @@ def test_a_module_named_both_adapted_and_saved_is_refused() -> None:
 def test_configs_that_make_no_sense_are_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         LoraConfig(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lora_alpha": 0}, "lora_alpha is 0 but must be above 0"),
+        ({"lora_alpha": -8}, "lora_alpha is -8 but must be above 0"),
+        ({"alpha_pattern": {"q_proj": 0.0}}, "alpha_pattern 'q_proj' is 0.0 but must be above 0"),
+    ],
+)
+def test_an_alpha_with_which_nothing_is_learned_may_be_read_but_not_trained_with(
+    settings: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_volume(LoraConfig(**settings))  # type: ignore[arg-type]
 
 
 def test_lists_and_sets_are_taken_like_tuples() -> None:

@@ -73,8 +73,6 @@ class LoraConfig:
         problems = []
         if any(r < 1 for r in (self.r, *self.rank_pattern.values())):
             problems.append("a rank must be at least 1")
-        alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern '{p}'": a for p, a in self.alpha_pattern.items()}}
-        problems += [f"{n} is {a} but must be above 0" for n, a in alphas.items() if not 0 < a < math.inf]
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout is {self.lora_dropout} but must be at least 0 and below 1")
         if self.lora_dropout and self.target_parameters:
@@ -109,6 +107,19 @@ class LoraConfig:
         """The indices of `layers_to_transform`; None for all layers."""
         given = self.layers_to_transform
         return None if given is None else frozenset([given] if isinstance(given, int) else given)
+
+
+def check_volume(config: LoraConfig) -> None:
+    """Refuse an alpha with which nothing is learned. Files may hold one: their update is silent, or turned round.
+
+    Raises:
+        ConfigError: names it.
+    """
+    alphas = {"lora_alpha": config.lora_alpha, **{f"alpha_pattern '{p}'": a for p, a in config.alpha_pattern.items()}}
+    if wrong := [
+        f"{name} is {alpha} but must be above 0" for name, alpha in alphas.items() if not 0 < alpha < math.inf
+    ]:
+        raise ConfigError("; ".join(wrong))
 
 
 def _pattern_problem(pattern: str) -> str | None:

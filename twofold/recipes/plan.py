@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from twofold.adapter.config import LoraConfig
+from twofold.adapter.config import LoraConfig, check_volume
 from twofold.adapter.shapes import ModuleShape, module_shapes
 from twofold.base.blocks import Decoder, describe
 from twofold.base.load import DEFAULT_BASE
@@ -79,6 +79,7 @@ class PlanSettings(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_volume(self)
         for name in ("sequence_length", "batch_size", "devices"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)} but must be at least 1")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from twofold.adapter.config import LoraConfig
+from twofold.adapter.config import LoraConfig, check_volume
 from twofold.adapter.files import open_adapter
 from twofold.base.head import TaskName
 from twofold.base.load import DEFAULT_BASE, Precision
@@ -33,6 +33,10 @@ class AdapterSettings(LoraConfig):
     """
 
     init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_volume(self)
 
     def lora(self) -> LoraConfig:
         """The adapter's own configuration."""
