@@ -21,6 +21,7 @@ from twofold.engine.resident import Reader, Resident, of_projections
 from twofold.engine.step import Part, Worn, firsts, wearing
 from twofold.engine.torch_ops import TorchOps
 from twofold.engine.weights import Weights, groups_of, quantised_in_place, why_not_native
+from twofold.errors import ConfigError
 from twofold.events import Pieces, finished
 from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
@@ -121,6 +122,11 @@ class BlockForward:
         yield from self.operations.preparing(resident)
         return resident
 
+    def check(self, worn: Worn) -> None:
+        if len(worn) > 1 or any(weight != 1 for _, weight in worn):
+            for resident, _ in worn:
+                _check_sums(resident)
+
     def bytes_of(self, resident: Resident) -> int:
         return resident.bytes
 
@@ -168,6 +174,14 @@ class BlockForward:
         x = _added(now, 4 * layer + 1, attended, x, attention_post)
         both = now.linear(4 * layer + 2, now.norm(x, _there(between)))
         return _added(now, 4 * layer + 3, now.gated(both), x, mlp_post)
+
+
+def _check_sums(resident: Resident) -> None:
+    if any(c is not None and c.stretch is not None for group in resident.changes.values() for c in group):
+        raise ConfigError(
+            f"adapter '{resident.key}' is DoRA, which sets the lengths of the rows itself, so it can be neither scaled nor "
+            "summed with another; use it alone, at weight 1"
+        )
 
 
 def _added(now: Pass, place: int, x: Tensor, residual: Tensor, norm: Norm | None) -> Tensor:

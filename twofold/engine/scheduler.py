@@ -75,19 +75,7 @@ class _Pool:
         for key in request.adapters:
             if key not in self.residents:
                 raise ConfigError(f"no adapter '{key}' is loaded{did_you_mean(key, list(self.residents))}")
-        worn = tuple((self.residents[key], weight) for key, weight in sorted(request.adapters.items()) if weight)
-        if len(worn) > 1 or any(weight != 1 for _, weight in worn):
-            for resident, _ in worn:
-                _check_sums(resident)
-        return worn
-
-
-def _check_sums(resident: Resident) -> None:
-    if any(c is not None and c.stretch is not None for group in resident.changes.values() for c in group):
-        raise ConfigError(
-            f"adapter '{resident.key}' is DoRA, which sets the lengths of the rows itself, so it can be neither scaled nor "
-            "summed with another; use it alone, at weight 1"
-        )
+        return tuple((self.residents[key], weight) for key, weight in sorted(request.adapters.items()) if weight)
 
 
 def forward_of(
@@ -242,7 +230,7 @@ class Scheduler:
         """Take a request in; it waits until a slot is free. Returns the stream's number.
 
         Raises:
-            ConfigError: it can never fit, or an adapter is not loaded.
+            ConfigError: it can never fit, or an adapter is not loaded or cannot be had so.
         """
         needed = len(request.token_ids) + request.max_new_tokens
         if needed > self._forward.slots.capacity:
@@ -253,6 +241,7 @@ class Scheduler:
         request.check_vocabulary(self._vocabulary)
         self._next += 1
         worn = self._pool.worn(request)
+        self._forward.check(worn)
         self._waiting.append(_Stream(self._next, request, worn, Sampler(request), list(request.token_ids)))
         return self._next
 
