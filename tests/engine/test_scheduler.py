@@ -295,6 +295,24 @@ def test_a_prefix_is_taken_over_only_under_the_same_adapters(written: Any, monke
     assert read[0] == 30
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+def test_a_stream_that_overflowed_spoils_nobody_who_has_its_slot_after_it(native: bool, tmp_path: Path) -> None:
+    """Longer than those after it, which run side by side, so that what it left lies behind the end of the shorter one."""
+    model = sharp("llama")
+    attach(model, LoraConfig(r=4, target_modules=["v_proj"]))
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data.fill_(1e30)
+    save_adapter(model, tmp_path / "loud")
+    for dropped in (False, True):
+        scheduler = Scheduler(sharp("llama"), streams=2, capacity=80, native=native)
+        scheduler.put_adapter("loud", tmp_path / "loud")
+        run(scheduler, [Request(token_ids=prompt(60, i), max_new_tokens=9, adapters={"loud": 1.0}) for i in (1, 2)])
+        if dropped:
+            scheduler.drop_adapter("loud")
+        after = [Request(token_ids=prompt(length, length), max_new_tokens=6) for length in (5, 40)]
+        assert run(scheduler, after) == [alone(sharp("llama"), None, r.token_ids, 6) for r in after]
+
+
 def test_what_cannot_be_served_is_refused_in_a_sentence(written: Any, tmp_path: Path) -> None:
     scheduler = Scheduler(sharp("llama"), streams=2, capacity=20)
     scheduler.put_adapter("plain", written("llama")["plain"])
