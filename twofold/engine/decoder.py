@@ -74,6 +74,9 @@ class BlockForward:
 
     Attributes:
         alive: what adapters were active on the model when this was made; every stream has it.
+
+    Raises:
+        ConfigError: adapters are to be merged, by weights in eight bits or without our own kernels.
     """
 
     def __init__(
@@ -110,6 +113,10 @@ class BlockForward:
                 return NativeOps(self.decoder, weights, owners, merge_after), f"our own kernels{IN[weights]}"
             except NotBuilt as why:
                 reason = str(why)
+        if merge_after is not None:
+            raise ConfigError(
+                f"only our own kernels merge adapters, and they do not run here ({reason}); leave out merge_after"
+            )
         groups = quantised_in_place(self.decoder, owners) if weights == "int8" else groups_of(self.decoder)
         return TorchOps(self.decoder, groups), f"PyTorch's operations{IN[weights]}, not our own kernels: {reason}"
 

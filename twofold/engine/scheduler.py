@@ -84,7 +84,8 @@ def forward_of(
     """The fastest forward pass that is right for this model.
 
     Raises:
-        ConfigError: the weights are wanted in eight bits, of a model that only its own forward can run, or with adapters merged.
+        ConfigError: the weights are wanted in eight bits, of a model that only its own forward can run, or with adapters merged; or
+            these without our own kernels.
     """
     described = describe(model)
     if isinstance(described, Decoder):
@@ -96,6 +97,10 @@ def forward_of(
             f"this model runs by its own forward ({described.reason}), which has no weights in eight bits; serve it as it is, or "
             "pack its linear layers when it is loaded (quantization: int8)"
         )
+    if merge_after is not None:
+        raise ConfigError(
+            f"this model runs by its own forward ({described.reason}), which merges no adapters; leave out merge_after"
+        )
     return PlainForward(model, streams, capacity, described.reason)
 
 
@@ -104,6 +109,7 @@ class Scheduler:
 
     Attributes:
         admitted: the streams that the last step gave a slot.
+        passes: forward passes that have come to their end.
 
     Args:
         model: a transformers causal language model; adapters that are active on it now are part of the base.
@@ -140,6 +146,7 @@ class Scheduler:
         self._loads = Loads()
         self._next = 0
         self.admitted: list[int] = []
+        self.passes = 0
 
     @property
     def path(self) -> str:
@@ -261,6 +268,7 @@ class Scheduler:
             return events
         parts = [part for _, part in batch]
         logits = self._forward.run(parts)
+        self.passes += 1
         for stream, part in batch:
             stream.held += len(part.tokens)
             del stream.left[: len(part.tokens)]
