@@ -69,4 +69,5 @@ class Engine:
 
 def _check(end: Ended) -> None:
     if end.reason == "error":
-        raise AnswerError(f"the answer could not go on: {end.message}; see whether the adapter or the weights overflow")
+        way_out = "ask for a simpler form" if end.form else "see whether the adapter or the weights overflow"
+        raise AnswerError(f"the answer could not go on: {end.message}; {way_out}")

@@ -38,11 +38,12 @@ class Made(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A stream makes no more tokens."""
+    """A stream makes no more tokens. `form` says of an error that it lies in the form which the request asked for."""
 
     stream: int
     reason: Literal["stop", "length", "cancelled", "error"]
     message: str | None = None
+    form: bool = False
 
 
 @dataclass
@@ -315,7 +316,7 @@ class Scheduler:
         request = stream.request
         if stream.sampler.error:
             self._leave(stream)
-            return [Ended(stream.number, "error", stream.sampler.error)]
+            return [Ended(stream.number, "error", stream.sampler.error, form=stream.sampler.failed is None)]
         stream.made += 1
         if choice.token in request.stop_ids and not request.ignore_stop:
             self._leave(stream)
