@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,3 +170,13 @@ def test_suggestions_only_where_something_is_close() -> None:
     assert nearest("q_prj", ["q_proj", "v_proj", "lm_head"])[0] == "q_proj"
     assert did_you_mean("zzz", ["q_proj"]) == ""
     assert did_you_mean("q_prj", ["q_proj"]) == "; did you mean 'q_proj'?"
+
+
+def test_the_nearest_of_thousands_are_found_quickly() -> None:
+    names = [f"customer-{i:04d}-support" for i in range(3000)]
+    for wrong in ("custmer-1234-support", "customer-1234-suport", "Customer_2999-support"):
+        start = time.perf_counter()
+        expected = difflib.get_close_matches(wrong, names, n=1)
+        between = time.perf_counter()
+        assert nearest(wrong, names, n=1) == expected
+        assert time.perf_counter() - between < (between - start) / 2

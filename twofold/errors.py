@@ -14,13 +14,19 @@ TwofoldError
 │   ├── NonFiniteLossError    a loss or gradient that is NaN or infinite
 │   ├── LostProcessError      another process of the training is gone
 │   └── StoppedError          training that was asked to stop, and can be resumed
+├── AnswerError               an answer that a model cannot go on with
 └── ProofError                a proof that failed: what was made is not what was promised
 """
 
 from __future__ import annotations
 
 import difflib
+import heapq
+import itertools
 from collections.abc import Iterable
+
+COMPARED = 100
+"""Words that are compared in full with one that is not known."""
 
 
 class TwofoldError(Exception):
@@ -79,13 +85,22 @@ class StoppedError(TrainingError):
     """Training that was asked to stop, and can be resumed."""
 
 
+class AnswerError(TwofoldError):
+    """An answer that a model cannot go on with."""
+
+
 class ProofError(TwofoldError):
     """A proof that failed: what was made is not what was promised."""
 
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """The known words most like `word`, best first; empty when nothing is close."""
-    return difflib.get_close_matches(word, list(known), n=n, cutoff=0.6)
+    """The known words most like `word`, best first; empty when nothing is close.
+
+    Only those that share most pairs of letters with it are compared in full: among thousands, that takes a third of a second.
+    """
+    pairs = set(itertools.pairwise(word))
+    likely = heapq.nlargest(COMPARED, known, key=lambda w: len(pairs.intersection(itertools.pairwise(w))))
+    return difflib.get_close_matches(word, likely, n=n, cutoff=0.6)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -196,6 +196,52 @@ def test_a_prompt_has_the_tokens_that_stood_before_its_answer_in_training(
         assert len(alone.token_ids) == len(prompt) or alone.supervised[len(prompt)]
 
 
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        (CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif"), talk("Lamp?", "On.", "Off?")),
+        (CHATML, talk("Lamp?", "On.", "Off?")[1:]),
+    ],
+    ids=["the prompt opens what history leaves out", "the assistant begins"],
+)
+def test_a_prompt_may_have_answers_that_could_not_be_trained_on(template: str, messages: list[Any]) -> None:
+    ours = Renderer(tokenizer(), template)
+    rendered = tokenizer().apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    assert text(ours.chat_prompt(messages)) == rendered
+    with pytest.raises(DataError):
+        ours.chat([*messages, {"role": "assistant", "content": "Off."}])
+
+
+def test_a_prompt_that_is_too_long_is_rendered_once() -> None:
+    """The search for its answers renders the conversation twice for each of them."""
+    rendered: list[int] = []
+    ours = renderer("chatml")
+    ours.tokenizer = Counting(ours.tokenizer, rendered)
+    long = talk(*["ok"] * 21)
+    assert len(ours.chat_prompt(long, most=50)) > 50
+    assert rendered == [21]
+    assert ours.chat_prompt(long, most=1000) == renderer("chatml").chat_prompt(long)
+
+
+class Counting:
+    """A tokenizer that notes how many messages it renders at a time."""
+
+    def __init__(self, inner: Any, rendered: list[int]) -> None:
+        self._inner, self._rendered = inner, rendered
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        return self._inner(*given, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def apply_chat_template(self, messages: list[Any], **options: Any) -> Any:
+        self._rendered.append(len(messages))
+        return self._inner.apply_chat_template(messages, **options)
+
+
 @settings(max_examples=40)
 @given(template=st.sampled_from(sorted(TEMPLATES)), contents=st.lists(CONTENTS, min_size=2, max_size=4))
 def test_the_supervised_text_is_the_answer(template: str, contents: list[str]) -> None:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from twofold.base.load import DEFAULT_BASE, locate
-from twofold.engine.text import TextStream, decoded
+from twofold.engine.text import Offsets, TextStream, decoded, special_ids, token_bytes
 from twofold.errors import ConfigError
 
 TEXTS = [
@@ -196,3 +196,27 @@ def test_what_only_begins_like_a_stop_string_is_held_and_then_given_out() -> Non
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(ConfigError, match="a stop string is empty"):
         TextStream(smollm2(), ["a", ""])
+
+
+# ---------------------------------------------------------------------------------------- tokens one by one
+
+
+@KINDS
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_tokens_add_is_together_the_text(kind: str, text: str) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    tokens = [t for t in tokenizer(text)["input_ids"] if t not in tokenizer.all_special_ids]
+    whole, places = decoded(tokenizer, tokens), Offsets(tokenizer)
+    added = b"".join(token_bytes(tokenizer, t) for t in tokens).decode()
+    assert added in (whole, f" {whole}")
+    for i, token in enumerate(tokens):
+        before, place = decoded(tokenizer, tokens[:i]), places.put(token)
+        assert place == len(before) if whole.startswith(before) and "\ufffd" not in before else place < len(whole)
+
+
+def test_special_tokens_take_no_place_and_are_found_by_name() -> None:
+    tokenizer = byte_level()
+    places = Offsets(tokenizer)
+    a, end = tokenizer("a")["input_ids"][0], tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [places.put(t) for t in (a, end, end, a, a)] == [0, 1, 1, 1, 2]
+    assert special_ids(tokenizer, ["a", "<|im_end|>", "<|im_", "nothing"]) == [end]

@@ -204,6 +204,23 @@ def test_unloading_lets_requests_end_and_then_frees(llama_base: Path, root: Path
             assert len(service.registry.loaded) == 1
             assert await going == red
             await eventually(lambda: not service.registry.loaded)
+            assert 'lora_name="red"' not in (await client.get("/metrics")).text
+
+    asyncio.run(scene())
+
+
+def test_the_generation_that_answered_can_be_asked_for_until_it_is_replaced(llama_base: Path, root: Path) -> None:
+    async def scene() -> None:
+        async with in_process(served(llama_base), ServeConfig(adapters=root, poll_seconds=FAST)) as (client, service):
+            red = await client.post("/v1/chat/completions", json=question("red"))
+            key = red.json()["system_fingerprint"]
+            again = await client.post("/v1/chat/completions", json=question(f"tiny:{key}"))
+            assert (again.json()["choices"], again.json()["system_fingerprint"]) == (red.json()["choices"], key)
+            assert (await client.get(f"/v1/models/{key}")).json()["generation"] == key
+            shutil.copytree(root / "green", root / "red", dirs_exist_ok=True)
+            await service.registry.refresh()
+            assert (await client.post("/v1/chat/completions", json=question(key))).status_code == 404
+            assert f'lora_name="{key}"' not in (await client.get("/metrics")).text
 
     asyncio.run(scene())
 
@@ -365,6 +382,33 @@ def test_one_load_serves_all_who_wait_for_it(llama_base: Path, adapters: Path) -
         async with in_process(served(llama_base), ServeConfig(adapters=adapters)) as (client, service):
             said = await asyncio.gather(*(say(client, "red") for _ in range(6)))
             assert len(set(said)) == 1
+            assert service.registry.loads == 1
+
+    asyncio.run(scene())
+
+
+def test_files_that_are_written_again_while_they_are_read_are_read_once(
+    llama_base: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene() -> None:
+        async with in_process(served(llama_base), ServeConfig(adapters=root, poll_seconds=FAST)) as (client, service):
+            load, reached, go_on = service.worker.load, asyncio.Event(), asyncio.Event()
+
+            async def held(key: str, folder: Path) -> int:
+                reached.set()
+                await go_on.wait()
+                return int(await load(key, folder))
+
+            monkeypatch.setattr(service.worker, "load", held)
+            first = asyncio.create_task(say(client, "red"))
+            await reached.wait()
+            for file in (root / "red").iterdir():
+                os.utime(file)
+            await service.registry.refresh()
+            second = asyncio.create_task(say(client, "red"))
+            await eventually(lambda: len(service.registry._keys) == 2)  # both have copied and hashed the files
+            go_on.set()
+            assert await first == await second == await say(client, "red")
             assert service.registry.loads == 1
 
     asyncio.run(scene())

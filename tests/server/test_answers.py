@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,12 @@ def test_stop_texts_end_an_answer_and_are_no_part_of_it(live: Running) -> None:
     assert streamed[-1] == "[DONE]"
 
 
+def test_a_stop_text_may_be_a_special_token_which_no_text_shows(live: Running) -> None:
+    pad = {"logit_bias": {"0": 100}, "stop": ["<|pad|>"], "ignore_eos": False}
+    found = live.post("/v1/chat/completions", question("red", **pad)).json()
+    assert (found["choices"][0]["finish_reason"], found["usage"]["completion_tokens"]) == ("stop", 0)
+
+
 def test_log_probabilities(client: openai.OpenAI) -> None:
     found = client.chat.completions.create(
         model="red", messages=messages(), max_tokens=5, temperature=0, logprobs=True, top_logprobs=3
@@ -102,6 +109,48 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
     plain = client.completions.create(model="red", prompt="hat", max_tokens=4, temperature=0, logprobs=2)
     assert plain.choices[0].logprobs is not None
     assert len(plain.choices[0].logprobs.token_logprobs or []) == 4
+
+
+def test_log_probabilities_name_every_token_and_say_where_it_stands(live: Running) -> None:
+    wide = {"prompt": "hat", "max_tokens": 60, "temperature": 3.0, "seed": 5, "logprobs": 20, "ignore_eos": True}
+    (choice,) = live.post("/v1/completions", {"model": "red", **wide}).json()["choices"]
+    found, text = choice["logprobs"], choice["text"]
+    for token, logprob, likeliest in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+        assert likeliest[token] == logprob
+        assert len(likeliest) in (20, 21)  # none of the parts of characters has the name of another
+    for token, place in zip(found["tokens"], found["text_offset"], strict=True):
+        assert (
+            text[place:].startswith(token)
+            or token.startswith("bytes:")
+            or token in live.service.base.tokenizer.all_special_tokens
+        )
+    chat = question("red", max_tokens=60, temperature=3.0, seed=5, logprobs=True)
+    spoken = live.post("/v1/chat/completions", chat).json()["choices"][0]
+    special = live.service.base.tokenizer.all_special_tokens
+    said = b"".join(bytes(t["bytes"]) for t in spoken["logprobs"]["content"] if t["token"] not in special)
+    assert said.decode(errors="replace") == spoken["message"]["content"]
+
+
+def test_null_is_as_if_the_field_were_not_there(live: Running) -> None:
+    body = question("red", seed=1, temperature=None)
+    nulls = dict.fromkeys(
+        ("top_p", "n", "stream", "presence_penalty", "frequency_penalty", "logprobs", "stop", "tools")
+    )
+    plain, null = (
+        live.post("/v1/chat/completions", b) for b in (question("red", seed=1) | {"temperature": 1}, body | nulls)
+    )
+    assert null.json()["choices"] == plain.json()["choices"]
+    text = {"model": "red", "prompt": "hat", "max_tokens": 2, "temperature": 0}
+    bare = [live.post("/v1/completions", b).json()["choices"] for b in (text, {**text, "echo": None, "best_of": None})]
+    assert bare[0] == bare[1]
+
+
+def test_a_stream_that_counts_says_so_in_every_event(live: Running) -> None:
+    body = question("red", stream=True, stream_options={"include_usage": True})
+    *events, last, _ = lines(live.post("/v1/chat/completions", body).text)
+    assert {e["usage"] for e in events} == {None}
+    assert last["usage"]["completion_tokens"] == 8
+    assert "usage" not in lines(live.post("/v1/chat/completions", question("red", stream=True)).text)[0]
 
 
 # ---------------------------------------------------------------------------------------------- bare prompts
@@ -183,10 +232,19 @@ def test_answers_have_the_form_that_was_asked_for(client: openai.OpenAI) -> None
 
 
 def test_a_form_that_cannot_be_read_is_refused(live: Running) -> None:
-    for form in ({"guided_regex": "(("}, {"guided_json": {"type": "nonsense"}}, {"structured_outputs": {}}):
-        assert live.post("/v1/chat/completions", question("red", **form)).status_code == 400
-    both = {"guided_regex": "a", "response_format": {"type": "json_object"}}
-    assert "one form" in live.post("/v1/chat/completions", question("red", **both)).json()["error"]["message"]
+    many = {f"p{i}": {"type": "string"} for i in range(1500)}
+    for form, words in (
+        ({"guided_regex": "(("}, "regular expression '((' cannot be followed"),
+        ({"guided_json": {"type": "nonsense"}}, "JSON schema cannot be followed"),
+        ({"structured_outputs": {}}, "needs one of json, regex"),
+        ({"guided_json": {"type": "object", "properties": many}}, "ask for a simpler form"),
+        ({"guided_choice": [f"{i:06}" for i in range(60_000)]}, "guided_choice has 600000 characters"),
+        ({"guided_regex": "a", "ignore_eos": True}, "leave out ignore_eos"),
+        ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "one form"),
+    ):
+        found = live.post("/v1/chat/completions", question("red") | {"ignore_eos": False} | form)
+        assert found.status_code == 400
+        assert words in found.json()["error"]["message"]
 
 
 # ---------------------------------------------------------------------------------------------- refusals
@@ -217,6 +275,11 @@ def test_a_name_that_is_unknown_is_never_the_base(client: openai.OpenAI, live: R
         ({"n": 1000}, "n:"),
         ({"top_logprobs": 2}, "needs logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "chat template takes no tools"),
+        ({"logit_bias": {"5" * 5000: 1}}, "no token id"),
+        ({"stop": ["ok", ""]}, "a stop string is empty"),
+        ({"stop": 5}, "stop: Input should be a valid string or Input should be a valid list"),
+        ({"stream_options": {"include_usage": True}}, "needs `stream`"),
+        ({"model": "tiny", "adapter_scale": 0.5}, "adapter_scale is for adapters"),
     ],
 )
 def test_a_request_that_cannot_be_answered_is_told_why(live: Running, change: dict[str, Any], said: str) -> None:
@@ -224,6 +287,29 @@ def test_a_request_that_cannot_be_answered_is_told_why(live: Running, change: di
     assert found.status_code == 400
     assert said in found.json()["error"]["message"]
     assert found.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"d": "\ud800"}}}]},
+        {"logit_bias": {"\ud800": 1}},
+        {"model": "\ud800"},
+    ],
+)
+def test_half_a_character_is_refused_wherever_it_stands(live: Running, change: dict[str, Any]) -> None:
+    content = json.dumps(question("red") | change)
+    headers = {"content-type": "application/json"}
+    found = httpx.post(f"{live.url}/v1/chat/completions", content=content, headers=headers)
+    assert found.status_code == 400
+    assert r"a text has '\ud800'" in found.json()["error"]["message"]
+
+
+def test_what_may_be_of_several_kinds_is_told_in_one_sentence(live: Running) -> None:
+    error = live.post("/v1/completions", {"model": "tiny", "prompt": 5}).json()["error"]
+    assert error["message"] == "prompt: Input should be a valid string or Input should be a valid list"
+    assert error["param"] == "prompt"
 
 
 def test_a_token_that_does_not_exist_is_refused(live: Running) -> None:

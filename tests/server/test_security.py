@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
-from tiny_server import Running, question, running, served
+from tiny_server import Running, in_process, question, running, served
 
 from twofold.errors import ConfigError
 from twofold.recipes.serve import ServeConfig
@@ -57,7 +58,35 @@ def test_hosts_and_origins_that_were_allowed(llama_base: Path) -> None:
         assert "--adapters DIR" in loading.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("allowed", "origin"),
+    [("*", "https://any.example"), ("https://Page.example/", "https://page.example"), ("http://a:80", "http://a:80")],
+)
+def test_origins_may_be_written_as_people_write_them(llama_base: Path, allowed: str, origin: str) -> None:
+    async def scene() -> None:
+        async with in_process(served(llama_base), ServeConfig(allowed_origins=(allowed,))) as (client, _):
+            found = await client.get("/v1/models", headers={"origin": origin})
+            assert found.status_code == 200
+            assert found.headers["access-control-allow-origin"] in ("*", origin)
+
+    asyncio.run(scene())
+
+
 # ---------------------------------------------------------------------------------------------- keys
+
+
+def test_an_admin_key_alone_guards_administration_and_nothing_else(llama_base: Path, adapters: Path) -> None:
+    async def scene() -> None:
+        config = ServeConfig(adapters=adapters, admin_key=("root",))
+        async with in_process(served(llama_base), config) as (client, _):
+            load = {"lora_name": "rot", "lora_path": "red"}
+            root = {"authorization": "Bearer root"}
+            assert (await client.get("/v1/models")).status_code == 200
+            assert (await client.get("/v1/models", headers=root)).status_code == 200
+            assert (await client.post("/v1/load_lora_adapter", json=load)).status_code == 401
+            assert (await client.post("/v1/load_lora_adapter", json=load, headers=root)).status_code == 200
+
+    asyncio.run(scene())
 
 
 def test_keys(llama_base: Path, adapters: Path) -> None:

@@ -69,12 +69,12 @@ def test_the_template_is_told_of_tools_if_it_takes_them() -> None:
     tokens = tokenizer()
     with_tools = Renderer(tokens, WITH_TOOLS)
     assert with_tools.takes_tools
-    told = tokens.decode(chat_prompt(asked(), with_tools))
+    told = tokens.decode(chat_prompt(asked(), with_tools, 256))
     assert told.startswith("[weather]<|im_start|>")
-    assert tokens.decode(chat_prompt(asked(tool_choice="none"), with_tools)).startswith("<|im_start|>")
+    assert tokens.decode(chat_prompt(asked(tool_choice="none"), with_tools, 256)).startswith("<|im_start|>")
     with pytest.raises(ApiError, match="takes no tools"):
-        chat_prompt(asked(), Renderer(tokens))
-    assert chat_prompt(asked(tool_choice="none"), Renderer(tokens))
+        chat_prompt(asked(), Renderer(tokens), 256)
+    assert chat_prompt(asked(tool_choice="none"), Renderer(tokens), 256)
 
 
 def test_calls_and_their_results_come_back_to_the_template() -> None:
@@ -87,7 +87,7 @@ def test_calls_and_their_results_come_back_to_the_template() -> None:
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "rain", "tool_call_id": "1"},
     ]
-    prompt = chat_prompt(asked(messages=turns, tools=None), renderer)
+    prompt = chat_prompt(asked(messages=turns, tools=None), renderer, 256)
     assert renderer.tokenizer.decode(prompt) == "system:be kind;user:hat;assistant:Bern;tool:rain;"
 
 
@@ -148,6 +148,27 @@ def test_required_gives_calls_of_any_function(caller: Running) -> None:
     several = call(caller, tool_choice="required", n=12, seed=1).choices
     assert all(a.message.tool_calls for a in several)
     assert max(len(a.message.tool_calls) for a in several) > 1
+
+
+def test_an_answer_that_is_a_call_has_the_key_of_its_content(caller: Running) -> None:
+    body = {
+        "model": "red",
+        "messages": [{"role": "user", "content": "hat"}],
+        "tools": TOOLS[1:],
+        "tool_choice": "required",
+    }
+    message = caller.post("/v1/chat/completions", {**body, "max_tokens": 200}).json()["choices"][0]["message"]
+    assert message["content"] is None
+    assert message["tool_calls"]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_without_parallel_calls_an_answer_ends_with_its_first(caller: Running, *, parallel: bool) -> None:
+    said = '<tool_call>\\n\\{"name": "now", "arguments": \\{\\}\\}\\n</tool_call>'
+    form = {"guided_regex": f"{said}\\n{said}"}
+    (answer,) = call(caller, tool_choice="auto", parallel_tool_calls=parallel, extra_body=form).choices
+    assert len(answer.message.tool_calls) == 1 + parallel
+    assert answer.finish_reason == "tool_calls"
 
 
 def test_a_forced_call_is_streamed(caller: Running) -> None:

@@ -89,9 +89,17 @@ class Renderer:
 
     # -------------------------------------------------------------------------- serving
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens that a model is given to write the next answer: those it saw before that answer in training."""
+    def chat_prompt(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
+        """The tokens that a model is given to write the next answer: those it saw before that answer in training.
+
+        A prompt of more than `most` tokens, which is of no use then, comes back before the costly search for its answers.
+
+        Raises:
+            DataError: the messages do not fit the template, or there is no template.
+        """
         text = self._render(messages, answer_next=True)
+        if most is not None and len(tokens := self._tokens(text)) > most:
+            return tokens
         return self._encode(text, self._cuts(messages, text))[0]
 
     @property
@@ -152,10 +160,10 @@ class Renderer:
         return Example(tokens, supervised)
 
     def _cuts(self, messages: Sequence[Message], prompt: str) -> list[int]:
-        """Where answers begin and end in a prompt; nowhere if its template rewrites history."""
+        """Where answers begin and end in a prompt; nowhere if they cannot be located."""
         try:
             spans = self._spans(messages, prompt)
-        except _HistoryRewritten:
+        except (DataError, _HistoryRewritten):
             return []
         return [p for s in spans for p in (s.start, s.end)]
 

@@ -41,14 +41,14 @@ class Grammar:
 
     def matcher(self) -> Matcher:
         """A matcher for one answer, at its beginning."""
-        return Matcher(self.start.deep_copy())
+        return Matcher(self.start.deep_copy(), self.words)
 
 
 class Matcher:
-    """How far one answer has come in its grammar."""
+    """How far one answer has come in its grammar, which `words` name."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, words: str) -> None:
+        self._matcher, self._words = matcher, words
 
     @property
     def complete(self) -> bool:
@@ -58,7 +58,10 @@ class Matcher:
     @property
     def error(self) -> str | None:
         """What went wrong within the grammar, if anything did: it grew too complex, or took a token that it forbids."""
-        return _reason(self._matcher.get_error()) if self._matcher.is_error() else None
+        if not self._matcher.is_error():
+            return None
+        reason = _reason(self._matcher.get_error())
+        return f"{self._words} cannot be followed any further: {reason}; ask for a simpler form"
 
     def allowed(self, vocabulary: int) -> Bool[Tensor, " vocabulary"]:
         """Which tokens may come next; on the CPU."""

@@ -12,6 +12,7 @@ made text, and what is new is what the text has grown by. Held back are
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -20,12 +21,42 @@ from typing import Any
 from twofold.errors import ConfigError
 
 HALF = "\ufffd"
-BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+CONTINUES = re.compile(rb"[\x80-\xbf]")
+"""A byte within a character of UTF-8."""
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _letters_of_bytes() -> dict[str, int]:
+    """How byte-level tokenizers since GPT-2 write bytes: the printable as they are, the others as letters from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+LETTERS = _letters_of_bytes()
 
 
 def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
     """The text of an answer: special tokens left out, spaces left as they are."""
     return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@lru_cache(maxsize=2**16)
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """What a token adds to a text that has begun already, as UTF-8, of which it may be a part that is no character."""
+    piece = tokenizer.convert_ids_to_tokens(token) or ""
+    if byte := BYTE_TOKEN.fullmatch(piece):
+        return bytes.fromhex(byte[1])
+    alone, twice = (tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
+    if HALF in alone and all(letter in LETTERS for letter in piece):
+        return bytes(LETTERS[letter] for letter in piece)
+    return str(twice)[len(alone) :].encode()
+
+
+def special_ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Those of the texts that are special tokens, which no answer's text shows."""
+    special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    return [special[text] for text in texts if text in special]
 
 
 @lru_cache(maxsize=2**16)
@@ -113,3 +144,26 @@ class TextStream:
 
     def _may_begin(self, end: str) -> bool:
         return any(s.startswith(end) for s in self._stop)
+
+
+class Offsets:
+    """Where in an answer's text its tokens stand, in characters."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._whole = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begun = False
+        self._next = 0
+
+    def put(self, token: int) -> int:
+        """The place of the next token: of a part of a character the character's; special tokens take no place."""
+        if _left_out(self._tokenizer, token):
+            return self._next
+        alone = decoded(self._tokenizer, [token])
+        new = token_bytes(self._tokenizer, token) if self._begun or HALF in alone else alone.encode()
+        if not CONTINUES.match(new):
+            self._next += len(self._whole.decode(b"", final=True))  # of a character that was begun and left
+        place = self._next
+        self._next += len(self._whole.decode(new))
+        self._begun = True
+        return place

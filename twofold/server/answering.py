@@ -95,7 +95,7 @@ class Choice:
 
     def _end(self, event: Ended) -> Piece:
         if event.reason in ("error", "cancelled"):
-            status = 500 if event.reason == "error" else 503
+            status = 400 if event.form else 500 if event.reason == "error" else 503
             raise ApiError(status, event.message or "the answer was ended by the server", code=f"engine_{event.reason}")
         rest = self.text.finish()
         return self._piece(rest, "stop" if self.text.stopped else event.reason)

@@ -36,7 +36,7 @@ from twofold.server.openai import (
     ModelList,
     UnloadAdapter,
 )
-from twofold.server.security import Gate, Policy, digest
+from twofold.server.security import Gate, Policy, digest, plain_origin
 from twofold.server.service import Begun, Service, Wanted
 from twofold.server.wire import ChatWire, TextWire, events
 from twofold.server.worker import EngineThread
@@ -77,11 +77,10 @@ def make_app(served: Served, config: ServeConfig, thread: EngineThread | None = 
     add_embeddings(app, service)
     _add_models(app, service)
     _add_adapters(app, service)
-    if config.allowed_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"]
-        )
-    app.add_middleware(Gate, policy=policy_of(config), max_body_bytes=int(config.max_body_mb * 1e6))
+    policy = policy_of(config)
+    if policy.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(policy.origins), allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(Gate, policy=policy, max_body_bytes=int(config.max_body_mb * 1e6))
     app.add_middleware(AccessLog, metrics=service.metrics)
     return app
 
@@ -90,7 +89,7 @@ def policy_of(config: ServeConfig) -> Policy:
     """Who a server with this configuration lets in."""
     return Policy(
         hosts=frozenset(h.lower() for h in (*config.allowed_hosts, config.host)),
-        origins=frozenset(config.allowed_origins),
+        origins=frozenset(map(plain_origin, config.allowed_origins)),
         keys=frozenset(map(digest, config.api_key)),
         admin_keys=frozenset(map(digest, config.admin_key)),
     )
@@ -124,16 +123,25 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _readable(error: RequestValidationError) -> ApiError:
-    """The first few mistakes of a request in one sentence, each with its place."""
+    """The first few mistakes of a request in one sentence, each with its place; those at one place are alternatives."""
     found = error.errors()
     if found and found[0]["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {found[0]['ctx']['error']}, at character {found[0]['loc'][-1]}")
-    said = [f"{_place(e['loc'])}: {e['msg'].removeprefix('Value error, ')}" for e in found[:4]]
-    return ApiError(400, "; ".join(said), param=_place(found[0]["loc"]) if found else None)
+    said: dict[str, dict[str, None]] = {}
+    for e in found:
+        said.setdefault(_place(e, error.body), {})[e["msg"].removeprefix("Value error, ")] = None
+    sentences = [f"{place}: {' or '.join(reasons)}" for place, reasons in said.items()]
+    return ApiError(400, "; ".join(sentences[:4]), param=next(iter(said), None))
 
 
-def _place(loc: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in loc[1:])[:200] or "the body"
+def _place(error: Any, body: Any) -> str:
+    """Where in the body a mistake is, without pydantic's names of the alternatives that were tried there."""
+    parts, here = [], body
+    for part in error["loc"][1:]:
+        if (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int)):
+            parts, here = [*parts, part], here[part]
+    missing = error["loc"][-1:] if error["type"] == "missing" else ()
+    return ".".join(map(str, [*parts, *missing]))[:200] or "the body"
 
 
 # ---------------------------------------------------------------------------------------------- answers
@@ -218,14 +226,14 @@ async def _collected(begun: Begun) -> list[Any]:
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, response_model_exclude_none=True)
+    @app.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(asked: ChatRequest, http: Request) -> Any:
         """The next answer in a conversation."""
         logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
         if asked.top_logprobs is not None and not asked.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         wanted = Wanted(
-            prompts=lambda renderer: [chat_prompt(asked, renderer)],
+            prompts=lambda renderer: [chat_prompt(asked, renderer, service.context)],
             count=1,
             max_tokens=asked.max_completion_tokens or asked.max_tokens,
             most=service.config.default_tokens,

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from twofold.base.chat import Message, Renderer
 from twofold.engine.grammar import Grammar, Grammars
 from twofold.engine.request import Request, Sampling
+from twofold.engine.text import special_ids
 from twofold.server.errors import ApiError
 from twofold.server.openai import Asking, ChatMessage, ChatRequest, CompletionRequest
 from twofold.server.tools import forced_calls
 
+TOKEN_ID = re.compile(r"[0-9]{1,18}")
+LARGEST_FORM = 200_000
+"""Characters of a form as JSON: what is much larger takes seconds to compile."""
+
 # ---------------------------------------------------------------------------------------------- prompts
 
 
-def chat_prompt(request: ChatRequest, renderer: Renderer) -> list[int]:
-    """The tokens of a conversation by the template that the adapter was trained with.
+def chat_prompt(request: ChatRequest, renderer: Renderer, context: int) -> list[int]:
+    """The tokens of a conversation by the template that the adapter was trained with; of one beyond the context, roughly.
 
     Raises:
         ApiError: there is no template, or none that takes tools.
@@ -29,7 +35,7 @@ def chat_prompt(request: ChatRequest, renderer: Renderer) -> list[int]:
     tools = [] if request.tool_choice == "none" else [t.model_dump(exclude_none=True) for t in request.tools or []]
     if tools and not renderer.takes_tools:
         raise ApiError(400, "this model's chat template takes no tools; leave out `tools`", param="tools")
-    return renderer.with_tools(tools).chat_prompt([_message(m) for m in request.messages])
+    return renderer.with_tools(tools).chat_prompt([_message(m) for m in request.messages], context)
 
 
 def _message(said: ChatMessage) -> Message:
@@ -95,7 +101,8 @@ def engine_requests(
 ) -> list[Request]:
     """One request for each choice: `n` for each prompt, each with a seed of its own that follows from the request's."""
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
-    stop_ids = tuple(dict.fromkeys([*renderer.end_token_ids, *request.stop_token_ids]))
+    unseen = special_ids(renderer.tokenizer, request.stops)
+    stop_ids = tuple(dict.fromkeys([*renderer.end_token_ids, *request.stop_token_ids, *unseen]))
     return [
         Request(
             token_ids=prompt,
@@ -127,7 +134,7 @@ def _sampling(request: Asking, seed: int, logprobs: int | None) -> Sampling:
 
 
 def _biases(given: Mapping[str, float]) -> dict[int, float]:
-    wrong = next((k for k in given if not (k.isascii() and k.isdecimal())), None)
+    wrong = next((k for k in given if not TOKEN_ID.fullmatch(k)), None)
     if wrong is not None:
         raise ApiError(400, f"logit_bias has the key {wrong[:50]!r}, which is no token id", param="logit_bias")
     return {int(k): v for k, v in given.items()}
@@ -136,45 +143,68 @@ def _biases(given: Mapping[str, float]) -> dict[int, float]:
 # ---------------------------------------------------------------------------------------------- form
 
 
-def grammar_of(request: Asking, grammars_of: Callable[[], Grammars]) -> Grammar | None:
-    """The form that an answer must have, if the request asks for one; only then are `grammars_of` the tokenizer needed.
+class Form(NamedTuple):
+    """A form that an answer must have: the request's field, the kind, and what describes it."""
+
+    field: str
+    kind: str
+    description: Any
+
+    def grammar(self, grammars: Grammars) -> Grammar:
+        """The form, compiled: this may take a second.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        if self.kind == "object":
+            return grammars.json_object()
+        makers: dict[str, Any] = {"json": grammars.json_schema, "regex": grammars.regex}
+        makers |= {"choice": grammars.choice, "grammar": grammars.lark}
+        made: Grammar = makers[self.kind](self.description)
+        return made
+
+
+def form_of(request: Asking) -> Form | None:
+    """The form that an answer must have, if the request asks for one.
 
     Raises:
-        ApiError: it asks for several.
-        ConfigError: it cannot be read.
+        ApiError: it asks for several, for one that is too large, or for one that the answer may not end with.
     """
     forms = _forms(request)
-    if len(forms) > 1:
-        raise ApiError(400, f"an answer can have one form, but the request asks for {', '.join(n for n, _ in forms)}")
     if not forms:
         return None
-    grammars, (_, (kind, value)) = grammars_of(), forms[0]
-    if kind == "object":
-        return grammars.json_object()
-    makers: dict[str, Any] = {"json": grammars.json_schema, "regex": grammars.regex}
-    makers |= {"choice": grammars.choice, "grammar": grammars.lark}
-    made: Grammar = makers[kind](value)
-    return made
+    names = ", ".join(f.field for f in forms)
+    if len(forms) > 1:
+        raise ApiError(400, f"an answer can have one form, but the request asks for {names}")
+    if request.ignore_eos:
+        raise ApiError(
+            400, f"an answer with {names} ends where its form does; leave out ignore_eos", param="ignore_eos"
+        )
+    size = len(json.dumps(forms[0].description))
+    if size > LARGEST_FORM:
+        said = f"{names} has {size} characters, but a form may have {LARGEST_FORM}; ask for a simpler one"
+        raise ApiError(400, said, param=names)
+    return forms[0]
 
 
-def _forms(request: Asking) -> list[tuple[str, tuple[str, Any]]]:
-    """Each form that is asked for: the field's name, the kind, and what describes it."""
-    found: list[tuple[str, tuple[str, Any]]] = []
+def _forms(request: Asking) -> list[Form]:
+    """Each form that is asked for."""
+    found: list[Form] = []
     if isinstance(request, ChatRequest) and request.forced:
-        found.append(("tool_choice", ("grammar", forced_calls(request))))
+        found.append(Form("tool_choice", "grammar", forced_calls(request)))
     response, structured = request.response_format, request.structured_outputs
     if response and response.type == "json_object":
-        found.append(("response_format", ("object", None)))
+        found.append(Form("response_format", "object", None))
     if response and response.type == "json_schema":
         if response.json_schema is None:
             raise ApiError(400, "response_format of type json_schema needs a json_schema", param="response_format")
-        found.append(("response_format", ("json", response.json_schema.schema_)))
+        found.append(Form("response_format", "json", response.json_schema.schema_))
     kinds = ("json", "regex", "choice", "grammar")
     if structured:
         values = (structured.json_, structured.regex, structured.choice, structured.grammar)
-        given = [(f"structured_outputs.{k}", (k, v)) for k, v in zip(kinds, values, strict=True) if v is not None]
+        given = [Form(f"structured_outputs.{k}", k, v) for k, v in zip(kinds, values, strict=True) if v is not None]
         if not given:
             raise ApiError(400, "structured_outputs needs one of json, regex, choice and grammar")
         found += given
     guided = (request.guided_json, request.guided_regex, request.guided_choice, request.guided_grammar)
-    return found + [(f"guided_{k}", (k, v)) for k, v in zip(kinds, guided, strict=True) if v is not None]
+    return found + [Form(f"guided_{k}", k, v) for k, v in zip(kinds, guided, strict=True) if v is not None]

@@ -15,7 +15,7 @@ from twofold.engine.encoder import Encoder
 from twofold.errors import nearest
 from twofold.server.answering import too_late
 from twofold.server.errors import ApiError
-from twofold.server.openai import Name, Strict, TokenIds
+from twofold.server.openai import Body, Name, TokenIds
 from twofold.server.service import Service
 
 MOST_TEXTS = 2048
@@ -24,7 +24,7 @@ TOGETHER = 16
 """Texts that the encoder takes between two steps of the engine."""
 
 
-class EmbeddingRequest(Strict):
+class EmbeddingRequest(Body):
     """OpenAI's `POST /v1/embeddings`."""
 
     model: Name

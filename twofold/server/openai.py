@@ -1,10 +1,12 @@
-"""The shapes of requests and answers: OpenAI's, with vLLM's additions. An unknown field is refused, with the nearest right name.
+"""The shapes of requests and answers: OpenAI's, with vLLM's additions. An unknown field is refused, with the nearest right name;
+one that is null is as if it were not there.
 
 What OpenAI's clients send for its own bookkeeping (`user`, `metadata`, ...) is taken and means nothing here.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,7 +19,7 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class Strict(BaseModel):
-    """A request in which an unknown field is an error that names the nearest right one."""
+    """A request in which an unknown field is an error that names the nearest right one, and null means the default."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -27,6 +29,24 @@ class Strict(BaseModel):
         for key in values if isinstance(values, dict) else ():
             if key not in cls.model_fields:
                 raise ValueError(f"unknown field {str(key)[:100]!r}{did_you_mean(str(key)[:100], cls.model_fields)}")
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+
+
+class Body(Strict):
+    """A whole request, all of whose texts can be written as UTF-8."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _characters(cls, values: Any) -> Any:
+        try:
+            json.dumps(values, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(
+                f"a text has {half!r}, half of a surrogate pair and no character; send both halves"
+            ) from error
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
         return values
 
 
@@ -140,7 +160,7 @@ class StructuredOutputs(Strict):
         return values
 
 
-class Asking(Strict):
+class Asking(Body):
     """What both kinds of requests may say."""
 
     model: Name
@@ -177,7 +197,13 @@ class Asking(Strict):
     @property
     def stops(self) -> list[str]:
         """The texts that end an answer."""
-        return [self.stop] if isinstance(self.stop, str) else [s for s in self.stop or [] if s]
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @model_validator(mode="after")
+    def _streamed(self) -> Asking:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("`stream_options` needs `stream` to be true")
+        return self
 
 
 class ChatRequest(Asking):
@@ -235,7 +261,7 @@ class CompletionRequest(Asking):
         return list(given)
 
 
-class LoadAdapter(Strict):
+class LoadAdapter(Body):
     """vLLM's `POST /v1/load_lora_adapter`; `lora_path` is below the adapter root of the server."""
 
     lora_name: Name
@@ -244,7 +270,7 @@ class LoadAdapter(Strict):
     is_3d_lora_weight: Literal[False] = False
 
 
-class UnloadAdapter(Strict):
+class UnloadAdapter(Body):
     """vLLM's `POST /v1/unload_lora_adapter`."""
 
     lora_name: Name

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from twofold.base.chat import Renderer
 from twofold.base.load import Base
@@ -79,7 +80,7 @@ class Registry:
     Attributes:
         loads: adapters read since the start.
         evictions: those dropped because the budget was needed.
-        gone: is told each name that is served no longer.
+        gone: is told each name that is served no longer, and again once its last request has ended.
     """
 
     def __init__(self, config: RegistryConfig, base: Base, base_names: tuple[str, ...], worker: Worker) -> None:
@@ -94,6 +95,7 @@ class Registry:
         self._keys: dict[Source, str] = {}
         self._loaded: OrderedDict[str, Generation] = OrderedDict()
         self._loading: dict[Source, _Loading] = {}
+        self._putting: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by key, while one is read
         self._refused: dict[Source, str] = {}
         self._room = asyncio.Condition()
         self._reserved = 0
@@ -109,22 +111,27 @@ class Registry:
     def adapter_of(self, model: str) -> str | None:
         """The adapter's name in a request's `model`: `NAME`, `NAME@HASH` or `BASE:NAME`; None for the bare base.
 
+        The hash is that of a generation which lies in the folder under this name, or which a plain adapter has in memory.
+
         Raises:
             ApiError: 404 with the nearest names; a name that is not known never means the base.
         """
         if model in self.base_names:
             return None
         base, colon, name = model.rpartition(":")
-        if (not colon or base in self.base_names) and self._source(name):
+        if (not colon or base in self.base_names) and (self._source(name) or self.generation_of(name)):
             return name
         near = nearest(name, [*self.names(), *self.base_names])
         hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else "; GET /v1/models lists all"
         raise ApiError(404, f"no model {model[:200]!r} here{hint}", code="model_not_found", param="model")
 
     def generation_of(self, name: str) -> Generation | None:
-        """The generation that a name stands for now, if it is in memory."""
+        """The generation that a name stands for now, or that is itself called so and not replaced, if it is in memory."""
         source = self._source(name)
-        return self._loaded.get(self._keys.get(source, "")) if source else None
+        if source:
+            return self._loaded.get(self._keys.get(source, ""))
+        found = self._loaded.get(name)
+        return found if found and not found.stale else None
 
     def refusal_of(self, name: str) -> str | None:
         """Why an adapter could not be loaded when that was last tried."""
@@ -157,14 +164,14 @@ class Registry:
         Raises:
             ApiError: the adapter cannot be served, or there is no room for it.
         """
-        source = self._source(name)
-        if source is None:
-            raise ApiError(404, f"no adapter {name!r} here any more", code="model_not_found", param="model")
-        loaded = self._loaded.get(self._keys.get(source, ""))
+        loaded = self.generation_of(name)
         if loaded is not None:
             self._loaded.move_to_end(loaded.key)
             loaded.leases += 1
             return loaded
+        source = self._source(name)
+        if source is None:
+            raise ApiError(404, f"no adapter {name!r} here any more", code="model_not_found", param="model")
         return await self._wait_for(self._loading.get(source) or self._begin(source, name))
 
     def release(self, generation: Generation) -> None:
@@ -205,7 +212,7 @@ class Registry:
         finally:
             del self._loading[source]
         made.leases += loading.waiters
-        made.stale = self._source(name) != source
+        made.stale = self.generation_of(name) is not made
         loading.made = made
         self.release(made)
         return made
@@ -231,9 +238,14 @@ class Registry:
         assert config.root is not None
         digest = await asyncio.to_thread(snapshot, source, config.root, folder, config.limits, self.worker.give_way)
         key = self._keys[source] = f"{source.name if source.digest else name}@{digest}"
-        if key in self._loaded:  # touched, but the same
+        async with self._putting.setdefault(key, asyncio.Lock()):
+            if key not in self._loaded:
+                self._loaded[key] = await self._made(key, name, folder)
             self._loaded[key].leases += 1
             return self._loaded[key]
+
+    async def _made(self, key: str, name: str, folder: Path) -> Generation:
+        config = self.config
         files = await asyncio.to_thread(
             checked, folder, name, config.limits, self.base.fingerprint, allow_foreign=config.allow_foreign
         )
@@ -242,10 +254,9 @@ class Registry:
         if held > config.budget_bytes:
             await self.worker.call(lambda scheduler: scheduler.drop_adapter(key))
             raise AdapterFileError(TOO_LARGE.format(name))
-        made = self._loaded[key] = Generation(key, name, held, renderer, leases=1)
         self.loads += 1
         log.info("adapter loaded", extra={"fields": {"adapter": key, "bytes": held}})
-        return made
+        return Generation(key, name, held, renderer)
 
     async def _reserve(self, size: int) -> None:
         """Wait until the budget has room, dropping idle generations for it."""
@@ -267,6 +278,9 @@ class Registry:
     async def _drop(self, generation: Generation) -> None:
         """Free a generation that nobody uses."""
         del self._loaded[generation.key]
+        for name in (generation.name, generation.key):
+            if not self._source(name):
+                self.gone(name)
         await self.worker.call(lambda scheduler: scheduler.drop_adapter(generation.key))
         log.info("adapter dropped", extra={"fields": {"adapter": generation.key}})
 

@@ -35,9 +35,9 @@ class Policy:
 
     Attributes:
         hosts: names by which the server may be called besides `localhost` and addresses; `*` for any.
-        origins: origins of pages that may use it besides its own.
-        keys: digests of API keys; none: no key is needed.
-        admin_keys: digests of the keys that may load and unload adapters; none: every key may.
+        origins: plain origins of pages that may use it besides its own; `*` for any.
+        keys: digests of API keys; none: no key is needed but for what `admin_keys` guard.
+        admin_keys: digests of the keys that may load and unload adapters, and all else too; none: every key may.
     """
 
     hosts: frozenset[str] = frozenset()
@@ -73,11 +73,18 @@ def _is_address(name: str) -> bool:
 
 
 def _known_origin(origin: str, host: str, policy: Policy) -> bool:
-    return origin in policy.origins or origin.lower().partition("://")[2] == host.lower()
+    allowed = "*" in policy.origins or plain_origin(origin) in policy.origins
+    return allowed or origin.lower().partition("://")[2] == host.lower()
+
+
+def plain_origin(origin: str) -> str:
+    """An origin as browsers send it."""
+    return origin.lower().rstrip("/")
 
 
 def _wrong_key(authorization: str, path: str, policy: Policy) -> ApiError | None:
-    needed = policy.admin_keys if path in ADMINISTRATION and policy.admin_keys else policy.keys | policy.admin_keys
+    administers = path in ADMINISTRATION and policy.admin_keys
+    needed = policy.admin_keys if administers else policy.keys and policy.keys | policy.admin_keys
     if not needed:
         return None
     scheme, _, key = authorization.partition(" ")

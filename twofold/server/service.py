@@ -11,17 +11,18 @@ from typing import TypeVar
 
 from twofold.base.chat import Renderer
 from twofold.base.load import Base
-from twofold.engine.grammar import Grammars
+from twofold.engine.grammar import Grammar, Grammars
 from twofold.engine.request import Request
 from twofold.engine.scheduler import Scheduler
 from twofold.recipes.serve import ServeConfig, Served
 from twofold.server.answering import Admission, Choice, Run, too_late
-from twofold.server.asking import engine_requests, grammar_of, most_tokens
+from twofold.server.asking import engine_requests, form_of, most_tokens
 from twofold.server.errors import ApiError
 from twofold.server.layout import Limits
 from twofold.server.metrics import Metrics
 from twofold.server.openai import Asking
 from twofold.server.registry import Generation, Registry, RegistryConfig
+from twofold.server.tools import stop_texts
 from twofold.server.worker import EngineThread, Worker
 
 T = TypeVar("T")
@@ -55,12 +56,6 @@ class Begun:
     generation: str | None
 
 
-@dataclass(frozen=True)
-class _Ready:
-    prompts: list[list[int]]
-    requests: list[Request]
-
-
 class Service:
     """Everything behind the routes of one server; made before its event loop, started inside it."""
 
@@ -90,6 +85,7 @@ class Service:
         self.metrics.watch(self.worker, self.registry)
         self.registry.gone = self.metrics.forget
         self._texts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="texts")  # tokenizers are not for several
+        self._forms = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forms")
         self._grammars: dict[tuple[int, ...], Grammars] = {}
         self._watching: asyncio.Task[None] | None = None
 
@@ -107,7 +103,8 @@ class Service:
         if self._watching is not None:
             self._watching.cancel()
         await self.worker.stop()
-        self._texts.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._texts, self._forms):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     @property
     def ready(self) -> bool:
@@ -136,31 +133,47 @@ class Service:
         try:
             async with asyncio.timeout(self.config.deadline_seconds):
                 generation = None if adapter is None else await self.registry.acquire(adapter)
-                ready = await self.in_text_thread(lambda: self._ready(request, wanted, generation))
+                asked = await self._asked(request, wanted, generation)
                 left = self.config.deadline_seconds - (time.monotonic() - start)
-                run = Run(self.worker, self._choices(request, len(ready.requests), adapter, start), left, freed)
-                await run.submit(ready.requests)
+                run = Run(self.worker, self._choices(request, len(asked), adapter, start), left, freed)
+                await run.submit(asked)
         except BaseException as error:
             run.close() if run is not None else freed()
             if isinstance(error, TimeoutError):
                 raise too_late() from error
             raise
-        tokens = sum(map(len, ready.prompts))
+        tokens = sum(len(one.token_ids) for one in asked[:: request.n])
         self.metrics.prompt(adapter, tokens)
         return Begun(run, tokens, generation.key if generation else None)
 
-    def _ready(self, request: Asking, wanted: Wanted, generation: Generation | None) -> _Ready:
+    async def _asked(self, request: Asking, wanted: Wanted, generation: Generation | None) -> list[Request]:
+        """What the engine is asked: `n` requests for each prompt."""
+        if generation is None and request.adapter_scale != 1:
+            said = f"adapter_scale is for adapters, but {request.model!r} is the base; leave it out"
+            raise ApiError(400, said, param="adapter_scale")
         renderer = generation.renderer if generation else self.base.renderer
-        prompts = wanted.prompts(renderer)
-        if not all(prompts):
-            raise ApiError(400, "a prompt needs at least one token", param="prompt")
-        tokens = most_tokens(wanted.max_tokens, prompts, self.context, wanted.most)
         adapters = {} if generation is None else {generation.key: request.adapter_scale}
-        grammar = grammar_of(request, lambda: self._grammars_of(renderer))
-        asked = engine_requests(request, prompts, tokens, renderer, adapters, grammar, wanted.logprobs)
-        for one in asked:
-            one.check_vocabulary(self.vocabulary)
-        return _Ready(prompts, asked)
+        grammar = await self._grammar(request, renderer)
+
+        def requests() -> list[Request]:
+            prompts = wanted.prompts(renderer)
+            if not all(prompts):
+                raise ApiError(400, "a prompt needs at least one token", param="prompt")
+            tokens = most_tokens(wanted.max_tokens, prompts, self.context, wanted.most)
+            asked = engine_requests(request, prompts, tokens, renderer, adapters, grammar, wanted.logprobs)
+            for one in asked:
+                one.check_vocabulary(self.vocabulary)
+            return asked
+
+        return await self.in_text_thread(requests)
+
+    async def _grammar(self, request: Asking, renderer: Renderer) -> Grammar | None:
+        """The form of the answer, compiled in a thread of its own, since others' texts do not wait for that."""
+        form = form_of(request)
+        if form is None:
+            return None
+        grammars = await self.in_text_thread(lambda: self._grammars_of(renderer))
+        return await asyncio.get_running_loop().run_in_executor(self._forms, form.grammar, grammars)
 
     def _grammars_of(self, renderer: Renderer) -> Grammars:
         ends = tuple(renderer.end_token_ids)
@@ -170,7 +183,8 @@ class Service:
 
     def _choices(self, request: Asking, count: int, adapter: str | None, start: float) -> list[Choice]:
         clocks = [self.metrics.clock(adapter, start) for _ in range(count)]
-        return [Choice(i, self.base.tokenizer, request.stops, clock) for i, clock in enumerate(clocks)]
+        stops = stop_texts(request)
+        return [Choice(i, self.base.tokenizer, stops, clock) for i, clock in enumerate(clocks)]
 
     async def in_text_thread(self, work: Callable[[], T]) -> T:
         """Do something with a tokenizer, off the event loop."""

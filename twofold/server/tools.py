@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from twofold.errors import did_you_mean
 from twofold.server.errors import ApiError
-from twofold.server.openai import CalledFunction, ChatRequest, Tool, ToolCall
+from twofold.server.openai import Asking, CalledFunction, ChatRequest, Tool, ToolCall
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 
@@ -65,6 +65,12 @@ def _schema(tool: Tool) -> dict[str, Any]:
 
 def _literal(text: str) -> str:
     return json.dumps(text)
+
+
+def stop_texts(request: Asking) -> list[str]:
+    """What ends an answer: the request's own texts, and the end of the first call where there may be one call at most."""
+    one = isinstance(request, ChatRequest) and request.tools and request.parallel_tool_calls is False
+    return [*request.stops, *([END] if one and not request.forced and request.tool_choice != "none" else [])]
 
 
 class Parsed(NamedTuple):

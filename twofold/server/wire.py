@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from twofold.engine.request import TokenLogprobs
+from twofold.engine.text import Offsets, token_bytes
 from twofold.server.answering import Piece
 from twofold.server.errors import ApiError
 from twofold.server.openai import (
@@ -48,9 +49,22 @@ class Wired:
         prompt = self.begun.prompt_tokens
         return Usage(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
 
+    def token_bytes(self, token: int) -> bytes:
+        return token_bytes(self.tokenizer, token)
+
     def token_text(self, token: int) -> str:
-        text: str = self.tokenizer.decode([token])
-        return text
+        """A token's text; of a part of a character its bytes, as OpenAI writes them, so that no two parts are called the same."""
+        found = self.token_bytes(token)
+        try:
+            return found.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+
+    @property
+    def counting(self) -> bool:
+        """Whether a stream ends with the counts of tokens."""
+        options = self.request.stream_options
+        return options is not None and options.include_usage
 
 
 # ---------------------------------------------------------------------------------------------- conversations
@@ -121,8 +135,7 @@ class ChatWire(Wired):
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+        return {"token": self.token_text(token), "logprob": logprob, "bytes": list(self.token_bytes(token))}
 
 
 # ---------------------------------------------------------------------------------------------- bare prompts
@@ -138,7 +151,7 @@ class TextWire(Wired):
         self.with_logprobs = request.logprobs is not None
         self.prompts = request.prompts if request.echo else []
         self.indices = range(len(begun.run.choices))
-        self.offsets = dict.fromkeys(self.indices, 0)
+        self.offsets = [Offsets(tokenizer) for _ in self.indices]
 
     def opening(self) -> Iterable[dict[str, Any]]:
         for i in self.indices if self.prompts else ():
@@ -168,15 +181,11 @@ class TextWire(Wired):
     def _logprobs(self, index: int, found: list[TokenLogprobs]) -> dict[str, Any] | None:
         if not self.with_logprobs:
             return None
-        tokens, offsets = [self.token_text(t.token) for t in found], []
-        for text in tokens:
-            offsets.append(self.offsets[index])
-            self.offsets[index] += len(text)
         return {
-            "tokens": tokens,
+            "tokens": [self.token_text(t.token) for t in found],
             "token_logprobs": [t.logprob for t in found],
-            "top_logprobs": [{self.token_text(k): v for k, v in t.likeliest} for t in found],
-            "text_offset": offsets,
+            "top_logprobs": [{self.token_text(k): v for k, v in (*t.likeliest, t[:2])} for t in found],
+            "text_offset": [self.offsets[index].put(t.token) for t in found],
         }
 
 
@@ -195,14 +204,14 @@ async def events(wire: ChatWire | TextWire) -> AsyncIterator[bytes]:
     except ApiError as error:
         yield _data(error.body().model_dump())
         return
-    options = wire.request.stream_options
-    if options is not None and options.include_usage:
+    if wire.counting:
         yield _data({**wire.head, "object": wire.object, "choices": [], "usage": wire.usage().model_dump()})
     yield DONE
 
 
 def _event(wire: ChatWire | TextWire, choices: list[dict[str, Any]]) -> bytes:
-    return _data({**wire.head, "object": wire.object, "choices": choices})
+    counts = {"usage": None} if wire.counting else {}
+    return _data({**wire.head, "object": wire.object, "choices": choices, **counts})
 
 
 def _data(value: Any) -> bytes:

@@ -34,7 +34,7 @@ from twofold.events import Emit, Message, Warned
 from twofold.recipes.serve import ServeConfig, names_of
 from twofold.server.checks import checked
 from twofold.server.layout import Limits, Source, scan
-from twofold.server.security import Policy, digest
+from twofold.server.security import Policy, digest, plain_origin
 from twofold.server.vllm import guard, plugin
 from twofold.server.vllm.abilities import Described, EngineLimits, describe, limits_for
 
@@ -159,7 +159,11 @@ def _check_flags(config: ServeConfig) -> None:
 
 def _policy(config: ServeConfig) -> Policy:
     hosts = frozenset(h.lower() for h in (*config.allowed_hosts, config.host))
-    return Policy(hosts=hosts, origins=frozenset(config.allowed_origins), keys=frozenset(map(digest, config.api_key)))
+    return Policy(
+        hosts=hosts,
+        origins=frozenset(map(plain_origin, config.allowed_origins)),
+        keys=frozenset(map(digest, config.api_key)),
+    )
 
 
 def _command(config: ServeConfig, source: str, limits: EngineLimits) -> list[str]:
