@@ -14,6 +14,7 @@ TwofoldError
 │   ├── NonFiniteLossError    a loss or gradient that is NaN or infinite
 │   ├── LostProcessError      another process of the training is gone
 │   └── StoppedError          training that was asked to stop, and can be resumed
+├── AnswerError               an answer that a model cannot go on with
 └── ProofError                a proof that failed: what was made is not what was promised
 """
 
@@ -82,6 +83,10 @@ class LostProcessError(TrainingError):
 
 class StoppedError(TrainingError):
     """Training that was asked to stop, and can be resumed."""
+
+
+class AnswerError(TwofoldError):
+    """An answer that a model cannot go on with."""
 
 
 class ProofError(TwofoldError):

@@ -162,6 +162,9 @@ def test_what_cannot_be_told_by_rows_is_refused() -> None:
     flat = mixed_model("opt")
     with pytest.raises(ConfigError, match="first dimension is not the batch"), rows(flat, BATCH):
         flat(**row_inputs(flat))  # OPT puts all tokens of a batch into one dimension
+    attach(flat, LoraConfig(r=2, target_modules=("q_proj",)), "c")
+    with rows(flat, ["c", None, None, "c", None]):
+        assert flat(**row_inputs(flat)).logits.isfinite().all()  # whose rows none have an adapter there
     layer = model.model.layers[0].self_attn.q_proj
     with pytest.raises(ConfigError, match="cannot be fused"), rows(model, ["a"]):
         project(torch.randn(1, 3, 32), layer)

@@ -18,6 +18,7 @@ from twofold.engine.engine import Engine
 from twofold.engine.request import Completion, Request, Sampling
 from twofold.engine.scheduler import Scheduler
 from twofold.engine.step import Part
+from twofold.errors import AnswerError
 
 BLOCKS = ("llama", "llama-tied", "qwen2", "qwen3", "mistral")
 OTHERS = ("gpt2", "opt")
@@ -191,3 +192,13 @@ def test_nothing_is_left_on_the_cpu(dtype: torch.dtype, family: str, monkeypatch
         then = forward.run([Part(i, len(tokens), [5], (), asked=i != 1) for i, tokens in enumerate(MIXED[:3])])
         assert then.device == device
         assert then.shape == (2, VOCABULARY)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_numbers_overflow_says_so_and_answers_nothing(temperature: float) -> None:
+    model, asked = sharp("llama"), requests(prompts(4, 6), sampling=Sampling(temperature=temperature))
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    with pytest.raises(AnswerError, match="logits are not finite numbers"):
+        Engine(model).generate(asked)
+    with pytest.raises(AnswerError, match="logits are not finite numbers"):
+        list(Engine(model).stream(asked[0]))

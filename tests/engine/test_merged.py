@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import VOCABULARY
+from families import VOCABULARY, build_model
 from wide_families import differs, said, sharp
 
 from twofold.adapter.attach import attach, detach
@@ -114,3 +114,11 @@ def test_nothing_is_folded_in_unasked_or_into_eight_bits(folders: dict[str, Path
     assert scheduler.merged == ()
     with pytest.raises(ConfigError, match="never merged into weights in eight bits"):
         engine(folders, weights="int8")
+
+
+@pytest.mark.parametrize(
+    ("family", "native", "said"), [("qwen2", False, "not asked for"), ("gpt2", True, "own forward")]
+)
+def test_where_nothing_can_merge_them_that_is_said(family: str, native: bool, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{said}.*leave out merge_after"):
+        Scheduler(build_model(family), streams=1, capacity=20, native=native, merge_after=2)

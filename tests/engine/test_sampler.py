@@ -274,13 +274,16 @@ def test_extreme_temperatures_and_logits_are_drawn_without_overflow(temperature:
     assert found[2].token in (0, 1)
 
 
-def test_a_row_without_finite_logits_fails_alone() -> None:
-    logits = random_logits(3, 400)
-    alone = chosen(logits[2:], [sampler(temperature=1.0, top_p=0.9)])
-    logits[0], logits[1] = torch.nan, -torch.inf
-    streams = [sampler(temperature=1.0, top_p=0.9) for _ in range(3)]
-    assert chosen(logits, streams)[2:] == alone
-    assert [s.error for s in streams] == ["the model's logits are not finite numbers"] * 2 + [None]
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 1.0, "top_p": 0.9}, {}, {"logit_bias": {6: 1.0}}, {"presence_penalty": 1.0}], ids=str
+)
+def test_a_row_without_finite_logits_fails_alone(settings: dict[str, Any]) -> None:
+    logits = random_logits(5, 700)
+    alone = chosen(logits[4:], [sampler(logprobs=3, **settings)])
+    logits[0], logits[1], logits[2, 300], logits[3, 650] = torch.nan, -torch.inf, torch.nan, torch.inf
+    streams = [sampler(logprobs=3, **settings) for _ in range(5)]
+    assert chosen(logits, streams)[4:] == alone
+    assert [s.error for s in streams] == ["the model's logits are not finite numbers"] * 4 + [None]
 
 
 # ---------------------------------------------------------------------------------------------- log-probabilities

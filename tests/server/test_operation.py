@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tiny_server import Running, eventually, in_process, lines, question, running, served
 
 from twofold.recipes.serve import ServeConfig
+from twofold.server.worker import FAILURES
 
 pytest_plugins = ("tiny_fixtures", "server_fixtures")
 LONG = {"max_tokens": 200}
@@ -142,6 +143,24 @@ def test_a_step_that_fails_ends_its_streams_and_not_the_server(
             assert again.json()["choices"] == expected["choices"]
             assert (await client.get("/health")).status_code == 200
             await eventually(lambda: quiet(service))
+
+    asyncio.run(scene())
+
+
+def test_an_engine_that_fails_at_every_pass_is_not_healthy(llama_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though after each failure a step without a pass clears up, and does not fail."""
+
+    async def scene() -> None:
+        async with in_process(served(llama_base), ServeConfig()) as (client, service):
+            with monkeypatch.context() as broken:
+                broken.setattr(service.worker.scheduler._forward, "run", lambda _: 1 // 0)
+                for _ in range(FAILURES):
+                    await eventually(lambda: service.worker.scheduler.idle)
+                    assert (await client.get("/health")).status_code == 200
+                    assert (await client.post("/v1/chat/completions", json=question("tiny"))).status_code == 500
+                assert (await client.get("/health")).status_code == 503
+            assert (await client.post("/v1/chat/completions", json=question("tiny"))).status_code == 200
+            assert (await client.get("/health")).status_code == 200
 
     asyncio.run(scene())
 

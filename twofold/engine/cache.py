@@ -63,6 +63,7 @@ class Slots:
         if alike[best] >= known + WORTH_A_COPY:
             known = alike[best]
             self.copy(best, chosen, known)
+        self.clear(chosen, known)
         self._slots[chosen] = _Slot(prompt[:known], wearer, freed=0)
         return chosen, known
 
@@ -75,6 +76,9 @@ class Slots:
         """Give one slot the first keys and values of another."""
         raise NotImplementedError
 
+    def clear(self, slot: int, kept: int) -> None:
+        """Let nothing behind the first so many tokens of a slot be seen by whoever has it next."""
+
     def extend(self, slot: int, tokens: Sequence[int]) -> None:
         """Note that a pass has put these tokens behind what the slot holds."""
         self._slots[slot].tokens.extend(tokens)
@@ -86,8 +90,9 @@ class Slots:
 
     def forget(self, adapter: str) -> None:
         """Nothing may go on from what streams with this adapter have left."""
-        for slot in self._slots:
+        for i, slot in enumerate(self._slots):
             if any(key == adapter for key, _ in slot.wearer):
+                self.clear(i, 0)
                 slot.tokens, slot.wearer = [], ()
 
 
@@ -110,6 +115,10 @@ class SlotCache(Slots):
     def copy(self, source: int, target: int, tokens: int) -> None:
         for kept in (self.keys, self.values):
             kept[:, target, :, :tokens] = kept[:, source, :, :tokens]
+
+    def clear(self, slot: int, kept: int) -> None:
+        """A value that overflowed counts even at a probability of 0: 0 · NaN is NaN."""
+        self.values[:, slot, :, kept : len(self._slots[slot].tokens)] = 0
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

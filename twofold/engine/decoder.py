@@ -21,6 +21,7 @@ from twofold.engine.resident import Reader, Resident, of_projections
 from twofold.engine.step import Part, Worn, firsts, wearing
 from twofold.engine.torch_ops import TorchOps
 from twofold.engine.weights import Weights, groups_of, quantised_in_place, why_not_native
+from twofold.errors import ConfigError
 from twofold.events import Pieces, finished
 from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
@@ -73,6 +74,9 @@ class BlockForward:
 
     Attributes:
         alive: what adapters were active on the model when this was made; every stream has it.
+
+    Raises:
+        ConfigError: adapters are to be merged, by weights in eight bits or without our own kernels.
     """
 
     def __init__(
@@ -109,6 +113,10 @@ class BlockForward:
                 return NativeOps(self.decoder, weights, owners, merge_after), f"our own kernels{IN[weights]}"
             except NotBuilt as why:
                 reason = str(why)
+        if merge_after is not None:
+            raise ConfigError(
+                f"only our own kernels merge adapters, and they do not run here ({reason}); leave out merge_after"
+            )
         groups = quantised_in_place(self.decoder, owners) if weights == "int8" else groups_of(self.decoder)
         return TorchOps(self.decoder, groups), f"PyTorch's operations{IN[weights]}, not our own kernels: {reason}"
 
@@ -120,6 +128,11 @@ class BlockForward:
         resident = yield from self.reader.reading(key, folder)
         yield from self.operations.preparing(resident)
         return resident
+
+    def check(self, worn: Worn) -> None:
+        if len(worn) > 1 or any(weight != 1 for _, weight in worn):
+            for resident, _ in worn:
+                _check_sums(resident)
 
     def bytes_of(self, resident: Resident) -> int:
         return resident.bytes
@@ -168,6 +181,14 @@ class BlockForward:
         x = _added(now, 4 * layer + 1, attended, x, attention_post)
         both = now.linear(4 * layer + 2, now.norm(x, _there(between)))
         return _added(now, 4 * layer + 3, now.gated(both), x, mlp_post)
+
+
+def _check_sums(resident: Resident) -> None:
+    if any(c is not None and c.stretch is not None for group in resident.changes.values() for c in group):
+        raise ConfigError(
+            f"adapter '{resident.key}' is DoRA, which sets the lengths of the rows itself, so it can be neither scaled nor "
+            "summed with another; use it alone, at weight 1"
+        )
 
 
 def _added(now: Pass, place: int, x: Tensor, residual: Tensor, norm: Norm | None) -> Tensor:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from twofold.engine.request import Completion, Request
-from twofold.engine.scheduler import Made, Scheduler
+from twofold.engine.scheduler import Ended, Made, Scheduler
+from twofold.errors import AnswerError
 from twofold.events import Emit, Progress, silent
 
 
@@ -22,7 +23,11 @@ class Engine:
         self.model, self.streams = model, streams
 
     def generate(self, requests: Sequence[Request], emit: Emit = silent, task: str = "generating") -> list[Completion]:
-        """Answer all requests; the answers come in the order of the requests and do not depend on one another."""
+        """Answer all requests; the answers come in the order of the requests and do not depend on one another.
+
+        Raises:
+            AnswerError: the model's numbers overflow, or a form grew too complex.
+        """
         if not requests:
             return []
         scheduler = self._scheduler(requests)
@@ -35,6 +40,7 @@ class Engine:
                 if isinstance(event, Made):
                     made[at].append(event)
                 else:
+                    _check(event)
                     logprobs = [m.logprobs for m in made[at] if m.logprobs is not None]
                     tokens = [m.token for m in made[at]]
                     answers[at] = Completion(token_ids=tokens, finish_reason=event.reason, logprobs=logprobs or None)
@@ -42,14 +48,26 @@ class Engine:
         return [answers[i] for i in range(len(requests))]
 
     def stream(self, request: Request) -> Iterator[int]:
-        """The tokens of one answer, as they are made."""
+        """The tokens of one answer, as they are made.
+
+        Raises:
+            AnswerError: as `generate`.
+        """
         scheduler = self._scheduler([request])
         scheduler.add(request)
         while not scheduler.idle:
             for event in scheduler.step():
                 if isinstance(event, Made):
                     yield event.token
+                else:
+                    _check(event)
 
     def _scheduler(self, requests: Sequence[Request]) -> Scheduler:
         capacity = max(len(r.token_ids) + r.max_new_tokens for r in requests)
         return Scheduler(self.model, streams=min(self.streams, len(requests)), capacity=capacity)
+
+
+def _check(end: Ended) -> None:
+    if end.reason == "error":
+        way_out = "ask for a simpler form" if end.form else "see whether the adapter or the weights overflow"
+        raise AnswerError(f"the answer could not go on: {end.message}; {way_out}")

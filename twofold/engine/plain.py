@@ -19,22 +19,64 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from twofold.adapter.attach import activate, active, detach, shares
+from twofold.adapter.attach import activate, active, check_weights, detach, shares
 from twofold.adapter.files import load_adapter
 from twofold.adapter.rows import rows
 from twofold.engine.cache import Slots
 from twofold.engine.resident import Resident
-from twofold.engine.step import Part
+from twofold.engine.step import Part, Worn
+from twofold.errors import AdapterFileError, ConfigError
 from twofold.events import Pieces
 
 
 @dataclass
 class _Joined:
-    """Streams side by side: their slots, their cache, and which of its places are filled (streams, length)."""
+    """Streams side by side: their slots (none where one has ended), their cache, and which of its places are filled."""
 
-    slots: list[int]
+    slots: list[int | None]
     past: Any
     mask: Int[Tensor, "streams length"]
+
+    def drop_ended(self) -> None:
+        """Forget the streams that have ended, and the places that they alone had filled."""
+        kept = [i for i, slot in enumerate(self.slots) if slot is not None]
+        if len(kept) < len(self.slots):
+            at = torch.tensor(kept, device=self.mask.device)
+            self.past.batch_select_indices(at)
+            first = int(self.mask[at].any(0).int().argmax())
+            for layer in self.past.layers:
+                layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+            self.mask, self.slots = self.mask[at, first:], [self.slots[i] for i in kept]
+
+
+class _Caches(Slots):
+    """The caches of the streams: of each by itself while its prompt is read, then of those that decode together."""
+
+    def __init__(self, count: int, capacity: int) -> None:
+        super().__init__(count, capacity, reuse=False)
+        self.reading: dict[int, _Joined] = {}
+        self.joined: list[_Joined] = []
+
+    def give_back(self, slot: int) -> None:
+        super().give_back(slot)
+        self.reading.pop(slot, None)
+        for batch in self.joined:
+            batch.slots = [None if s == slot else s for s in batch.slots]
+        self.joined = [batch for batch in self.joined if any(s is not None for s in batch.slots)]
+
+    def join(self, slot: int) -> None:
+        """Let a stream whose prompt is read take its steps with the others; a cache of another kind stays by itself."""
+        one = self.reading.pop(slot)
+        for batch in self.joined:
+            if _can_be_filled_up(batch.past) and _can_be_filled_up(one.past):
+                length = max(batch.mask.shape[1], one.mask.shape[1])
+                for layer, other in zip(batch.past.layers, one.past.layers, strict=True):
+                    layer.keys = torch.cat([_filled_up(layer.keys, length), _filled_up(other.keys, length)])
+                    layer.values = torch.cat([_filled_up(layer.values, length), _filled_up(other.values, length)])
+                masks = [F.pad(m, (length - m.shape[1], 0)) for m in (batch.mask, one.mask)]
+                batch.mask, batch.slots = torch.cat(masks), batch.slots + one.slots
+                return
+        self.joined.append(one)
 
 
 class PlainForward:
@@ -43,9 +85,7 @@ class PlainForward:
     def __init__(self, model: Any, streams: int, capacity: int, why: str) -> None:
         self.model = model
         self.path = f"the model's own forward: {why}"
-        self.slots = Slots(streams, capacity, reuse=False)
-        self._reading: dict[int, _Joined] = {}
-        self._joined: list[_Joined] = []
+        self.slots = _Caches(streams, capacity)
         self._alive = active(model)
 
     @property
@@ -56,7 +96,28 @@ class PlainForward:
         yield
         load_adapter(self.model, folder, key)
         activate(self.model, self._alive or None)
+        yield
+        self._check_by_rows(key, folder)
         return Resident(key, {})
+
+    @torch.inference_mode()
+    def _check_by_rows(self, key: str, folder: Path) -> None:
+        """Run two rows, one of them with the adapter; one that no row can have for itself is taken off the model."""
+        tokens = torch.arange(6, device=self.model.device).view(2, 3) % self.model.get_input_embeddings().num_embeddings
+        try:
+            with rows(self.model, [self._alive | {key: 1.0}, self._alive]):
+                self.model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+        except ConfigError as error:
+            detach(self.model, key)
+            said = str(error).partition(";")[0]
+            raise AdapterFileError(
+                f"the adapter at {folder} cannot be that of some rows of a batch alone: {said}; merge it into a base of its own "
+                "(twofold merge) and serve that"
+            ) from error
+
+    def check(self, worn: Worn) -> None:
+        if worn:
+            check_weights(self.model, self._worn_by_name(worn))
 
     def bytes_of(self, resident: Resident) -> int:
         held = shares(self.model, resident.key).values()
@@ -67,32 +128,33 @@ class PlainForward:
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Float[Tensor, "asked vocabulary"]:
-        self._leave({p.slot for p in parts})
-        decoding = {slot for batch in self._joined for slot in batch.slots}
+        for batch in self.slots.joined:
+            batch.drop_ended()
+        decoding = {slot for batch in self.slots.joined for slot in batch.slots}
         found = self._decode([p for p in parts if p.slot in decoding])
         read = [p for p in parts if p.slot not in decoding]
         found |= {p.slot: self._read(p) for p in read}
         for part in parts:
             self.slots.extend(part.slot, part.tokens)
         for part in (p for p in read if p.asked):
-            self._join(self._reading.pop(part.slot))
+            self.slots.join(part.slot)
         return torch.stack([found[p.slot] for p in parts if p.asked]) if any(p.asked for p in parts) else torch.empty(0)
 
     def _read(self, part: Part) -> Float[Tensor, " vocabulary"]:
         """The next tokens of a prompt, by themselves."""
         if part.start == 0:
             nothing = torch.empty(1, 0, dtype=torch.long, device=self.model.device)
-            self._reading[part.slot] = _Joined([part.slot], DynamicCache(), nothing)
-        logits: Tensor = self._forward(self._reading[part.slot], [part])[0]
+            self.slots.reading[part.slot] = _Joined([part.slot], DynamicCache(), nothing)
+        logits: Tensor = self._forward(self.slots.reading[part.slot], [part])[0]
         return logits
 
     def _decode(self, parts: Sequence[Part]) -> dict[int, Tensor]:
         """The next logits of streams that decode, by slot."""
         by_slot = {p.slot: p for p in parts}
         found: dict[int, Tensor] = {}
-        for batch in self._joined:
-            logits = self._forward(batch, [by_slot[slot] for slot in batch.slots])
-            found |= dict(zip(batch.slots, logits, strict=True))
+        for batch in self.slots.joined:
+            some = [by_slot[slot] for slot in batch.slots if slot is not None]
+            found |= dict(zip([p.slot for p in some], self._forward(batch, some), strict=True))
         return found
 
     def _forward(self, batch: _Joined, parts: Sequence[Part]) -> Float[Tensor, "streams vocabulary"]:
@@ -116,32 +178,10 @@ class PlainForward:
         """Each row with the adapters of its stream beside those that are active on the model."""
         if not any(p.worn for p in parts):
             return nullcontext()
-        return rows(self.model, [self._alive | {r.key: weight for r, weight in p.worn} for p in parts])
+        return rows(self.model, [self._worn_by_name(p.worn) for p in parts])
 
-    def _leave(self, staying: set[int]) -> None:
-        """Drop the streams that have ended."""
-        for batch in self._joined:
-            kept = [i for i, slot in enumerate(batch.slots) if slot in staying]
-            if len(kept) < len(batch.slots) and kept:
-                at = torch.tensor(kept, device=batch.mask.device)
-                batch.past.batch_select_indices(at)
-                batch.mask, batch.slots = batch.mask[at], [batch.slots[i] for i in kept]
-            elif not kept:
-                batch.slots = []
-        self._joined = [batch for batch in self._joined if batch.slots]
-
-    def _join(self, one: _Joined) -> None:
-        """Let a stream take its steps with the others; a cache of another kind stays by itself."""
-        for batch in self._joined:
-            if _can_be_filled_up(batch.past) and _can_be_filled_up(one.past):
-                length = max(batch.mask.shape[1], one.mask.shape[1])
-                for layer, other in zip(batch.past.layers, one.past.layers, strict=True):
-                    layer.keys = torch.cat([_filled_up(layer.keys, length), _filled_up(other.keys, length)])
-                    layer.values = torch.cat([_filled_up(layer.values, length), _filled_up(other.values, length)])
-                masks = [F.pad(m, (length - m.shape[1], 0)) for m in (batch.mask, one.mask)]
-                batch.mask, batch.slots = torch.cat(masks), batch.slots + one.slots
-                return
-        self._joined.append(one)
+    def _worn_by_name(self, worn: Worn) -> dict[str, float]:
+        return self._alive | {resident.key: weight for resident, weight in worn}
 
 
 def _can_be_filled_up(past: Any) -> bool:

@@ -99,8 +99,11 @@ def choose(logits: Float[Tensor, "streams vocabulary"], samplers: Sequence[Sampl
 def _plain(logits: Tensor, samplers: Mapping[int, Sampler]) -> dict[int, int]:
     """The likeliest token of the rows that want no more: for the whole batch at once, and uncopied."""
     rows = [i for i, s in samplers.items() if s.plain]
-    found = likeliest(logits).tolist() if rows else []
-    return {i: found[i] for i in rows}
+    if not rows:
+        return {}
+    found, at = likeliest(logits), torch.tensor(rows, device=logits.device)
+    _without_peak(logits.gather(1, found[:, None])[at], [samplers[i] for i in rows])
+    return dict(zip(rows, found[at].tolist(), strict=True))
 
 
 def _changed(logits: Tensor, rows: Sequence[int], samplers: Mapping[int, Sampler]) -> Float[Tensor, "rows vocabulary"]:
@@ -118,29 +121,33 @@ def _parts(rows: Sequence[int], logits: Tensor) -> Iterator[Sequence[int]]:
     return (rows[at : at + size] for at in range(0, len(rows), size or 1))
 
 
-def _greatest(logits: Tensor, _: Sequence[Sampler]) -> Int[Tensor, " rows"]:
-    return likeliest(logits)
+def _greatest(logits: Float[Tensor, "rows vocabulary"], samplers: Sequence[Sampler]) -> Int[Tensor, " rows"]:
+    found = likeliest(logits)
+    _without_peak(logits.gather(1, found[:, None]), samplers)
+    return found
 
 
 def _drawn(logits: Float[Tensor, "rows vocabulary"], samplers: Sequence[Sampler]) -> Int[Tensor, " rows"]:
     """One token a row, by its probability after temperature and cuts; uses up the logits."""
     samplings = [s.sampling for s in samplers]
     temperature = column([s.temperature for s in samplings], logits)
-    peaks = _finite_peaks(logits, samplers)
+    peaks = logits.amax(-1, keepdim=True)
+    for row in _without_peak(peaks, samplers):
+        logits[row] = peaks[row] = 0
     weights = logits.sub_(peaks).div_(temperature).exp_()
     shares = column([s.uniform() for s in samplers], logits, torch.float64)
     return at_share(cut(weights, samplings), shares)
 
 
-def _finite_peaks(logits: Float[Tensor, "rows vocabulary"], samplers: Sequence[Sampler]) -> Float[Tensor, "rows 1"]:
-    """The greatest logit of each row; a row without one fails, and gets other logits so that its neighbours go on."""
-    peaks = logits.amax(-1, keepdim=True)
+def _without_peak(peaks: Float[Tensor, "rows 1"], samplers: Sequence[Sampler]) -> list[int]:
+    """The rows whose greatest logit is no number, if only because their form lets nothing through: these requests fail alone."""
     if peaks.isfinite().all():
-        return peaks
-    for place in (~peaks.isfinite()).flatten().nonzero().flatten().tolist():
-        samplers[place].failed = "the model's logits are not finite numbers"
-        logits[place] = peaks[place] = 0
-    return peaks
+        return []
+    found: list[int] = (~peaks.isfinite()).flatten().nonzero().flatten().tolist()
+    for sampler in (samplers[row] for row in found):
+        if sampler.error is None:
+            sampler.failed = "the model's logits are not finite numbers"
+    return found
 
 
 def _logprobs(logits: Tensor, tokens: Mapping[int, int], samplers: Mapping[int, Sampler]) -> dict[int, TokenLogprobs]:

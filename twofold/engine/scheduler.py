@@ -76,19 +76,7 @@ class _Pool:
         for key in request.adapters:
             if key not in self.residents:
                 raise ConfigError(f"no adapter '{key}' is loaded{did_you_mean(key, list(self.residents))}")
-        worn = tuple((self.residents[key], weight) for key, weight in sorted(request.adapters.items()) if weight)
-        if len(worn) > 1 or any(weight != 1 for _, weight in worn):
-            for resident, _ in worn:
-                _check_sums(resident)
-        return worn
-
-
-def _check_sums(resident: Resident) -> None:
-    if any(c is not None and c.stretch is not None for group in resident.changes.values() for c in group):
-        raise ConfigError(
-            f"adapter '{resident.key}' is DoRA, which sets the lengths of the rows itself, so it can be neither scaled nor "
-            "summed with another; use it alone, at weight 1"
-        )
+        return tuple((self.residents[key], weight) for key, weight in sorted(request.adapters.items()) if weight)
 
 
 def forward_of(
@@ -97,7 +85,8 @@ def forward_of(
     """The fastest forward pass that is right for this model.
 
     Raises:
-        ConfigError: the weights are wanted in eight bits, of a model that only its own forward can run, or with adapters merged.
+        ConfigError: the weights are wanted in eight bits, of a model that only its own forward can run, or with adapters merged; or
+            these without our own kernels.
     """
     described = describe(model)
     if isinstance(described, Decoder):
@@ -109,6 +98,10 @@ def forward_of(
             f"this model runs by its own forward ({described.reason}), which has no weights in eight bits; serve it as it is, or "
             "pack its linear layers when it is loaded (quantization: int8)"
         )
+    if merge_after is not None:
+        raise ConfigError(
+            f"this model runs by its own forward ({described.reason}), which merges no adapters; leave out merge_after"
+        )
     return PlainForward(model, streams, capacity, described.reason)
 
 
@@ -117,6 +110,7 @@ class Scheduler:
 
     Attributes:
         admitted: the streams that the last step gave a slot.
+        passes: forward passes that have come to their end.
 
     Args:
         model: a transformers causal language model; adapters that are active on it now are part of the base.
@@ -153,6 +147,7 @@ class Scheduler:
         self._loads = Loads()
         self._next = 0
         self.admitted: list[int] = []
+        self.passes = 0
 
     @property
     def path(self) -> str:
@@ -243,7 +238,7 @@ class Scheduler:
         """Take a request in; it waits until a slot is free. Returns the stream's number.
 
         Raises:
-            ConfigError: it can never fit, or an adapter is not loaded.
+            ConfigError: it can never fit, or an adapter is not loaded or cannot be had so.
         """
         needed = len(request.token_ids) + request.max_new_tokens
         if needed > self._forward.slots.capacity:
@@ -254,6 +249,7 @@ class Scheduler:
         request.check_vocabulary(self._vocabulary)
         self._next += 1
         worn = self._pool.worn(request)
+        self._forward.check(worn)
         self._waiting.append(_Stream(self._next, request, worn, Sampler(request), list(request.token_ids)))
         return self._next
 
@@ -273,6 +269,7 @@ class Scheduler:
             return events
         parts = [part for _, part in batch]
         logits = self._forward.run(parts)
+        self.passes += 1
         for stream, part in batch:
             stream.held += len(part.tokens)
             del stream.left[: len(part.tokens)]

@@ -95,6 +95,10 @@ class Forward(Protocol):
         """Make an adapter ready to be worn; AdapterFileError if it does not fit."""
         ...
 
+    def check(self, worn: Worn) -> None:
+        """ConfigError if no stream can have these adapters together, so much of each."""
+        ...
+
     def bytes_of(self, resident: Resident) -> int:
         """What an adapter takes of memory."""
         ...

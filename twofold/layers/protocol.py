@@ -193,26 +193,28 @@ class AdapterLayer(nn.Module):
         """The output for rows with adapters of their own: the base's, and over it that of each combination of adapters.
 
         Raises:
-            ConfigError: an argument's first dimension is not the batch, so that no row can be told from another.
+            ConfigError: some row's adapter changes this layer, and an argument's first dimension is not the batch, so that no row
+                can be told from another.
         """
-        y = self.bare(*args, **named)
+        y: Tensor = self.bare(*args, **named)
+        groups = [(weights, at) for weights, at in rows.groups() if not weights.keys().isdisjoint(self.by_name())]
+        if not groups:
+            return y
         inputs = [v for v in (*args, *named.values(), y) if v is not None]
         if any(not isinstance(v, Tensor) or v.dim() == 0 or len(v) != len(rows.weights) for v in inputs):
             raise ConfigError(not_rows(self.base, rows))
         before = self.adapters.weights
         try:
             self.adapters.rows = None
-            for weights, chosen in rows.groups():
-                if not weights.keys().isdisjoint(self.by_name()):
-                    self.adapters.weights = weights
-                    at = chosen.to(y.device)
-                    some = [None if a is None else a.index_select(0, at) for a in args]
-                    part = self(*some, **{n: None if a is None else a.index_select(0, at) for n, a in named.items()})
-                    y = y.index_copy(0, at, part)
+            for weights, chosen in groups:
+                self.adapters.weights = weights
+                at = chosen.to(y.device)
+                some = [None if a is None else a.index_select(0, at) for a in args]
+                part = self(*some, **{n: None if a is None else a.index_select(0, at) for n, a in named.items()})
+                y = y.index_copy(0, at, part)
         finally:
             self.adapters.weights, self.adapters.rows = before, rows
-        found: Tensor = y
-        return found
+        return y
 
     def active(self) -> list[Share]:
         """The shares that contribute now, in the order the adapters came."""

@@ -28,7 +28,7 @@ class Rows(NamedTuple):
             found.setdefault(tuple(weights), []).append(i)
         for weights, chosen in found.items():
             if any(weights):
-                yield dict(zip(self.names, weights, strict=True)), torch.tensor(chosen)
+                yield {n: w for n, w in zip(self.names, weights, strict=True) if w}, torch.tensor(chosen)
 
 
 def is_routed(name: str) -> bool:

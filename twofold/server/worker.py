@@ -88,7 +88,7 @@ class Worker:
     """Runs a scheduler in the engine's thread; its methods belong to the event loop.
 
     Attributes:
-        failures: steps that failed in a row.
+        failures: steps that failed since the last forward pass that did not.
     """
 
     def __init__(self, scheduler: Scheduler, thread: EngineThread) -> None:
@@ -202,7 +202,7 @@ class Worker:
             command()
 
     def _step(self) -> None:
-        now = time.monotonic()
+        now, passes = time.monotonic(), self.scheduler.passes
         try:
             events = self.scheduler.step()
         except Exception:
@@ -210,7 +210,8 @@ class Worker:
             log.exception("a step of the engine failed")
             self._end_all("error", "the engine failed at this request's step; its log has the reason")
             return
-        self.failures = 0
+        if self.scheduler.passes > passes:
+            self.failures = 0
         begun = [self._streams[n] for n in self.scheduler.admitted if n in self._streams]
         batch: list[tuple[Stream, Event]] = [(stream, Admitted(now)) for stream in begun]
         batch += [(self._streams[e.stream], e) for e in events if e.stream in self._streams]
