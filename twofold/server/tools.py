@@ -69,10 +69,9 @@ def _literal(text: str) -> str:
 
 def stop_texts(request: Asking) -> list[str]:
     """What ends an answer: the request's own texts, and the end of the first call where there may be one call at most."""
-    stops = list(request.stops)
-    if not isinstance(request, ChatRequest) or not request.tools or request.parallel_tool_calls is not False:
-        return stops
-    return stops if request.forced or request.tool_choice == "none" else [*stops, END]
+    if not isinstance(request, ChatRequest) or request.tool_choice not in (None, "auto"):
+        return request.stops
+    return [*request.stops, *([END] if request.tools and request.parallel_tool_calls is False else [])]
 
 
 class Parsed(NamedTuple):
