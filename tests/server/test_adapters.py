@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shutil
+import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +387,67 @@ def test_one_load_serves_all_who_wait_for_it(llama_base: Path, adapters: Path) -
             said = await asyncio.gather(*(say(client, "red") for _ in range(6)))
             assert len(set(said)) == 1
             assert service.registry.loads == 1
+
+    asyncio.run(scene())
+
+
+def test_what_nobody_waits_for_any_more_is_not_loaded(wide_base: Path, tmp_path: Path) -> None:
+    """While there is no room for it, and while its files are copied; then the next who asks gets it."""
+    base = served(wide_base)
+    for i in range(2):
+        write_adapter(base.base, tmp_path / f"a{i}", 100 + i, r=16)
+    held, file = bytes_in_memory(base, tmp_path / "a0"), sum(f.stat().st_size for f in (tmp_path / "a0").iterdir())
+
+    async def scene(monkeypatch: pytest.MonkeyPatch) -> None:
+        config = ServeConfig(adapters=tmp_path, adapter_memory_mb=max(held, file) / 1e6)
+        async with in_process(base, config) as (_, service):
+            registry, pieces, copying, go_on = service.registry, layout._pieces, threading.Event(), threading.Event()
+
+            def held_up(*given: Any) -> Any:
+                copying.set()
+                assert go_on.wait(10)
+                return pieces(*given)
+
+            async def leave(name: str, when: Callable[[], bool]) -> None:
+                asking = asyncio.create_task(registry.acquire(name))
+                await eventually(when)
+                asking.cancel()
+                await asyncio.wait([asking])
+
+            first = await registry.acquire("a0")
+            await leave("a1", lambda: "a1" in registry.awaited())
+            registry.release(first)
+            await eventually(lambda: not registry.awaited())
+            assert [g.name for g in registry.loaded] == ["a0"]
+            monkeypatch.setattr(layout, "_pieces", held_up)
+            await leave("a1", copying.is_set)
+            go_on.set()
+            await eventually(lambda: not registry.awaited())
+            assert registry.loads == 1
+            assert (await registry.acquire("a1")).name == "a1"
+            assert registry.loads == 2
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        asyncio.run(scene(monkeypatch))
+
+
+def test_a_disk_that_fails_once_is_no_reason_to_refuse_an_adapter(
+    llama_base: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/somewhere")
+
+    async def scene() -> None:
+        async with in_process(served(llama_base), ServeConfig(adapters=adapters)) as (client, service):
+            for owner, name in ((layout, "_pieces"), (tempfile, "mkdtemp")):
+                with monkeypatch.context() as broken:
+                    broken.setattr(owner, name, full)
+                    found = await client.post("/v1/chat/completions", json=question("red"))
+                assert (found.status_code, found.json()["error"]["code"]) == (503, "adapter_unreadable")
+                assert "No space left on device" in found.text
+                assert "/tmp" not in found.text
+                assert service.registry.refusal_of("red") is None
+            assert await say(client, "red")
 
     asyncio.run(scene())
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 import torch
@@ -14,7 +16,7 @@ import transformers as hf
 from tiny_base import tokenizer, write_base
 from tiny_server import Running, running, served
 
-from twofold.engine.encoder import load_encoder
+from twofold.engine.encoder import Encoder, load_encoder
 from twofold.errors import BaseError
 from twofold.recipes.serve import ServeConfig
 
@@ -59,6 +61,33 @@ def test_many_texts_at_once_have_the_vectors_that_each_has_alone(client: openai.
     for text, one in zip(TEXTS * 6, found.data, strict=True):
         assert one.embedding == pytest.approx(expected(bert, text), abs=1e-5)
     assert found.usage.prompt_tokens == found.usage.total_tokens > 24
+
+
+def test_between_two_steps_there_are_few_tokens_and_none_for_a_client_that_left(
+    live_encoder: Running, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, embed, url = list[tuple[int, int]](), Encoder.embed, f"{live_encoder.url}/v1/embeddings"
+
+    def seen(encoder: Encoder, texts: list[list[int]]) -> torch.Tensor:
+        passes.append((len(texts), max(map(len, texts))))
+        time.sleep(0.02)
+        return embed(encoder, texts)
+
+    monkeypatch.setattr(Encoder, "embed", seen)
+    texts = [[5 + i] * (32 if i % 5 else 1 + i) for i in range(30)]
+    found = httpx.post(url, json={"model": "tiny-bert", "input": texts}, timeout=30).json()["data"]
+    alone = torch.cat([embed(load_encoder(str(bert)), [text]) for text in texts])
+    torch.testing.assert_close(torch.tensor([d["embedding"] for d in found]), alone, rtol=0, atol=1e-5)
+    assert sum(count for count, _ in passes) == len(texts)
+    assert all(count * longest <= 512 for count, longest in passes)
+    passes.clear()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json={"model": "tiny-bert", "input": [[5] * 32] * 1600}, timeout=0.2)
+    deadline = time.monotonic() + 10
+    while live_encoder.service.admission.inside:
+        assert time.monotonic() < deadline, "the encoder goes on although nobody listens"
+        time.sleep(0.01)
+    assert 0 < len(passes) < 1600 * 32 / 512
 
 
 def test_one_text_tokens_and_plain_numbers(client: openai.OpenAI, bert: Path) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +19,7 @@ from twofold.errors import UserError
 from twofold.recipes.serve import ServeConfig, Served
 from twofold.server.access import AccessLog
 from twofold.server.asking import chat_prompt, completion_prompts
+from twofold.server.connection import Gone, while_connected
 from twofold.server.embedding import add_embeddings
 from twofold.server.errors import ApiError, ErrorBody, without_paths
 from twofold.server.openai import (
@@ -41,7 +41,6 @@ from twofold.server.service import Begun, Service, Wanted
 from twofold.server.wire import ChatWire, TextWire, events
 from twofold.server.worker import EngineThread
 
-T = TypeVar("T")
 _NOWHERE = Path("/\0")
 SHORT = 16
 """Tokens of a completion that does not say how many: OpenAI's default."""
@@ -49,10 +48,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
 }
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
-
-
-class Gone(Exception):
-    """The client has left."""
 
 
 def make_app(served: Served, config: ServeConfig, thread: EngineThread | None = None) -> FastAPI:
@@ -117,6 +112,10 @@ def _add_errors(app: FastAPI) -> None:
         lost = f"there is no {request.url.path[:200]} here; GET /openapi.json lists all routes"
         return await api(request, ApiError(error.status_code, lost if error.status_code == 404 else str(error.detail)))
 
+    @app.exception_handler(Gone)
+    async def gone(_: Request, __: Gone) -> Response:
+        return Response(status_code=499)
+
     @app.exception_handler(Exception)
     async def ours(_: Request, error: Exception) -> Response:
         return await api(_, ApiError(500, "the server failed at this request; its log has the reason"))
@@ -162,44 +161,11 @@ class EventStream(StreamingResponse):
             self.close()
 
 
-async def while_connected(
-    request: Request, work: Coroutine[Any, Any, T], unused: Callable[[T], None] = lambda _: None
-) -> T:
-    """The result of some work, which is cancelled if the client leaves; `unused` gets a result that comes too late for that.
-
-    Raises:
-        Gone: the client has left.
-    """
-    working = asyncio.ensure_future(work)
-    taken = False
-    leaving = asyncio.ensure_future(_disconnect(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            taken = True
-            return working.result()
-        raise Gone
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.wait({working, leaving})
-        if not (taken or working.cancelled() or working.exception()):
-            unused(working.result())
-
-
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _answer(
     service: Service, http: Request, asked: Asking, wanted: Wanted, wire_of: Callable[[Begun], ChatWire | TextWire]
 ) -> Any:
     """The answers to a question: a stream of events, or one object."""
-    try:
-        begun = await while_connected(http, service.begin(asked, wanted), lambda late: late.run.close())
-    except Gone:
-        return Response(status_code=499)
+    begun = await while_connected(http, service.begin(asked, wanted), lambda late: late.run.close())
     wire = wire_of(begun)
     logged = http.scope["twofold"] = {
         "model": asked.model,
@@ -215,8 +181,6 @@ async def _answer(
         return EventStream(events(wire), close)
     try:
         pieces = await while_connected(http, _collected(begun))
-    except Gone:
-        return Response(status_code=499)
     finally:
         close()
     return wire.whole(pieces)

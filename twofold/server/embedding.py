@@ -6,22 +6,24 @@ import asyncio
 import base64
 import struct
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field
 
 from twofold.engine.encoder import Encoder
 from twofold.errors import nearest
 from twofold.server.answering import too_late
+from twofold.server.connection import while_connected
 from twofold.server.errors import ApiError
 from twofold.server.openai import Body, Name, TokenIds
 from twofold.server.service import Service
 
 MOST_TEXTS = 2048
 """OpenAI's own limit."""
-TOGETHER = 16
-"""Texts that the encoder takes between two steps of the engine."""
+TOGETHER = 512
+"""Tokens that the encoder takes between two steps of the engine, or one text."""
 
 
 class EmbeddingRequest(Body):
@@ -67,14 +69,14 @@ def add_embeddings(app: FastAPI, service: Service) -> None:
     """The route; without an encoder it says how to get one."""
 
     @app.post("/v1/embeddings")
-    async def embeddings(asked: EmbeddingRequest) -> EmbeddingList:
+    async def embeddings(asked: EmbeddingRequest, http: Request) -> EmbeddingList:
         """Texts as vectors of length 1."""
         encoder = _encoder(service, asked)
         service.admission.enter(1)
         begun = time.monotonic()
         try:
             async with asyncio.timeout(service.config.deadline_seconds):
-                return await _embedded(service, encoder, asked)
+                return await while_connected(http, _embedded(service, encoder, asked))
         except TimeoutError as error:
             raise too_late() from error
         finally:
@@ -97,12 +99,22 @@ def _encoder(service: Service, asked: EmbeddingRequest) -> Encoder:
 async def _embedded(service: Service, encoder: Encoder, asked: EmbeddingRequest) -> EmbeddingList:
     texts = await service.in_text_thread(lambda: _tokens(encoder, asked))
     vectors: list[list[float]] = []
-    for i in range(0, len(texts), TOGETHER):
-        some = texts[i : i + TOGETHER]
+    for some in _together(texts):
         vectors += await service.worker.call(lambda _, some=some: encoder.embed(some).tolist())  # type: ignore[misc]
     count = sum(map(len, texts))
     data = [Embedding(index=i, embedding=_encoded(v, asked.encoding_format)) for i, v in enumerate(vectors)]
     return EmbeddingList(data=data, model=encoder.name, usage=EmbeddingUsage(prompt_tokens=count, total_tokens=count))
+
+
+def _together(texts: list[list[int]]) -> Iterator[list[list[int]]]:
+    """The texts in their order, as many at a time as take so many tokens when they are filled up to the longest of them."""
+    some: list[list[int]] = []
+    for text in texts:
+        if some and (len(some) + 1) * max(map(len, (*some, text))) > TOGETHER:
+            yield some
+            some = []
+        some.append(text)
+    yield some
 
 
 def _tokens(encoder: Encoder, asked: EmbeddingRequest) -> list[list[int]]:

@@ -163,6 +163,7 @@ def snapshot(source: Source, root: Path, to: Path, limits: Limits, rest: Callabl
 
     Raises:
         AdapterFileError: it is gone, too large, or not what its folder's name says.
+        OSError: it cannot be read or copied now.
     """
     if source.bytes > limits.bytes:
         raise AdapterFileError(
@@ -188,7 +189,7 @@ def _copy(path: Path, to: Path, most: int, name: str, rest: Callable[[], None]) 
             with to.open("wb") as copy:
                 for piece in _pieces(file, rest):
                     copy.write(piece)
-    except OSError as error:
+    except FileNotFoundError as error:
         raise AdapterFileError(f"cannot read {path.name} of adapter '{name}': {error.strerror}") from error
 
 

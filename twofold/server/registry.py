@@ -48,6 +48,10 @@ class Generation:
     stale: bool = False
 
 
+class _Unwanted(Exception):
+    """Nobody waits for a load any more."""
+
+
 @dataclass(eq=False)
 class _Loading:
     """A load on its way, and how many wait for it."""
@@ -209,8 +213,13 @@ class Registry:
             self._refused[source] = str(error)
             log.warning("adapter refused", extra={"fields": {"adapter": name, "reason": str(error)}})
             raise _refusal(str(error)) from error
+        except OSError as error:
+            log.warning("adapter not read", extra={"fields": {"adapter": name, "reason": str(error)}})
+            said = f"adapter '{name}' cannot be read now ({error.strerror}); ask again, or see to the server's disk"
+            raise ApiError(503, said, code="adapter_unreadable", param="model", retry_after=1) from error
         finally:
-            del self._loading[source]
+            if self._loading.get(source) is loading:
+                del self._loading[source]
         made.leases += loading.waiters
         made.stale = self.generation_of(name) is not made
         loading.made = made
@@ -221,7 +230,7 @@ class Registry:
         if source.bytes > self.config.budget_bytes:
             raise AdapterFileError(TOO_LARGE.format(name))
         async with _temporary_folder() as folder:
-            await self._reserve(source.bytes)
+            await self._reserve(source)
             try:
                 return await self._put(source, name, folder)
             except UserError as error:
@@ -240,16 +249,17 @@ class Registry:
         key = self._keys[source] = f"{source.name if source.digest else name}@{digest}"
         async with self._putting.setdefault(key, asyncio.Lock()):
             if key not in self._loaded:
-                self._loaded[key] = await self._made(key, name, folder)
+                self._loaded[key] = await self._made(source, key, name, folder)
             self._loaded[key].leases += 1
             return self._loaded[key]
 
-    async def _made(self, key: str, name: str, folder: Path) -> Generation:
+    async def _made(self, source: Source, key: str, name: str, folder: Path) -> Generation:
         config = self.config
         files = await asyncio.to_thread(
             checked, folder, name, config.limits, self.base.fingerprint, allow_foreign=config.allow_foreign
         )
         renderer = await asyncio.to_thread(self._renderers.of, files.provenance)
+        self._check_awaited(source)
         held = await self.worker.load(key, folder)
         if held > config.budget_bytes:
             await self.worker.call(lambda scheduler: scheduler.drop_adapter(key))
@@ -258,12 +268,24 @@ class Registry:
         log.info("adapter loaded", extra={"fields": {"adapter": key, "bytes": held}})
         return Generation(key, name, held, renderer)
 
-    async def _reserve(self, size: int) -> None:
+    def _check_awaited(self, source: Source) -> None:
+        """Give a load up if nobody waits for it; whoever comes from now on begins anew.
+
+        Raises:
+            _Unwanted: so it is.
+        """
+        if not self._loading[source].waiters:
+            del self._loading[source]
+            raise _Unwanted
+
+    async def _reserve(self, source: Source) -> None:
         """Wait until the budget has room, dropping idle generations for it."""
         async with self._room:
-            while not await self._evict(size):
+            self._check_awaited(source)
+            while not await self._evict(source.bytes):
                 await self._room.wait()
-            self._reserved += size
+                self._check_awaited(source)
+            self._reserved += source.bytes
 
     async def _evict(self, size: int = 0) -> bool:
         """Drop idle generations until the budget has room for so much more; whether it has."""

@@ -55,7 +55,7 @@ def register() -> None:
 
             try:
                 found = await asyncio.to_thread(self.folder.find, lora_name)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 log.warning("adapter %s is not served: %s", lora_name, error)
                 return None
             if found is None:
@@ -80,6 +80,7 @@ class Folder:
         """A name for what answers, which was never given before, and where that lies; None for an unknown name.
 
         Raises:
+            OSError: it cannot be read now.
             UserError: it cannot be read, belongs to another base, or vLLM does not do it.
         """
         if not (NAME.fullmatch(name) or GENERATION.fullmatch(name)):
