@@ -159,6 +159,19 @@ def test_a_models_own_forward_begins_every_request_anew(streams: int, written: A
     assert [run(scheduler, [r])[0] for r in requests] == expected
 
 
+def test_a_models_own_forward_takes_adapters_whose_names_have_dots(written: Any) -> None:
+    folders = written("gpt2")
+    scheduler = Scheduler(sharp("gpt2"), streams=2, capacity=40)
+    names = {"v1.2@00000000": "plain", "v1@2@00000000": "few"}
+    for name, folder in names.items():
+        scheduler.put_adapter(name, folders[folder])
+    asked = [Request(token_ids=prompt(9, 3), max_new_tokens=6, adapters={name: 1.0}) for name in names]
+    assert run(scheduler, asked) == [alone(sharp("gpt2"), folders[f], prompt(9, 3), 6) for f in names.values()]
+    for name in names:
+        assert scheduler.adapter_bytes(name) > 0
+        scheduler.drop_adapter(name)
+
+
 def test_a_models_own_forward_keeps_no_more_than_its_streams_have() -> None:
     """Streams that overlap without an end: the places of those that have ended are not carried on."""
     model, widths, held = sharp("gpt2"), [], []

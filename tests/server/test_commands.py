@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_server import Running, running, served
 from warm_cli import WarmCli
 
 from twofold.cli.flags import parse
+from twofold.cli.remote import first_model, stream_remote
+from twofold.engine.request import Sampling
+from twofold.errors import ConfigError
+from twofold.recipes.generate import GenerationConfig
 from twofold.recipes.serve import ServeConfig
+from twofold.server.openai import ChatRequest
 
 pytest_plugins = ("tiny_fixtures", "server_fixtures")
 ROOT = Path(__file__).parents[2]
@@ -38,8 +47,66 @@ def test_chat_tells_what_a_server_refuses(cli: WarmCli, live: Running) -> None:
     assert wrong.code == 2
     assert "did you mean 'red'" in wrong.stderr
     assert "no server answers" in cli("chat", "--url", "http://127.0.0.1:9", setup=said).refusal()
-    assert "--model NAME" in cli("chat", "--url", live.url, "--adapter", "red").refusal()
+    for flag, value in (("--adapter", "red"), ("--base", "other"), ("--dtype", "float32")):
+        said = cli("chat", "--url", live.url, flag, value).refusal()
+        assert flag in said
+        assert "--model NAME" in said
     assert "http://" in cli("chat", "--url", "localhost:8000").refusal()
+
+
+EVENT = b'{"choices": [{"delta": {"content": "half an "}}]}'
+
+
+@pytest.fixture
+def other(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], list[Any]]:
+    """Let another server answer: every request gets these lines, and is kept."""
+
+    def answers(body: bytes) -> list[Any]:
+        asked: list[Any] = []
+
+        def urlopen(request: Any, timeout: float) -> io.BytesIO:
+            asked.append(request.data and json.loads(request.data))
+            return io.BytesIO(body)
+
+        monkeypatch.setattr("urllib.request.urlopen", urlopen)
+        return asked
+
+    return answers
+
+
+def test_a_server_is_told_every_setting(other: Callable[[bytes], list[Any]]) -> None:
+    asked = other(b"data:" + EVENT + b"\n\ndata:[DONE]\n\n")
+    sampling = Sampling(
+        min_p=0.2, top_k=3, repetition_penalty=1.3, presence_penalty=1.0, frequency_penalty=-1.0, logit_bias={5: 3.0}
+    )
+    config = GenerationConfig(sampling=sampling)
+    assert "".join(stream_remote("http://other", "m", [], config)) == "half an "
+    assert ChatRequest.model_validate(asked[0] | {"messages": [{"role": "user"}]}).logit_bias == {"5": 3}
+    chosen = ("min_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty", "temperature", "seed")
+    assert {n: asked[0][n] for n in chosen} == {n: getattr(sampling, n) for n in chosen}
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"data: " + EVENT + b"\n\n", "in the middle"),
+        (b"data: {broken\n\n", "no JSON"),
+        (b'data: {"error": {"message": "full"}}', "full"),
+    ],
+)
+def test_an_answer_that_is_cut_off_is_no_whole_one(
+    other: Callable[[bytes], list[Any]], body: bytes, words: str
+) -> None:
+    other(body)
+    with pytest.raises(ConfigError, match=words):
+        list(stream_remote("http://other", "m", [], GenerationConfig()))
+
+
+@pytest.mark.parametrize("page", [b"<html>hello</html>", b"[]", b'{"data": []}'])
+def test_what_lists_no_models_is_no_server_for_chat(other: Callable[[bytes], list[Any]], page: bytes) -> None:
+    other(page)
+    with pytest.raises(ConfigError, match="lists no models"):
+        first_model("http://other")
 
 
 def test_serve_refuses_what_it_cannot_do(cli: WarmCli, llama_base: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_server import Running, eventually, in_process, lines, question, running, served
 
+from twofold.engine.grammar import Grammars
 from twofold.recipes.serve import ServeConfig
 from twofold.server.worker import FAILURES
 
@@ -104,6 +106,32 @@ def test_a_client_that_leaves_frees_the_engine(live: Running, stream: bool) -> N
         assert time.monotonic() < deadline, "the streams go on although nobody reads them"
         time.sleep(0.01)
     assert tokens() - before < 16 * LONG["max_tokens"]
+
+
+def test_nobody_waits_for_a_form_that_is_compiled_for_another(
+    llama_base: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, compiled = threading.Event(), threading.Event(), Grammars.regex
+
+    def slow(grammars: Grammars, pattern: str) -> Any:
+        begun.set()
+        assert go_on.wait(20)
+        return compiled(grammars, pattern)
+
+    monkeypatch.setattr(Grammars, "regex", slow)
+
+    async def scene() -> None:
+        async with in_process(served(llama_base), ServeConfig(adapters=adapters)) as (client, _):
+            formed = question("red", guided_regex="[ab]{3}", ignore_eos=False)
+            form = asyncio.create_task(client.post("/v1/chat/completions", json=formed))
+            await asyncio.to_thread(begun.wait, 20)
+            try:
+                assert (await client.post("/v1/chat/completions", json=question("green"))).status_code == 200
+            finally:
+                go_on.set()
+            assert len((await form).json()["choices"][0]["message"]["content"]) == 3
+
+    asyncio.run(scene())
 
 
 def test_a_late_answer_is_given_up(llama_base: Path, adapters: Path) -> None:

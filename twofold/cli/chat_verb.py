@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import TypeAlias
 
@@ -39,10 +39,15 @@ class ChatFlags(ModelFlags):
     model: str | None = None
 
     def __post_init__(self) -> None:
-        if self.url is not None and self.adapter:
-            raise ConfigError("--adapter is for models that are loaded here; with --url say --model NAME")
+        if self.url is not None and (given := self.for_loading()):
+            raise ConfigError(f"{given} is for models that are loaded here; with --url say --model NAME")
         if self.url is None and self.model is not None:
             raise ConfigError("--model is for servers; without --url say --adapter DIR")
+
+    def for_loading(self) -> str | None:
+        """The first flag given that says what is to be loaded here, or how."""
+        loading = (f for f in fields(ModelFlags) if getattr(self, f.name) != f.default)
+        return next(("--" + f.name.replace("_", "-") for f in loading), None)
 
     def speaker(self) -> Speak:
         """What answers: a server, or a base that is loaded now."""

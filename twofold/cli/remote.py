@@ -7,9 +7,12 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from http.client import HTTPException
 from typing import Any
 
 from twofold.base.chat import Message
+from twofold.engine.request import Sampling
 from twofold.errors import ConfigError
 from twofold.recipes.generate import GenerationConfig
 
@@ -25,30 +28,48 @@ def first_model(url: str) -> str:
         ConfigError: no such server answers there.
     """
     with _opened(url, "models", None) as response:
-        listed = json.load(response)
-    return str(listed["data"][0]["id"])
+        try:
+            return str(json.load(response)["data"][0]["id"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise ConfigError(f"{url} lists no models, so it speaks no API of OpenAI's; see --url") from error
 
 
 def stream_remote(url: str, model: str, messages: Sequence[Message], config: GenerationConfig) -> Iterator[str]:
     """One answer of a model of the server, in pieces of text as they come.
 
     Raises:
-        ConfigError: the server cannot be reached, or does not answer this.
+        ConfigError: the server cannot be reached, does not answer this, or leaves in the middle.
     """
     sampling = config.sampling
     asked = {"model": model, "messages": list(messages), "stream": True, "max_tokens": config.max_new_tokens}
     asked |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
-    asked |= {"top_k": sampling.top_k} if sampling.top_k else {}
+    default = Sampling(logprobs=sampling.logprobs)  # of which a conversation shows none
+    names = (f.name for f in fields(sampling))
+    asked |= {n: value for n in names if (value := getattr(sampling, n)) != getattr(default, n)}
     with _opened(url, "chat/completions", asked) as response:
-        for line in response:
-            said = line.decode().strip().removeprefix("data: ")
+        for said in _events(url, response):
             if said == "[DONE]":
                 return
-            if said.startswith("{"):
-                yield _text(url, json.loads(said))
+            yield _text(url, said)
+    raise ConfigError(f"{url} ended the answer in the middle; ask again")
 
 
-def _text(url: str, event: dict[str, Any]) -> str:
+def _events(url: str, response: Any) -> Iterator[str]:
+    """What each event of a stream says."""
+    try:
+        for line in response:
+            name, _, said = line.decode().partition(":")
+            if name == "data":
+                yield said.strip()
+    except (OSError, HTTPException) as error:
+        raise ConfigError(f"{url} was lost in the middle of the answer ({error}); ask again") from error
+
+
+def _text(url: str, said: str) -> str:
+    try:
+        event = json.loads(said)
+    except ValueError as error:
+        raise ConfigError(f"{url} sent an event that is no JSON: {said[:100]!r}") from error
     if "error" in event:
         raise ConfigError(f"{url} says: {event['error']['message']}")
     return "".join(choice["delta"].get("content") or "" for choice in event["choices"])

@@ -94,11 +94,12 @@ class PlainForward:
 
     def reading(self, key: str, folder: Path) -> Pieces[Resident]:
         yield
-        load_adapter(self.model, folder, key)
+        name = key.replace(".", "@@")  # modules are called by it, and have no dots in their names
+        load_adapter(self.model, folder, name)
         activate(self.model, self._alive or None)
         yield
-        self._check_by_rows(key, folder)
-        return Resident(key, {})
+        self._check_by_rows(name, folder)
+        return Resident(name, {})
 
     @torch.inference_mode()
     def _check_by_rows(self, key: str, folder: Path) -> None:

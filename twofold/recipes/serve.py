@@ -36,9 +36,9 @@ class ServeConfig:
         host: address to listen on.
         port: port to listen on.
         api_key: keys that requests may carry; none: no key is needed. TWOFOLD_API_KEY adds one.
-        admin_key: keys that may load and unload adapters; none: every key may.
+        admin_key: keys that may load and unload adapters; none: every key may. Without an api_key they guard nothing else.
         allowed_hosts: names that requests may call the server by, besides localhost and addresses; `*` for any.
-        allowed_origins: origins of web pages that may use the server.
+        allowed_origins: origins of web pages that may use the server; `*` for all.
         dtype: type of the base's weights; `auto` takes bfloat16 where our own kernels decode, else what this machine multiplies
             fastest.
         device: `auto` takes a GPU where there is one.

@@ -135,7 +135,8 @@ def _readable(error: RequestValidationError) -> ApiError:
 
 def _place(error: Any, body: Any) -> str:
     """Where in the body a mistake is, without pydantic's names of the alternatives that were tried there."""
-    parts, here = [], body
+    parts: list[int | str] = []
+    here = body
     for part in error["loc"][1:]:
         if (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int)):
             parts, here = [*parts, part], here[part]

@@ -69,8 +69,9 @@ def _literal(text: str) -> str:
 
 def stop_texts(request: Asking) -> list[str]:
     """What ends an answer: the request's own texts, and the end of the first call where there may be one call at most."""
-    one = isinstance(request, ChatRequest) and request.tools and request.parallel_tool_calls is False
-    return [*request.stops, *([END] if one and not request.forced and request.tool_choice != "none" else [])]
+    if not isinstance(request, ChatRequest) or request.tool_choice not in (None, "auto"):
+        return request.stops
+    return [*request.stops, *([END] if request.tools and request.parallel_tool_calls is False else [])]
 
 
 class Parsed(NamedTuple):
