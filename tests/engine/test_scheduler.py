@@ -308,6 +308,28 @@ def test_a_prefix_is_taken_over_only_under_the_same_adapters(written: Any, monke
     assert read[0] == 30
 
 
+def test_a_prompt_that_many_ask_at_once_is_read_once(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who ask the same wait for it, even if the first of them leaves; nobody else does."""
+    scheduler, read = Scheduler(sharp("llama"), streams=6, capacity=60, chunk=16), []
+    scheduler.put_adapter("plain", written("llama")["plain"])
+    forward = scheduler._forward
+    monkeypatch.setattr(
+        forward, "run", lambda parts, inner=forward.run: read.append([len(p.tokens) for p in parts]) or inner(parts)
+    )
+    texts = [prompt(30, 1)] * 4 + [prompt(5, 2)]
+    requests = [Request(token_ids=text, max_new_tokens=3) for text in texts]
+    other = Request(token_ids=texts[0], max_new_tokens=3, adapters={"plain": 1.0})
+    expected = [alone(sharp("llama"), None, text, 3) for text in texts]
+    assert run(scheduler, [*requests, other])[:-1] == expected
+    assert sum(map(sum, read)) == 30 + 3 + 5 + 30 + 6 * 2
+    fresh = Request(token_ids=prompt(30, 3), max_new_tokens=3)
+    first, *_ = (scheduler.add(fresh) for _ in range(3))
+    scheduler.step()
+    scheduler.cancel(first)
+    ended = [event for _ in range(8) for event in scheduler.step() if isinstance(event, Ended)]
+    assert [event.reason for event in ended] == ["cancelled", "length", "length"]
+
+
 @pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
 def test_a_stream_that_overflowed_spoils_nobody_who_has_its_slot_after_it(native: bool, tmp_path: Path) -> None:
     """Longer than those after it, which run side by side, so that what it left lies behind the end of the shorter one."""

@@ -74,15 +74,15 @@ def test_load_and_unload_as_vllm_has_them(llama_base: Path, root: Path) -> None:
 def test_an_unloaded_adapter_frees_its_memory_and_stays_away(llama_base: Path, root: Path) -> None:
     with running(served(llama_base), ServeConfig(adapters=root, poll_seconds=FAST)) as live:
         red = live.say("red")
-        before = live.service.registry.used_bytes
+        before = live.service.registry.memory.used_bytes
         assert before > 0
         assert live.post("/v1/unload_lora_adapter", {"lora_name": "red"}).status_code == 200
-        assert live.service.registry.used_bytes == 0
+        assert live.service.registry.memory.used_bytes == 0
         asyncio.run(asyncio.sleep(4 * FAST))  # the folder is looked at again, and changes nothing
         assert live.post("/v1/chat/completions", question("red")).status_code == 404
         assert live.post("/v1/load_lora_adapter", {"lora_name": "red", "lora_path": "red"}).status_code == 200
         assert live.say("red") == red
-        assert live.service.registry.used_bytes == before
+        assert live.service.registry.memory.used_bytes == before
 
 
 @pytest.mark.parametrize("name", ["tiny", "a/b", "../red", "a:b", "a@b", ".hidden", "x" * 300])
@@ -172,7 +172,7 @@ def test_damaged_and_foreign_adapters_are_refused_whole(
         assert "/tmp" not in found.text.replace("\\", "")
         assert live.say("green")
         assert live.get("/health").status_code == 200
-        assert live.service.registry.used_bytes == bytes_in_memory(served(llama_base), root / "green")
+        assert live.service.registry.memory.used_bytes == bytes_in_memory(served(llama_base), root / "green")
 
 
 # ---------------------------------------------------------------------------------------------- changes under way
@@ -314,10 +314,10 @@ def test_more_adapters_than_memory_are_loaded_on_demand(llama_base: Path, adapte
         async with in_process(base, config) as (client, service):
             alone = [await say(client, f"a{i}") for i in range(12)]
             assert len(set(alone)) == 12
-            assert service.registry.evictions == 9
+            assert service.registry.memory.evictions == 9
             again = await asyncio.gather(*(say(client, f"a{i % 12}") for i in range(24)))
             assert again == alone * 2
-            await eventually(lambda: service.registry.used_bytes <= 3.5 * size)
+            await eventually(lambda: service.registry.memory.used_bytes <= 3.5 * size)
             assert len(service.registry.loaded) <= 3
             assert all(g.leases == 0 for g in service.registry.loaded)
 
@@ -352,9 +352,9 @@ def test_what_counts_is_what_an_adapter_takes_and_not_its_files(wide_base: Path,
             await eventually(lambda: not any(g.leases for g in service.registry.loaded))
             listed = (await client.get("/v1/lora_adapters")).json()["data"]
             assert [a["bytes"] for a in listed if a["generation"]] == [held] * len(service.registry.loaded)
-            assert service.registry.used_bytes == held * len(service.registry.loaded)
+            assert service.registry.memory.used_bytes == held * len(service.registry.loaded)
             assert set(service.worker.scheduler._pool.residents) == {g.key for g in service.registry.loaded}
-            return [len(service.registry.loaded), service.registry.evictions, *(f.status_code for f in found)]
+            return [len(service.registry.loaded), service.registry.memory.evictions, *(f.status_code for f in found)]
 
     assert asyncio.run(scene(3 * held)) == [3, 0, 200, 200, 200]
     assert asyncio.run(scene(held + file)) == [1, 2, 200, 200, 200]
@@ -372,11 +372,11 @@ def test_what_is_above_the_budget_while_all_is_in_use_goes_when_it_is_not(wide_b
         async with in_process(base, config) as (_, service):
             registry = service.registry
             leased = [await registry.acquire(f"a{i}") for i in range(2)]
-            assert registry.used_bytes == 2 * held
+            assert registry.memory.used_bytes == 2 * held
             for generation in leased:
                 registry.release(generation)
             await eventually(lambda: [g.name for g in registry.loaded] == ["a1"])
-            assert registry.evictions == 1
+            assert registry.memory.evictions == 1
 
     asyncio.run(scene())
 

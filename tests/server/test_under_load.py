@@ -77,13 +77,14 @@ def nothing_is_left(live: Running, config: ServeConfig) -> None:
     assert (slots.free, scheduler.cache_used) == (STREAMS, 0)
     assert service.admission.inside == 0
     assert all(g.leases == 0 and not g.stale for g in registry.loaded)
-    assert (registry._loading, registry._reserved) == ({}, 0)
+    assert registry.memory.settled
+    assert not registry.awaited()
     keys = {g.key for g in registry.loaded}
     assert set(scheduler._pool.residents) == keys
     gc.collect()
     alive = [o.key for o in gc.get_objects() if type(o) is Resident and o.key.startswith("probe")]
     assert sorted(alive) == sorted(keys), "adapters that were dropped are still in memory"
-    assert registry.used_bytes <= config.adapter_memory_mb * 1e6
+    assert registry.memory.used_bytes <= config.adapter_memory_mb * 1e6
     assert [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("twofold-")] == []
 
 
@@ -101,8 +102,8 @@ async def rest(crowd: Crowd) -> None:
         lambda: (
             scheduler.idle
             and not service.admission.inside
-            and not registry._loading
-            and not registry._tasks
+            and not registry.awaited()
+            and registry.memory.settled
             and not any(g.leases for g in registry.loaded)
         ),
         30,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from twofold.base.blocks import Decoder, describe
+from twofold.engine.cache import WORTH_A_COPY
 from twofold.engine.decoder import BlockForward
 from twofold.engine.loading import Loads
 from twofold.engine.plain import PlainForward
@@ -289,14 +290,27 @@ class Scheduler:
         return [Ended(s.number, "cancelled") for s in dropped]
 
     def _admit(self) -> None:
-        self.admitted = []
+        self.admitted, alike = [], deque[_Stream]()
         while self._waiting and self._forward.slots.free:
             stream = self._waiting.popleft()
+            if self._is_being_read(stream):
+                alike.append(stream)
+                continue
             wearer = tuple((r.key, weight) for r, weight in stream.worn)
             stream.slot, stream.held = self._forward.slots.take(stream.left, wearer)
             del stream.left[: stream.held]
             self._running.append(stream)
             self.admitted.append(stream.number)
+        self._waiting = alike + self._waiting
+
+    def _is_being_read(self, stream: _Stream) -> bool:
+        """Whether another is just reading the same long prompt, so that soon its keys and values need only be copied."""
+        same = (stream.request.token_ids, stream.worn)
+        return (
+            self._forward.slots.reuse
+            and len(stream.left) > WORTH_A_COPY
+            and any(s.reading and (s.request.token_ids, s.worn) == same for s in self._running)
+        )
 
     def _batch(self) -> list[tuple[_Stream, Part]]:
         """The running streams' newest tokens by their slots, then the prompts' next chunks, the shortest first."""

@@ -2,7 +2,7 @@
 
 A name stands for a `Source`, the state of a folder; loading one makes a `Generation`, which never changes and is called by its
 content, `NAME@HASH`. A request takes a lease on a generation and keeps it to its end, whatever becomes of the name meanwhile.
-Generations without leases go when their folder has changed or gone, or, least recently used first, when the budget is needed.
+What is in memory, and what goes from there, is memory.py's affair.
 
 Everything here runs on the event loop; files are read in threads, and the engine is spoken to through its worker.
 """
@@ -14,19 +14,18 @@ import logging
 import shutil
 import tempfile
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from twofold.base.chat import Renderer
 from twofold.base.load import Base
 from twofold.errors import AdapterFileError, UserError, nearest
 from twofold.server.checks import checked
 from twofold.server.errors import ApiError, without_paths
 from twofold.server.layout import NAME, Limits, Source, scan, snapshot, source_at
+from twofold.server.memory import Generation, Memory
 from twofold.server.templates import Renderers
 from twofold.server.worker import Worker
 
@@ -34,18 +33,6 @@ REST = 20
 """A look at the adapter folder takes at most one part in so many of the time."""
 TOO_LARGE = "adapter '{}' is larger than all the memory for adapters; raise --adapter-memory-mb"
 log = logging.getLogger("twofold.server")
-
-
-@dataclass(eq=False)
-class Generation:
-    """An adapter as it is in memory, of which it takes `bytes`. `leases` counts the requests that use it."""
-
-    key: str
-    name: str
-    bytes: int
-    renderer: Renderer
-    leases: int = 0
-    stale: bool = False
 
 
 class _Unwanted(Exception):
@@ -82,28 +69,26 @@ class Registry:
     """The adapters of one server.
 
     Attributes:
+        memory: what is loaded.
         loads: adapters read since the start.
-        evictions: those dropped because the budget was needed.
         gone: is told each name that is served no longer, and again once its last request has ended.
     """
 
     def __init__(self, config: RegistryConfig, base: Base, base_names: tuple[str, ...], worker: Worker) -> None:
         self.config, self.base, self.worker = config, base, worker
         self.base_names = base_names
-        self.loads = self.evictions = 0
+        self.memory = Memory(config.budget_bytes, worker)
+        self.memory.dropped = self._dropped
+        self.loads = 0
         self.gone: Callable[[str], None] = lambda _: None
         self._renderers = Renderers(base)
         self._found: dict[str, Source] = {}
         self._called: dict[str, Source] = {}  # by the load endpoint, under names of their own
         self._hidden: dict[str, Source | None] = {}  # unloaded, until the folder is another
         self._keys: dict[Source, str] = {}
-        self._loaded: OrderedDict[str, Generation] = OrderedDict()
         self._loading: dict[Source, _Loading] = {}
         self._putting: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by key, while one is read
         self._refused: dict[Source, str] = {}
-        self._room = asyncio.Condition()
-        self._reserved = 0
-        self._tasks: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------------------------------------ names
 
@@ -133,8 +118,8 @@ class Registry:
         """The generation that a name stands for now, or that is itself called so and not replaced, if it is in memory."""
         source = self._source(name)
         if source:
-            return self._loaded.get(self._keys.get(source, ""))
-        found = self._loaded.get(name)
+            return self.memory.loaded.get(self._keys.get(source, ""))
+        found = self.memory.loaded.get(name)
         return found if found and not found.stale else None
 
     def refusal_of(self, name: str) -> str | None:
@@ -145,16 +130,11 @@ class Registry:
     @property
     def loaded(self) -> list[Generation]:
         """What is in memory, least recently used first."""
-        return list(self._loaded.values())
+        return list(self.memory.loaded.values())
 
     def awaited(self) -> list[str]:
         """Names of the adapters that are being loaded."""
         return sorted(source.name for source in self._loading)
-
-    @property
-    def used_bytes(self) -> int:
-        """Of the adapters in memory, and the files of those on their way."""
-        return self._reserved + sum(g.bytes for g in self._loaded.values())
 
     def _source(self, name: str) -> Source | None:
         found = self._found.get(name)
@@ -170,9 +150,7 @@ class Registry:
         """
         loaded = self.generation_of(name)
         if loaded is not None:
-            self._loaded.move_to_end(loaded.key)
-            loaded.leases += 1
-            return loaded
+            return self.memory.lease(loaded)
         source = self._source(name)
         if source is None:
             raise ApiError(404, f"no adapter {name!r} here any more", code="model_not_found", param="model")
@@ -180,9 +158,7 @@ class Registry:
 
     def release(self, generation: Generation) -> None:
         """Give a lease back."""
-        generation.leases -= 1
-        if not generation.leases:
-            self._later(self._when_idle(generation))
+        self.memory.release(generation)
 
     async def _wait_for(self, loading: _Loading) -> Generation:
         loading.waiters += 1
@@ -229,17 +205,14 @@ class Registry:
     async def _read(self, source: Source, name: str) -> Generation:
         if source.bytes > self.config.budget_bytes:
             raise AdapterFileError(TOO_LARGE.format(name))
-        async with _temporary_folder() as folder:
-            await self._reserve(source)
+        async with (
+            _temporary_folder() as folder,
+            self.memory.reserved(source.bytes, lambda: self._check_awaited(source)),
+        ):
             try:
                 return await self._put(source, name, folder)
             except UserError as error:
                 raise AdapterFileError(without_paths(str(error), folder, f"adapter '{name}'")) from error
-            finally:
-                self._reserved -= source.bytes
-                async with self._room:
-                    await self._evict()
-                    self._room.notify_all()
 
     async def _put(self, source: Source, name: str, folder: Path) -> Generation:
         """The generation in memory, with a lease on it, so that nobody drops it before those who wait have theirs."""
@@ -248,10 +221,9 @@ class Registry:
         digest = await asyncio.to_thread(snapshot, source, config.root, folder, config.limits, self.worker.give_way)
         key = self._keys[source] = f"{source.name if source.digest else name}@{digest}"
         async with self._putting.setdefault(key, asyncio.Lock()):
-            if key not in self._loaded:
-                self._loaded[key] = await self._made(source, key, name, folder)
-            self._loaded[key].leases += 1
-            return self._loaded[key]
+            if key not in self.memory.loaded:
+                self.memory.loaded[key] = await self._made(source, key, name, folder)
+            return self.memory.lease(self.memory.loaded[key])
 
     async def _made(self, source: Source, key: str, name: str, folder: Path) -> Generation:
         config = self.config
@@ -278,40 +250,10 @@ class Registry:
             del self._loading[source]
             raise _Unwanted
 
-    async def _reserve(self, source: Source) -> None:
-        """Wait until the budget has room, dropping idle generations for it."""
-        async with self._room:
-            self._check_awaited(source)
-            while not await self._evict(source.bytes):
-                await self._room.wait()
-                self._check_awaited(source)
-            self._reserved += source.bytes
-
-    async def _evict(self, size: int = 0) -> bool:
-        """Drop idle generations until the budget has room for so much more; whether it has."""
-        while self.used_bytes + size > self.config.budget_bytes:
-            idle = next((g for g in self._loaded.values() if not g.leases), None)
-            if idle is None:
-                return False
-            self.evictions += 1
-            await self._drop(idle)
-        return True
-
-    async def _drop(self, generation: Generation) -> None:
-        """Free a generation that nobody uses."""
-        del self._loaded[generation.key]
+    def _dropped(self, generation: Generation) -> None:
         for name in (generation.name, generation.key):
             if not self._source(name):
                 self.gone(name)
-        await self.worker.call(lambda scheduler: scheduler.drop_adapter(generation.key))
-        log.info("adapter dropped", extra={"fields": {"adapter": generation.key}})
-
-    async def _when_idle(self, generation: Generation) -> None:
-        async with self._room:
-            if generation.stale and not generation.leases and generation.key in self._loaded:
-                await self._drop(generation)
-            await self._evict()
-            self._room.notify_all()
 
     # ------------------------------------------------------------------------------------------ changes
 
@@ -407,18 +349,7 @@ class Registry:
         for generation in self.loaded:
             generation.stale = generation.key not in live
             if generation.stale:
-                await self._when_idle(generation)
-
-    def _later(self, work: Coroutine[None, None, None]) -> None:
-        """Do something soon, and hold on to it until it is done."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None and self.worker.healthy:
-            log.error("an adapter could not be dropped", exc_info=task.exception())
+                await self.memory.tidy(generation)
 
 
 @asynccontextmanager

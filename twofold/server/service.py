@@ -19,9 +19,10 @@ from twofold.server.answering import Admission, Choice, Run, too_late
 from twofold.server.asking import engine_requests, form_of, most_tokens
 from twofold.server.errors import ApiError
 from twofold.server.layout import Limits
+from twofold.server.memory import Generation
 from twofold.server.metrics import Metrics
 from twofold.server.openai import Asking
-from twofold.server.registry import Generation, Registry, RegistryConfig
+from twofold.server.registry import Registry, RegistryConfig
 from twofold.server.tools import stop_texts
 from twofold.server.worker import EngineThread, Worker
 
