@@ -40,7 +40,7 @@ def test_tokens_come_in_their_order_and_the_end_comes_once(llama_base: Path) -> 
             admitted, *made, ended = heard
             assert isinstance(admitted, Admitted)
             assert len(made) == 6
-            assert all(isinstance(m, Made) and ended == (m.stream, "length", None) for m in made)
+            assert all(isinstance(m, Made) and ended == Ended(m.stream, "length") for m in made)
 
     asyncio.run(scene())
 
