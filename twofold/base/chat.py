@@ -13,6 +13,7 @@ history as the model will see it when it gives that answer.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -29,6 +30,14 @@ TOOLS = re.compile(r"\{[{%][^{}]*\btools\b")
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n"
 """What instructions look like for a base without a chat template."""
+
+
+def from_json(text: str) -> Any:
+    """What a text says in JSON, as templates want the arguments of a call; the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 class _Span(NamedTuple):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
+from twofold.base.chat import from_json
 from twofold.errors import DataError
 
 Format = Literal["messages", "conversations", "prompt-completion", "instruction", "text", "labelled"]
@@ -228,20 +229,12 @@ def tools_of(row: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
         DataError: it is something else.
     """
     given = row.get("tools")
-    tools = _from_json(given) if isinstance(given, str) else given
+    tools = from_json(given) if isinstance(given, str) else given
     if not tools:
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise DataError(f"{place}: expected a list of functions' descriptions in 'tools', found {given!r:.80}")
     return cast(list[dict[str, Any]], _given(tools))
-
-
-def _from_json(text: str) -> Any:
-    """What a text says in JSON; the text itself where it is none."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def _given(value: Any) -> Any:
@@ -283,7 +276,7 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError(f"{place}: a call in 'tool_calls' needs a 'function' with a 'name', found {call!r:.120}")
     arguments = function.get("arguments", {})
-    plain = _from_json(arguments) if isinstance(arguments, str) else arguments
+    plain = from_json(arguments) if isinstance(arguments, str) else arguments
     return {**call, "function": {**function, "arguments": plain}}
 
 

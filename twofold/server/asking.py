@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from twofold.base.chat import Message, Renderer
+from twofold.base.chat import Message, Renderer, from_json
 from twofold.engine.grammar import Grammar, Grammars
 from twofold.engine.request import Request, Sampling
 from twofold.engine.text import special_ids
@@ -49,17 +49,10 @@ def _message(said: ChatMessage) -> Message:
         message["tool_call_id"] = said.tool_call_id
     if said.tool_calls:
         message["tool_calls"] = [
-            {"type": "function", "function": {"name": c.function.name, "arguments": _object(c.function.arguments)}}
+            {"type": "function", "function": {"name": c.function.name, "arguments": from_json(c.function.arguments)}}
             for c in said.tool_calls
         ]
     return message
-
-
-def _object(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 
 def completion_prompts(request: CompletionRequest, renderer: Renderer) -> list[list[int]]:
