@@ -392,6 +392,9 @@ def test_biases_that_differ_are_refused(tmp_path: Path) -> None:
     given = {saved(tmp_path, "qwen2", r=2, bias="lora_only"): 0.5, saved(tmp_path, "qwen2", r=2): 0.5}
     with pytest.raises(ConfigError, match="train different biases"):
         twofold.combine(given, tmp_path / "out")
+    alike = {saved(tmp_path, "qwen2", r=2, bias="all", modules_to_save=whole): 0.5 for whole in (None, ["lm_head"])}
+    with pytest.raises(ConfigError, match=r"^'lm_head' is held whole, and the weights"):
+        twofold.combine(alike, tmp_path / "out")
 
 
 def test_linear_takes_no_different_ranks(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from twofold.adapter.names import matcher, tails
 from twofold.adapter.peft_config import names_in_full, with_changes
 from twofold.adapter.plain import plain_config, plain_tensors, ranks_of
 from twofold.adapter.updates import Pair, factors, has_groups, low_rank, pairs_of
-from twofold.adapter.whole import TOKENS, ReadBase, parents, unknown_said, whole_names
+from twofold.adapter.whole import TOKENS, Name, ReadBase, parents, unknown_said, whole_names
 from twofold.errors import ConfigError
 from twofold.events import Emit, Progress
 from twofold.lowrank.algebra import Reduced
@@ -162,12 +162,16 @@ def _clashes(given: Sequence[Weighed]) -> Iterator[str]:
     if biased and (beyond := [p.name for p in pairs_in(given) if not _of_linear_layer(given, p)]):
         yield f"'{beyond[0]}' is no linear layer, so it cannot go with the biases of B that another adapter has (lora_bias)"
     yield from _claimed_twice(given)
-    if len({c.bias for c in configs}) > 1 or (
-        configs[0].bias != "none" and len({whole_names(o.files) for o in given}) > 1
-    ):
+    if len({c.bias for c in configs}) > 1 or len({_biases(one.files) for one in given}) > 1:
         yield f"they train different biases (bias {', '.join(sorted({c.bias for c in configs}))}), and only equal ones add up"
     if len({str(c.trainable_token_indices) for c in configs if c.trainable_token_indices}) > 1:
         yield "they train different tokens (trainable_token_indices), and only equal ones add up"
+
+
+def _biases(files: AdapterFiles) -> frozenset[Name]:
+    """Those that `bias` trains; of a module that is trained whole the bias is its own affair."""
+    saved = matcher(files.config.modules_to_save or ())
+    return frozenset((m, s) for m, s in whole_names(files) if s.endswith("bias") and not any(map(saved, parents(m))))
 
 
 def _claimed_twice(given: Sequence[Weighed]) -> Iterator[str]:
