@@ -10,7 +10,7 @@ from twofold.cli.model_flags import ModelFlags
 from twofold.cli.terminal import Terminal, stdout
 from twofold.data.examples import DataConfig
 from twofold.recipes.evaluate import evaluate, exact_match
-from twofold.recipes.generate import GenerationConfig
+from twofold.recipes.generate import GenerationConfig, check_generates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ def run(arguments: list[str]) -> int:
     data = DataConfig(train=flags.data, system=flags.system, max_length=flags.max_length)
     with Terminal() as terminal:
         base = flags.load(terminal)
+        if flags.generate:
+            check_generates(base)
         found = evaluate(base, data, terminal)
         if flags.generate:
             found |= exact_match(base, data, GenerationConfig(max_new_tokens=flags.max_new_tokens), terminal)
