@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from cases import CASES, Sizes
+from grouped import microseconds
 
 from twofold.adapter.attach import attach
 from twofold.adapter.config import LoraConfig
@@ -35,7 +35,6 @@ from twofold.training.layout import lay_out
 from twofold.training.optim import TrainingConfig, optimiser
 
 SIZES = Sizes(examples=128, held_out=32, steps=8)
-REPEATS = 20
 UPPER = tuple(range(20, 30))
 
 
@@ -72,16 +71,7 @@ def adamw(folder: Path) -> None:
         "one tensor after the other": torch.optim.AdamW(learned, lr=config.learning_rate, foreach=False).step,
     }
     for name, step in ways.items():
-        print(f"AdamW, {name}: {1e3 * median_seconds(step):.2f} ms a step", flush=True)
-
-
-def median_seconds(work: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+        print(f"AdamW, {name}: {microseconds(step) / 1e3:.2f} ms a step", flush=True)
 
 
 def frozen(folder: Path) -> None:

@@ -83,9 +83,7 @@ def _modules(files: AdapterFiles) -> dict[str, tuple[Tensor, Tensor, float]]:
         if name in found:
             raise ConfigError(f"two modules would both be called '{name}' in kohya's layout, which has no dots")
         (down, up), scale = factors(files, pair), resolve(files.config, pair.module).scale
-        found[name] = (
-            (down, up, scale) if scale else (down, torch.zeros_like(up), 1.0)
-        )  # readers take an alpha of 0 for r
+        found[name] = (down, up * bool(scale), scale or 1.0)  # readers take an alpha of 0 for r
     return found
 
 
