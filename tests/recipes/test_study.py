@@ -185,12 +185,35 @@ def test_a_line_names_arms_that_are_there() -> None:
 
 
 def test_the_outlook_counts_what_is_left(tmp_path: Path) -> None:
-    (tmp_path / "targets").mkdir()
-    rows = {"untouched": {"loss": 1.0}, "a": {"spent": 10.0}, "b": {"spent": 30.0}}
-    (tmp_path / "targets" / "results.json").write_text(json.dumps(rows))
-    told = outlook(["targets", "variants"], tmp_path, lambda s: s)
-    assert told[0] == {"study": "targets", "done": 2, "planned": 27, "seconds_left": 500.0, "budget_hours": 3.0}
-    assert told[1]["seconds_left"] is None
+    """Of the study itself: `rates` is also the folder of alpha-by-rate, and some arms are in both."""
+    asked = STUDIES["rate-by-rank"]
+    arm = asked.arms[0]
+    rows: dict[str, dict[str, object]] = {"untouched": {"loss": 1.0}}
+    rows["r = 16, alpha = 8 | 0.0032 | 0"] = {"arm": "r = 16, alpha = 8", "rate": 0.0032, "spent": 1e6}
+    for rate, spent in zip(arm.rates, (10.0, 30.0), strict=False):
+        rows[f"{arm.name} | {rate:g} | 0"] = {"arm": arm.name, "rate": rate, "loss": rate, "spent": spent}
+    (tmp_path / asked.folder).mkdir()
+    (tmp_path / asked.folder / "results.json").write_text(json.dumps(rows))
+    rates, unknown = outlook(["rate-by-rank", "variants"], tmp_path, lambda s: s)
+    planned = sum(3 * len(each.rates) for each in asked.arms)
+    assert (rates["done"], rates["planned"], rates["seconds_left"]) == (2, planned, 20.0 * (planned - 2))
+    assert unknown["done"] == 0
+    assert unknown["seconds_left"] is None
+
+
+def test_the_outlook_knows_which_rate_the_other_seeds_run_with(tmp_path: Path) -> None:
+    asked = STUDIES["matches-full-verses"]
+    rows: dict[str, dict[str, object]] = {"untouched": {"loss": 1.0}}
+    for arm in asked.arms:
+        for i, rate in enumerate(arm.rates):
+            rows[f"{arm.name} | {rate:g} | 0"] = {"arm": arm.name, "rate": rate, "loss": 3.0 - i, "spent": 1.0}
+    best, other = asked.arms[0].rates[-1], asked.arms[0].rates[0]
+    for rate in (best, other):
+        rows[f"{asked.arms[0].name} | {rate:g} | 1"] = {"arm": asked.arms[0].name, "rate": rate, "spent": 1.0}
+    (tmp_path / asked.name).mkdir()
+    (tmp_path / asked.name / "results.json").write_text(json.dumps(rows))
+    (told,) = outlook([asked.name], tmp_path, lambda s: s)
+    assert told["planned"] - told["done"] == told["seconds_left"] == 2 * len(asked.arms) - 1
 
 
 def test_every_study_is_well_formed() -> None:

@@ -98,7 +98,7 @@ MATCHES_FULL_VERSES = Study(
     name="matches-full-verses",
     claim="The same on a task of style",
     expected=MATCHES_FULL.expected,
-    arms=(*(replace(_rank(r), rates=LORA_RATES[1:3]) for r in (4, 64)), replace(FULL, rates=FULL_RATES[:2])),
+    arms=(*(replace(_rank(r), rates=LORA_RATES[1:]) for r in (4, 64)), replace(FULL, rates=FULL_RATES[:3])),
     reading="best",
     material="king-james",
     examples=128,
@@ -108,7 +108,7 @@ MATCHES_FULL_LONGER = Study(
     name="matches-full-longer",
     claim="The same after three epochs, which is nearer to what each can hold",
     expected=MATCHES_FULL.expected,
-    arms=(replace(_rank(8), rates=LORA_RATES[1:]), replace(FULL, rates=FULL_RATES[:3])),
+    arms=(*(replace(_rank(r), rates=LORA_RATES[1:]) for r in (1, 8, 64)), replace(FULL, rates=FULL_RATES[:3])),
     reading="best",
     probes=("answers",),
     common={"training.epochs": 3},
@@ -162,7 +162,10 @@ RATE_BY_RANK = Study(
     claim="The best learning rate does not depend on the rank with alpha/r; it does with alpha/sqrt(r) or none",
     expected="independent of the rank under alpha/r (Schulman 2025)",
     arms=(
-        *(_scaled(f"{name}, r = 4", 4, settings(4)) for name, settings in SCALINGS.items()),
+        *(
+            _scaled(f"{name}, r = 4", 4, settings(4), RATES if name == "alpha/r" else (*RATES, HIGHER_RATES[-1]))
+            for name, settings in SCALINGS.items()
+        ),
         _alpha(32),
         *(
             _scaled(f"{name}, r = 64", 64, settings(64), HIGHER_RATES if name == "alpha/r" else RATES)
@@ -218,7 +221,6 @@ LOW_RANK = Study(
         Arm(name="full", rates=(3e-4,), full=True),
     ),
     reading="spectra",
-    seeds=2,
     probes=("spectra",),
 )
 PROVED = Study(
@@ -247,7 +249,7 @@ VARIANTS = Study(
         Arm(
             name="PiSSA",
             settings={"adapter.r": 16, "adapter.lora_alpha": 16, "adapter.init_lora_weights": "pissa_niter_4"},
-            rates=(3e-5, 1e-4, 3e-4, 1e-3),
+            rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
         ),
         Arm(
             name="LoRA+",

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -102,44 +102,62 @@ class Bench:
         self.rows |= rows
         atomic.write_json(self.results, self.rows)
 
-    def best_rate(self, arm: Arm) -> float:
-        """The rate with the lowest loss of the first seed."""
-        losses = {rate: self.rows[key(arm.name, rate, 0)]["loss"] for rate in arm.rates}
-        return min(arm.rates, key=lambda rate: math.inf if losses[rate] is None else losses[rate])
-
     def units(self) -> Iterator[Unit]:
         """What is to be trained, in order; the second part of it depends on the results of the first."""
-        seeds = tuple(range(self.study.seeds))
-        first = seeds if self.study.every_rate else seeds[:1]
+        first, others = seeds_of(self.study)
         for arm in self.study.arms:
             yield Unit(arm, arm.rates, first)
-        if not self.study.every_rate and len(seeds) > 1:
-            for arm in self.study.arms:
-                yield Unit(arm, (self.best_rate(arm),), seeds[1:])
+        for arm in self.study.arms:
+            if others:
+                yield Unit(arm, (best_rate(arm, self.rows),), others)
 
     def missing(self, unit: Unit) -> bool:
         return any(name not in self.rows for name in unit.rows())
-
-    def planned(self) -> list[tuple[bool, int]]:
-        """Of each part, whether it is full fine-tuning or apart, and how many trainings it holds."""
-        seeds, every = self.study.seeds, self.study.every_rate
-        first = [(self.alone(a), len(a.rates) * (seeds if every else 1)) for a in self.study.arms]
-        return first if every else [*first, *((self.alone(a), seeds - 1) for a in self.study.arms)]
 
     def alone(self, arm: Arm) -> bool:
         """Whether its trainings are processes of their own."""
         return arm.full or self.study.apart
 
-    def seconds_left(self) -> float | None:
-        """By the mean of the trainings of each kind so far; None before there is any."""
-        total = 0.0
-        for alone in (True, False):
-            spent = [r["spent"] for r in self.rows.values() if r.get("alone") is alone]
-            left = sum(count for kind, count in self.planned() if kind is alone) - len(spent)
-            if left > 0 and not spent:
-                return None
-            total += left * sum(spent) / len(spent) if left > 0 else 0.0
-        return total
+
+def seeds_of(study: Study) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Those that all rates of an arm run with, and those that only its best rate does."""
+    seeds = tuple(range(study.seeds))
+    return (seeds, ()) if study.every_rate else (seeds[:1], seeds[1:])
+
+
+def best_rate(arm: Arm, rows: Mapping[str, Row]) -> float:
+    """The rate with the lowest loss of the first seed."""
+    losses = {rate: rows[key(arm.name, rate, 0)]["loss"] for rate in arm.rates}
+    return min(arm.rates, key=lambda rate: math.inf if losses[rate] is None else losses[rate])
+
+
+def own_rows(study: Study, rows: Mapping[str, Row]) -> dict[str, Row]:
+    """Its trainings among those of a folder, which other studies may share."""
+    names = {arm.name for arm in study.arms}
+    return {name: row for name, row in rows.items() if row.get("arm") in names}
+
+
+def still_to_run(study: Study, arm: Arm, rows: Mapping[str, Row]) -> int:
+    """How many trainings of an arm are missing."""
+    first, others = seeds_of(study)
+    missing = [name for name in Unit(arm, arm.rates, first).rows() if name not in rows]
+    if missing or not others:
+        return len(missing) + len(others)
+    return sum(name not in rows for name in Unit(arm, (best_rate(arm, rows),), others).rows())
+
+
+def seconds_left(study: Study, rows: Mapping[str, Row]) -> float | None:
+    """By the mean of its trainings of each kind so far, of adapters and of full models; None before there is one."""
+    total = 0.0
+    for full in (True, False):
+        arms = [arm for arm in study.arms if arm.full is full]
+        names = {arm.name for arm in arms}
+        spent = [row["spent"] for row in own_rows(study, rows).values() if row["arm"] in names]
+        left = sum(still_to_run(study, arm, rows) for arm in arms)
+        if left and not spent:
+            return None
+        total += left * sum(spent) / len(spent) if left else 0.0
+    return total
 
 
 def study(
@@ -163,7 +181,7 @@ def study(
         bench.keep({"untouched": _untouched(bench)})
     for unit in bench.units():
         if bench.missing(unit):
-            left = bench.seconds_left()
+            left = seconds_left(asked, bench.rows)
             outlook = "" if left is None else f"; about {left / 60:.0f} min of {asked.name} are left"
             emit(Message(text=f"{asked.name}: {unit.arm.name}, {len(unit.rows())} trainings{outlook}"))
             run = _run_apart if bench.alone(unit.arm) else _run_side_by_side
@@ -271,8 +289,7 @@ def _plain(name: str) -> str:
 
 
 def _report(asked: Study, bench: Bench, found: Found) -> dict[str, Any]:
-    names = {arm.name for arm in asked.arms}
-    rows = {name: row for name, row in bench.rows.items() if row.get("arm", asked.arms[0].name) in names}
+    rows = own_rows(asked, bench.rows)
     device = checked_device(bench.config.device)
     return {
         "study": asked.name,
@@ -289,9 +306,9 @@ def _report(asked: Study, bench: Bench, found: Found) -> dict[str, Any]:
         "device": device.type,
         "threads": torch.get_num_threads(),
         "budget_hours": asked.hours,
-        "compute_seconds": sum(row.get("spent", 0.0) for row in rows.values()),
-        "trainings": len(rows) - 1,
-        "rows": rows,
+        "compute_seconds": sum(row["spent"] for row in rows.values()),
+        "trainings": len(rows),
+        "rows": {"untouched": bench.rows["untouched"], **rows},
     }
 
 
@@ -302,14 +319,14 @@ def outlook(names: Sequence[str], work: Path, shape: Callable[[Study], Study]) -
         asked = shape(STUDIES[name])
         results = folder_of(asked, work) / "results.json"
         rows = json.loads(results.read_text()) if results.is_file() else {}
-        planned = sum(
-            len(a.rates) * (asked.seeds if asked.every_rate else 1) + (0 if asked.every_rate else asked.seeds - 1)
-            for a in asked.arms
-        )
-        done = len([r for n, r in rows.items() if n != "untouched"])
-        spent = [r["spent"] for n, r in rows.items() if n != "untouched"]
-        left = (planned - done) * sum(spent) / len(spent) if spent else None
+        done = len(own_rows(asked, rows))
         found.append(
-            {"study": name, "done": done, "planned": planned, "seconds_left": left, "budget_hours": asked.hours}
+            {
+                "study": name,
+                "done": done,
+                "planned": done + sum(still_to_run(asked, arm, rows) for arm in asked.arms),
+                "seconds_left": seconds_left(asked, rows),
+                "budget_hours": asked.hours,
+            }
         )
     return found
