@@ -34,10 +34,12 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)
-def test_commands_run(page: Path, tmp_path: Path, cli: WarmCli) -> None:
+def test_commands_run(page: Path, tmp_path: Path, cli: WarmCli, llama_base: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for command in commands(page):
         program, *arguments = in_one_step(shlex.split(command, comments=True))
+        if program == "torchrun":
+            arguments += ["--base", str(llama_base)]
         done = cli(*arguments, cwd=tmp_path) if program == "twofold" else cold(program, arguments, tmp_path)
         assert done.code == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
