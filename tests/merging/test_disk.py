@@ -252,8 +252,11 @@ def test_killed_it_goes_on_from_the_whole_shards(after: float, llama_base: Path,
     running.wait()
     assert not (tmp_path / "merged").exists()
     whole = {p.name: p.stat().st_ino for p in tmp_path.glob(".merged.*.unfinished/*.safetensors")}
+    (unfinished,) = tmp_path.glob(".merged.*.unfinished")
+    (unfinished / "gone.txt").write_text("copied before, and no longer in the base")
     base = adapted(folder, "bfloat16")
     found = written(base, tmp_path / "merged")
+    assert not (tmp_path / "merged" / "gone.txt").exists()
     assert {n: (tmp_path / "merged" / n).stat().st_ino for n in whole} == whole
     assert differing(plan_replay(base.model, open_stored(str(folder))), found) == {}
     assert not list(tmp_path.glob(".merged*"))

@@ -16,6 +16,7 @@ import torch
 from families import GROUPED, build_model, randomise
 from safetensors.torch import load_file, save_file
 from tiny_adapters import learned
+from warm_cli import WarmCli
 
 from twofold import atomic
 from twofold.adapter.attach import adapter_layers, attach
@@ -27,6 +28,8 @@ from twofold.merging.export import gguf_adapter, mlx
 from twofold.merging.export.factors import prove
 from twofold.recipes.export import Format, export_adapter
 
+pytest_plugins = ("tiny_fixtures",)
+LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 6},
     "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
@@ -177,6 +180,18 @@ def test_a_spoiled_folder_for_mlx_is_not_proved(
     with pytest.raises(ProofError, match=said):
         export_adapter(adapter, "mlx", tmp_path / "out", str(base))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(cli: WarmCli, tmp_path: Path) -> None:
+    """The limit falls among the tensors, which numpy writes without a word of what is missing."""
+    base, adapter, _ = adapted(tmp_path, r=8)
+    limit = f"import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); {LIMIT}"
+    for size in (2_000, 9_000, 20_000):
+        flags = ("--to", "gguf", "--base", base, "-o", tmp_path / "adapter.gguf")
+        said = cli("export", adapter, *flags, setup=limit.format(size)).refusal()
+        assert "cannot write" in said
+        assert "free space or choose another" in said
+        assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"}
 
 
 def test_nothing_gives_way_to_what_is_written_beside(tmp_path: Path) -> None:

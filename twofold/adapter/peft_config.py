@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,22 @@ NOT_DONE = {
     "arrow_config": "Arrow's routing is not done; choose adapters by set_adapter or adapter_names",
 }
 """Keys of PEFT's config that must be empty, each with the way out."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an adapter's config says of its base, and nothing in `LoraConfig` does.
+
+    Attributes:
+        base_name, revision: what the base is called, and which of its revisions on a hub it is.
+        task: what it is for, in PEFT's words.
+        fan_in_fan_out: whether adapted weights lie transposed, as Hugging Face's Conv1D has them.
+    """
+
+    base_name: str | None = None
+    revision: str | None = None
+    task: str | None = None
+    fan_in_fan_out: bool = False
 
 
 def parse_config(raw: Mapping[str, Any], source: Path) -> LoraConfig:
@@ -95,18 +111,17 @@ def peft_config(model: nn.Module, name: str, base_name: str | None) -> dict[str,
         alpha_pattern=_stable(config.alpha_pattern, ranked, lambda c, m: resolve(c, m).alpha, config, "alpha_pattern"),
     )
     transposed = any(isinstance(layers[m], LoraConv1D) for m in adapted)
-    return in_peft_words(settled, base_name=base_name, task=task_of(model), fan_in_fan_out=transposed)
+    return in_peft_words(settled, Kept(base_name, task=task_of(model), fan_in_fan_out=transposed))
 
 
-def in_peft_words(
-    config: LoraConfig, *, base_name: str | None, task: str | None, fan_in_fan_out: bool
-) -> dict[str, Any]:
+def in_peft_words(config: LoraConfig, kept: Kept) -> dict[str, Any]:
     """What `adapter_config.json` says of a config whose targets and patterns mean the same in PEFT as here."""
     targets, layers = config.target_modules, config.layers_to_transform
     said: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": task,
-        "base_model_name_or_path": base_name,
+        "task_type": kept.task,
+        "base_model_name_or_path": kept.base_name,
+        "revision": kept.revision,
         "inference_mode": True,
         "r": config.r,
         "lora_alpha": _as_int(config.lora_alpha),
@@ -121,7 +136,7 @@ def in_peft_words(
         "trainable_token_indices": _tokens(config),
         "ensure_weight_tying": config.ensure_weight_tying,
         "init_lora_weights": config.init_lora_weights,
-        "fan_in_fan_out": fan_in_fan_out,
+        "fan_in_fan_out": kept.fan_in_fan_out,
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": {k: _as_int(v) for k, v in config.alpha_pattern.items()},
     }

@@ -18,25 +18,10 @@ from twofold import atomic
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import CONFIG, OURS, TENSORS, AdapterFiles, Provenance
 from twofold.adapter.keys import PREFIX
-from twofold.adapter.peft_config import exceptions, in_peft_words, with_changes
+from twofold.adapter.peft_config import Kept, exceptions, in_peft_words, with_changes
 from twofold.adapter.updates import Pair
 from twofold.lowrank.factors import LowRank
 from twofold.tensorfile import write_tensors
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What an adapter's config says of its base, and nothing in `LoraConfig` does.
-
-    Attributes:
-        base_name: what the base is called.
-        task: what it is for, in PEFT's words.
-        fan_in_fan_out: whether adapted weights lie transposed, as Hugging Face's Conv1D has them.
-    """
-
-    base_name: str | None = None
-    task: str | None = None
-    fan_in_fan_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,8 +39,7 @@ class PlainAdapter:
         Raises:
             RunError: the output exists or cannot be written.
         """
-        kept = self.kept
-        words = in_peft_words(self.config, base_name=kept.base_name, task=kept.task, fan_in_fan_out=kept.fan_in_fan_out)
+        words = in_peft_words(self.config, self.kept)
         ours = {f.name: getattr(self.provenance, f.name) for f in fields(self.provenance)}
         with atomic.new_folder(output) as folder:
             write_tensors(folder / TENSORS, self.tensors)
@@ -67,7 +51,7 @@ class PlainAdapter:
 def kept_of(files: AdapterFiles) -> Kept:
     """What the config on disk says besides what `files` holds."""
     raw = json.loads((files.path / CONFIG).read_text(encoding="utf-8"))
-    return Kept(files.base_name, raw.get("task_type"), bool(raw.get("fan_in_fan_out")))
+    return Kept(files.base_name, raw.get("revision"), raw.get("task_type"), bool(raw.get("fan_in_fan_out")))
 
 
 def plain_config(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:

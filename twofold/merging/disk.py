@@ -299,6 +299,10 @@ def _header(replay: Replay, shard: str) -> bytes:
 
 
 def _write_others(replay: Replay, folder: Path) -> None:
+    shards = {folder / name for name in replay.base.shards}
+    for path in set(folder.rglob("*")) - shards:
+        if not path.is_dir():
+            path.unlink()  # of an earlier start: the base may have lost it since
     copy_others(replay.base.folder, folder)
     if replay.base.index is not None:
         shutil.copyfile(replay.base.folder / INDEX, folder / INDEX)

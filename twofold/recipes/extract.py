@@ -10,8 +10,8 @@ import torch
 
 from twofold.adapter.config import LoraConfig, Names
 from twofold.adapter.files import Provenance
-from twofold.adapter.peft_config import shortest_names, task_of, with_changes
-from twofold.adapter.plain import Kept, PlainAdapter, plain_config, plain_tensors, ranks_of
+from twofold.adapter.peft_config import Kept, shortest_names, task_of, with_changes
+from twofold.adapter.plain import PlainAdapter, plain_config, plain_tensors, ranks_of
 from twofold.adapter.shapes import module_shapes
 from twofold.adapter.target import find_targets
 from twofold.base.load import load_renderer, public_name
@@ -69,7 +69,7 @@ def extract(
     adapter = PlainAdapter(
         plain_tensors(updates, ranks, stored),
         plain_config(config, ranks),
-        Kept(public_name(base), task_of(before.model), transposed),
+        Kept(public_name(base), task=task_of(before.model), fan_in_fan_out=transposed),
         _provenance(before, tuned, {"tuned": public_name(tuned), "seed": seed, **vars(how)}),
     )
     rest = _rest(before, after, set(ranks), emit)

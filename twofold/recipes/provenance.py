@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from twofold.adapter.files import TENSORS, AdapterFiles, Provenance
-from twofold.adapter.plain import Kept, kept_of
+from twofold.adapter.peft_config import Kept
+from twofold.adapter.plain import kept_of
 from twofold.adapter.whole import ReadBase, check_copies, copied_modules
 from twofold.base.fingerprint import Fingerprint, check_same_base
 from twofold.config import build
@@ -43,7 +44,7 @@ def common_provenance(
 def common_kept(sources: Sequence[AdapterFiles], emit: Emit) -> Kept:
     """What their configs say of the base; where they call it differently, the first one's word."""
     found = [kept_of(s) for s in sources]
-    names = sorted({k.base_name for k in found if k.base_name})
+    names = sorted({f"{k.base_name}@{k.revision}" if k.revision else k.base_name for k in found if k.base_name})
     if len(names) > 1:
         emit(Warned(text=f"these adapters call their base differently: {', '.join(names)}"))
     first = next((k for k in found if k.base_name), found[0])

@@ -13,7 +13,7 @@ import gguf
 from torch import Tensor
 
 from twofold import atomic
-from twofold.errors import ConfigError
+from twofold.errors import ConfigError, RunError
 from twofold.lowrank.factors import LowRank
 from twofold.merging.export.factors import commonest, prove, with_scale
 from twofold.merging.export.gguf_layout import Layout, as_tensor
@@ -37,7 +37,11 @@ def write_gguf_adapter(updates: Mapping[str, LowRank], layout: Layout, path: Pat
         tensors[f"{layout.name(key)}.lora_b"] = layout.rows(key, with_scale(update, alpha / update.rank))
     with atomic.new_file(path) as temporary:
         _write(tensors, alpha, layout, temporary, name)
-        return prove(updates, read_gguf_adapter(temporary, layout, updates), str(path))
+        try:
+            written = read_gguf_adapter(temporary, layout, updates)
+        except ValueError as error:  # numpy does not tell of every write that a full disk cuts short
+            raise RunError(f"cannot write {path}: it came out short; free space or choose another place") from error
+        return prove(updates, written, str(path))
 
 
 def _write(tensors: Mapping[str, Tensor], alpha: float, layout: Layout, path: Path, name: str) -> None:
