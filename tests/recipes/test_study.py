@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from twofold.adapter.attach import adapters_of
 from twofold.adapter.config import LoraConfig
 from twofold.base.load import load_base
 from twofold.data.examples import DataConfig
-from twofold.errors import ConfigError
+from twofold.errors import ConfigError, RunError
 from twofold.events import silent
 from twofold.recipes import proving
 from twofold.recipes.intents import shares_right
@@ -130,6 +131,34 @@ def test_what_was_trained_is_not_trained_again_and_what_is_missing_is(ground: Gr
     assert again["table"] == first["table"]
     assert first["table"][0][-3:-1] == ["intent right", "answer right"]
     assert all(row["probes"]["answers"] == {"intent right": 0, "answer right": 0} for row in rows.values())
+
+
+def test_what_an_interrupted_start_spent_is_counted(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replace(fitted(STUDIES["targets"]), arms=fitted(STUDIES["targets"]).arms[:1], seeds=1)
+
+    def stopped(*_: Any) -> None:
+        time.sleep(0.5)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        changed.setattr("twofold.recipes.study.run_group", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            study(asked, tmp_path / "work", tmp_path / "evidence", ground=ground)
+    started = time.perf_counter()
+    found = study(asked, tmp_path / "work", tmp_path / "evidence", ground=ground)
+    assert 0.5 <= found["compute_seconds"] <= 0.6 + time.perf_counter() - started
+
+
+def test_an_arm_that_always_diverges_is_named_at_once(ground: Ground, tmp_path: Path) -> None:
+    first, second, *_ = fitted(STUDIES["targets"]).arms
+    asked = replace(fitted(STUDIES["targets"]), arms=(replace(first, rates=(1e30, 1e31)), second))
+    for _ in range(2):
+        with pytest.raises(RunError, match=f"every training of '{first.name}' in {asked.name} diverged"):
+            study(asked, tmp_path / "work", tmp_path / "evidence", ground=ground)
+    rows = json.loads((tmp_path / "work" / asked.name / "results.json").read_text())
+    assert second.name not in {row.get("arm") for row in rows.values()}
 
 
 def parabola(arm: str, best: float, rates: tuple[float, ...], seed: int) -> dict[str, dict[str, object]]:

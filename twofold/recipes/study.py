@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -186,6 +187,8 @@ def study(
             emit(Message(text=f"{asked.name}: {unit.arm.name}, {len(unit.rows())} trainings{outlook}"))
             run = _run_apart if bench.alone(unit.arm) else _run_side_by_side
             run(bench, unit)
+        if not any(math.isfinite(bench.rows[name]["loss"] or math.nan) for name in unit.rows()):
+            raise RunError(f"every training of '{unit.arm.name}' in {asked.name} diverged; give it lower rates")
     found = read(asked, bench.rows, folder)
     report = _report(asked, bench, found) | {"note": note}
     for name, drawn in found.pictures.items():
@@ -205,19 +208,19 @@ def _untouched(bench: Bench) -> Row:
 
 def _run_side_by_side(bench: Bench, unit: Unit) -> None:
     """Adapters over the loaded base; their probes are made one after the other."""
-    started = time.perf_counter()
     settings = tuple(sorted(unit.arm.settings.items()))
     cells = [Cell((*settings, (RATE, rate)), seed) for seed in unit.seeds for rate in unit.rates]
     place = bench.folder / "arms" / _plain(unit.arm.name)
-    found = run_group(bench.config, bench.loaded, cells, HOW, place, bench.emit)
-    spent = (time.perf_counter() - started) / len(cells)
+    with _spent(place.with_name(f"{place.name}-{'-'.join(map(str, unit.seeds))}")) as spent:
+        found = run_group(bench.config, bench.loaded, cells, HOW, place, bench.emit)
+    each = spent() / len(cells)
     rows = {}
     for cell, result in zip(cells, found, strict=True):
         path = place / result["adapter"] if result["adapter"] else None
         probes = probe_adapter(bench.study, bench.ground, bench.loaded.base, path) if path else {}
         rate = dict(cell.settings)[RATE]
         kept = {k: result[k] for k in ("loss", "accuracy", "parameters", "steps", "failed_at")}
-        own = {"arm": unit.arm.name, "rate": rate, "seed": cell.seed, "spent": spent, "alone": False}
+        own = {"arm": unit.arm.name, "rate": rate, "seed": cell.seed, "spent": each, "alone": False}
         adapter = str(path.relative_to(bench.folder)) if path else None
         rows[key(unit.arm.name, rate, cell.seed)] = {**own, **kept, "adapter": adapter, "probes": probes}
     bench.keep(rows)
@@ -230,19 +233,19 @@ def _run_apart(bench: Bench, unit: Unit) -> None:
         for rate in unit.rates:
             name = key(unit.arm.name, rate, seed)
             if name not in bench.rows:
-                bench.keep({name: _one_apart(bench, unit.arm, rate, seed)})
+                run = bench.folder / "arms" / _plain(unit.arm.name) / f"rate={rate:g}-seed={seed}"
+                with _spent(run) as spent:
+                    row = _one_apart(bench, unit.arm, rate, seed, run)
+                bench.keep({name: {**row, "spent": spent()}})
 
 
-def _one_apart(bench: Bench, arm: Arm, rate: float, seed: int) -> Row:
-    started = time.perf_counter()
-    run = bench.folder / "arms" / _plain(arm.name) / f"rate={rate:g}-seed={seed}"
+def _one_apart(bench: Bench, arm: Arm, rate: float, seed: int, run: Path) -> Row:
     config = changed(bench.config, {**arm.settings, RATE: rate, "training.seed": seed})
     config = replace(config, full=arm.full, output=str(run), dtype=arm.dtype or config.dtype)
     row: Row = {"arm": arm.name, "rate": rate, "seed": seed, "alone": True}
     report = _trained(config, run)
     if report is None:
-        spent = time.perf_counter() - started
-        return {**row, "loss": None, "accuracy": None, "adapter": None, "probes": {}, "spent": spent}
+        return {**row, "loss": None, "accuracy": None, "adapter": None, "probes": {}}
     figures = report["evaluation"]["full" if arm.full else "adapter"]
     made = Path(report["model"] or report["adapter"])
     row |= {
@@ -261,7 +264,23 @@ def _one_apart(bench: Bench, arm: Arm, rate: float, seed: int) -> Row:
     }
     if arm.full:
         shutil.rmtree(made)
-    return {**row, "spent": time.perf_counter() - started}
+    return row
+
+
+@contextmanager
+def _spent(place: Path) -> Iterator[Callable[[], float]]:
+    """The seconds of some work, those before it was interrupted included, which a file beside its place keeps."""
+    file = place.with_name(f"{place.name}.spent.json")
+    before = json.loads(file.read_text()) if file.is_file() else 0.0
+    started = time.perf_counter()
+
+    def spent() -> float:
+        return float(before + time.perf_counter() - started)
+
+    try:
+        yield spent
+    finally:
+        atomic.write_json(file, spent())
 
 
 def _trained(config: TrainConfig, run: Path) -> dict[str, Any] | None:
