@@ -133,6 +133,16 @@ def test_what_was_trained_is_not_trained_again_and_what_is_missing_is(ground: Gr
     assert all(row["probes"]["answers"] == {"intent right": 0, "answer right": 0} for row in rows.values())
 
 
+def test_a_rate_that_is_added_is_trained_beside_those_that_were(ground: Ground, tmp_path: Path) -> None:
+    few = fitted(STUDIES["targets"])
+    asked = replace(few, arms=few.arms[:1], seeds=1)
+    fewer = replace(asked, arms=(replace(few.arms[0], rates=few.arms[0].rates[:1]),))
+    first = study(fewer, tmp_path / "work", tmp_path / "evidence", ground=ground)["rows"]
+    both = study(asked, tmp_path / "work", tmp_path / "evidence", ground=ground)["rows"]
+    assert len(both) == 1 + len(few.arms[0].rates)
+    assert {name: both[name] for name in first} == first
+
+
 def test_what_an_interrupted_start_spent_is_counted(
     ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,7 +108,7 @@ MATCHES_FULL_LONGER = Study(
     name="matches-full-longer",
     claim="The same after three epochs, which is nearer to what each can hold",
     expected=MATCHES_FULL.expected,
-    arms=(*(replace(_rank(r), rates=LORA_RATES[1:]) for r in (1, 8, 64)), replace(FULL, rates=FULL_RATES[:3])),
+    arms=(replace(_rank(8), rates=LORA_RATES[1:]), replace(FULL, rates=FULL_RATES[:3])),
     reading="best",
     probes=("answers",),
     common={"training.epochs": 3},

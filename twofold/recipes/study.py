@@ -209,7 +209,12 @@ def _untouched(bench: Bench) -> Row:
 def _run_side_by_side(bench: Bench, unit: Unit) -> None:
     """Adapters over the loaded base; their probes are made one after the other."""
     settings = tuple(sorted(unit.arm.settings.items()))
-    cells = [Cell((*settings, (RATE, rate)), seed) for seed in unit.seeds for rate in unit.rates]
+    cells = [
+        Cell((*settings, (RATE, rate)), seed)
+        for seed in unit.seeds
+        for rate in unit.rates
+        if key(unit.arm.name, rate, seed) not in bench.rows
+    ]
     place = bench.folder / "arms" / _plain(unit.arm.name)
     with _spent(place.with_name(f"{place.name}-{'-'.join(map(str, unit.seeds))}")) as spent:
         found = run_group(bench.config, bench.loaded, cells, HOW, place, bench.emit)
