@@ -16,6 +16,7 @@ import torch
 from twofold import atomic
 from twofold.adapter.attach import activate, attach, detach
 from twofold.adapter.files import save_adapter
+from twofold.base.head import draw_again
 from twofold.errors import ConfigError
 from twofold.events import Emit, Message
 from twofold.lowrank.spectral_init import DATA_STARTS
@@ -96,11 +97,13 @@ def run_group(
         ConfigError: as `check_sweepable`.
         RunError: the folder cannot be written.
     """
-    learners = [_learner(cell, i, config, loaded, folder) for i, cell in enumerate(group)]
+    base = loaded.base
     try:
+        learners = [_learner(cell, i, config, loaded, folder) for i, cell in enumerate(group)]
         return _trained(config, loaded, list(zip(group, learners, strict=True)), how, folder, emit)
     finally:
-        detach(loaded.base.model)
+        detach(base.model)
+        draw_again(base.model, base.made, config.training.seed)
 
 
 def forget_checkpoints(group: Sequence[Cell], folder: Path) -> None:
@@ -110,10 +113,11 @@ def forget_checkpoints(group: Sequence[Cell], folder: Path) -> None:
 
 
 def _learner(cell: Cell, place: int, config: TrainConfig, loaded: Loaded, folder: Path) -> Learner:
-    """A fresh adapter with its optimiser, the same as `twofold train` begins with."""
+    """A fresh adapter with its optimiser, the same as `twofold train` begins with, the head that it copies included."""
     own = cell.of(config)
     check_sweepable(own)
     base, name = loaded.base, f"cell{place}"
+    draw_again(base.model, base.made, own.training.seed)
     torch.manual_seed(own.training.seed)
     attach(base.model, TASKS[config.task].adapter(own.adapter.lora(), base), name)
     job = job_of(own, RunFolder(folder / "cells" / cell.label), loaded, ALONE)
