@@ -27,7 +27,6 @@ from twofold.recipes.settings import TrainConfig
 from twofold.recipes.tasks import TASKS
 from twofold.recipes.train import held_out_loss, job_of, provenance_of
 from twofold.training.optim import optimiser
-from twofold.training.rate import closing_steps
 from twofold.training.together import Learner, advance
 from twofold.world import ALONE
 
@@ -231,7 +230,7 @@ def _result(
         found = _held_out(one, loaded)
         provenance = provenance_of(cell.of(config), loaded, one.progressed)
         save_adapter(loaded.base.model, path, one.name, provenance=provenance, base_name=loaded.base.public_name)
-    closing = one.losses[-closing_steps(one.job.steps) :]
+    closing = one.progressed.closing
     return {
         "label": cell.label,
         "settings": dict(cell.settings),
