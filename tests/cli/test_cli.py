@@ -187,6 +187,7 @@ def test_preview(cli: WarmCli, config: Path) -> None:
 def test_preview_refuses_what_it_cannot_show(cli: WarmCli, config: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.yaml").write_text(config.read_text() + "\ntask: sequence-classification\n")
     assert "use twofold train --dry-run" in cli("preview", tmp_path / "classes.yaml").refusal()
+    assert "examples is -3" in cli("preview", config, "--examples", -3).refusal()
 
 
 def test_generate_and_chat(cli: WarmCli, llama_base: Path, adapter: Path) -> None:

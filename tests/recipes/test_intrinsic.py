@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tiny_base import llama
 from tiny_runs import changed
 from torch.func import functional_call
 
-from twofold.errors import RunError
+from twofold.errors import BaseError, ConfigError, RunError
 from twofold.recipes.intrinsic import Search, intrinsic, reached
 from twofold.recipes.settings import TrainConfig
 from twofold.training.subspace import Subspace, layer_of
@@ -91,6 +92,24 @@ def test_what_was_measured_is_not_measured_again(task: TrainConfig) -> None:
     assert again["curve"] == first["curve"]
     with pytest.raises(RunError, match="other settings"):
         intrinsic(replace(quick, dtype="bfloat16"), Search(dimensions=(30,)), resume=True)
+
+
+def test_what_cannot_be_searched_is_refused_before_anything_is_measured(task: TrainConfig) -> None:
+    """And the mended search goes on in the same folder."""
+    quick, one = changed(task, max_steps=1), {"rate_factors": (1.0,), "layers": True}
+    with pytest.raises(BaseError, match="no base at"):
+        intrinsic(replace(quick, base="no-such-base"), Search(dimensions=(20,), **one))
+    with pytest.raises(ConfigError, match="2 dimensions are no more than the model's"):
+        intrinsic(quick, Search(dimensions=(20, 2), **one))
+    assert [point["d"] for point in intrinsic(quick, Search(dimensions=(20,), **one))["curve"]] == [20]
+
+
+def test_numbers_that_mean_nothing_are_refused() -> None:
+    for factor in (0.0, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="rate_factors must be numbers"):
+            Search(rate_factors=(1.0, factor))
+    with pytest.raises(ConfigError, match="at least one seed and dimensions"):
+        Search(dimensions=())
 
 
 def test_d90_is_where_the_curve_stays_above() -> None:

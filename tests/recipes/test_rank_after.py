@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from tiny_runs import changed
 from warm_cli import WarmCli
 
 from twofold.adapter.files import open_adapter
+from twofold.errors import ConfigError
 from twofold.merging.resize import Size
 from twofold.recipes.adapters import load_with_adapters
-from twofold.recipes.rank_after import smallest
+from twofold.recipes.rank_after import Tolerated, smallest
 from twofold.recipes.resize import resize
 from twofold.recipes.settings import TrainConfig
 from twofold.recipes.train import train
@@ -48,6 +50,25 @@ def test_dora_is_refused(config: TrainConfig, cli: WarmCli, held_out_file: Path,
     found = cli("resize", adapter, "--tolerance", 0.05, *flags)
     assert found.code == 2
     assert "more than plain factors" in found.stderr
+
+
+def test_what_is_held_whole_stays_as_it_is(
+    config: TrainConfig, cli: WarmCli, held_out_file: Path, tmp_path: Path
+) -> None:
+    adapter = replace(config.adapter, r=2, bias="all", modules_to_save=("lm_head",))
+    trained = train(changed(replace(config, adapter=adapter, verify=False), max_steps=3))["adapter"]
+    flags = ("--base", config.base, "--dtype", "float32", "--device", "cpu", "--data", held_out_file, "--json")
+    found = cli("resize", trained, "--tolerance", 10, "-o", tmp_path / "small", *flags).json()
+    assert found["r"] == 1
+    asked = ("--adapter", tmp_path / "small", *flags)
+    assert cli("eval", *asked).json()["loss"] == pytest.approx(found["losses"]["1"], rel=1e-5)
+
+
+def test_numbers_that_mean_nothing_choose_no_rank() -> None:
+    assert smallest({4: 1.0, 3: 1.0, 2: math.nan, 1: 1.0}, 0.01) == 3
+    for tolerance in (-0.1, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="tolerance is"):
+            Tolerated(tolerance=tolerance, data="held_out.jsonl")
 
 
 def test_a_dip_below_the_tolerance_does_not_count_if_a_larger_rank_is_above() -> None:

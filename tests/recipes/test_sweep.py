@@ -17,7 +17,7 @@ from tiny_runs import Heard, adapter_tensors, changed
 from warm_cli import WarmCli
 
 from twofold.config import as_dict
-from twofold.errors import ConfigError, RunError
+from twofold.errors import BaseError, ConfigError, RunError
 from twofold.events import Message
 from twofold.recipes import side_by_side
 from twofold.recipes.grid import RANK, RATE, Cell, noise, ranks, rates, recommend, scores
@@ -169,8 +169,7 @@ def test_killed_and_resumed_it_comes_to_the_same(cli: WarmCli, grid: TrainConfig
     assert cli("sweep", path, *flags, setup=kill).code == -signal.SIGKILL
     assert "pass --resume" in cli("sweep", path, *flags).refusal()
     again = cli("sweep", path, *flags, "--resume", "--json").json()
-    without = [{k: v for k, v in c.items() if k != "train_loss"} for c in again["cells"]]
-    assert without == [{k: v for k, v in c.items() if k != "train_loss"} for c in whole["cells"]]
+    assert again["cells"] == whole["cells"]
     assert again["recommendation"] == whole["recommendation"]
     assert "is finished" in cli("sweep", path, *flags, "--resume").refusal()
 
@@ -182,6 +181,13 @@ def test_another_grid_cannot_go_on_in_its_folder(grid: TrainConfig) -> None:
         sweep(grid, Sweep(axes={RANK: [3]}, how=IN_TURN), resume=True)
 
 
+def test_a_sweep_that_failed_before_it_trained_leaves_nothing_in_the_way(grid: TrainConfig) -> None:
+    asked = Sweep(axes={RANK: [2]}, how=IN_TURN)
+    with pytest.raises(BaseError, match="no base at"):
+        sweep(replace(grid, base="no-such-base"), asked)
+    assert sweep(changed(grid, max_steps=1), asked)["steps"] == 1
+
+
 def test_what_cannot_be_swept_is_named(grid: TrainConfig) -> None:
     with pytest.raises(ConfigError, match=r"data\.evaluation \(none\) and training\.compile"):
         sweep(changed(replace(grid, data=replace(grid.data, evaluation=None)), compile=True), Sweep(axes={RANK: [2]}))
@@ -189,6 +195,8 @@ def test_what_cannot_be_swept_is_named(grid: TrainConfig) -> None:
         sweep(changed(grid, evaluate_every=2), Sweep(axes={RANK: [2]}))
     with pytest.raises(ConfigError, match="at least one seed"):
         Sweep(axes={})
+    with pytest.raises(ConfigError, match="workers is -1"):
+        Sweep(axes={RANK: [2]}, workers=-1)
 
 
 @pytest.mark.slow
@@ -218,6 +226,12 @@ def test_axes_as_people_write_them() -> None:
         ranks("4,x")
 
 
+def test_rates_that_agree_in_six_digits_have_folders_of_their_own() -> None:
+    labels = [Cell(((RATE, rate),), 0).label for rate in (0.02, 0.02000001, 0.02000002)]
+    assert labels[0] == "learning_rate=0.02-seed=0"
+    assert len(set(labels)) == 3
+
+
 def result(r: int, rate: float, seed: int, loss: float | None, finished: bool = True) -> dict[str, Any]:
     return {"settings": {RANK: r, RATE: rate}, "seed": seed, "loss": loss, "finished": finished}
 
@@ -233,6 +247,20 @@ def test_the_smallest_rank_that_cannot_be_told_from_the_best_is_recommended() ->
     assert advice["rates"] == [1e-3]
     assert {RANK: 2, RATE: 1e-3} not in advice["level_with_the_best"]
     assert {RANK: 16, RATE: 3e-3} in advice["level_with_the_best"]
+
+
+def test_a_rate_at_which_seeds_diverge_is_no_measure_of_noise() -> None:
+    losses = {
+        (4, 1e-3): (1.10, 1.11, 1.12),
+        (4, 3e-3): (0.80, 0.81, 0.82),
+        (64, 3e-3): (0.78, 0.79, 0.80),
+        (64, 3e-2): (0.80, 1.20, 4.00),
+    }
+    advice = recommend(
+        scores([result(r, rate, s, loss) for (r, rate), each in losses.items() for s, loss in enumerate(each)])
+    )
+    assert advice["standard_error_of_a_difference"] == pytest.approx(0.01 * math.sqrt(2 / 3))
+    assert advice["level_with_the_best"] == [{RANK: 64, RATE: 3e-3}]
 
 
 def test_with_one_seed_one_per_cent_is_noise_and_what_stopped_or_broke_does_not_count() -> None:

@@ -66,6 +66,16 @@ def test_eval_of_a_classifier_gives_the_figures_of_its_run(cli: WarmCli, classif
     assert found.keys() == {"loss", "accuracy", "examples"}
 
 
+def test_a_classifier_is_cut_by_its_loss_and_keeps_its_head(cli: WarmCli, classifier: Trained, tmp_path: Path) -> None:
+    config, report = classifier
+    flags = ("--base", config.base, "--dtype", "float32", "--data", config.data.evaluation, "--json")
+    found = cli("resize", report["adapter"], "--tolerance", 100, "-o", tmp_path / "small", *flags).json()
+    assert found["r"] == 1
+    assert found["losses"]["4"] == pytest.approx(report["evaluation"]["adapter"]["loss"], rel=1e-4)
+    small = cli("eval", "--adapter", tmp_path / "small", *flags).json()
+    assert small["loss"] == pytest.approx(found["losses"]["1"], rel=1e-4)
+
+
 def test_eval_of_an_encoder_decoder_gives_the_figures_of_its_run(cli: WarmCli, answerer: Trained) -> None:
     config, report = answerer
     found = asked(cli, "eval", answerer, "--data", config.data.evaluation).json()

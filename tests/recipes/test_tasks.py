@@ -19,8 +19,12 @@ from twofold.data.examples import DataConfig
 from twofold.errors import ConfigError, DataError
 from twofold.events import Step
 from twofold.recipes.adapters import load_with_adapters
+from twofold.recipes.evaluate import evaluate
+from twofold.recipes.grid import RANK
 from twofold.recipes.merge import merge_checkpoint
 from twofold.recipes.settings import AdapterSettings, TrainConfig
+from twofold.recipes.side_by_side import SideBySide
+from twofold.recipes.sweep import Sweep, sweep
 from twofold.recipes.train import dry_run, train
 from twofold.training.optim import TrainingConfig
 
@@ -148,6 +152,27 @@ def test_the_preflight_names_the_classes_and_the_head_is_trained_whole(classifyi
     heads = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
     pooler = {"base_model.model.bert.pooler.dense.weight", "base_model.model.bert.pooler.dense.bias"}
     assert saved == (heads | pooler if "bert" in classifying.base else {"base_model.model.score.weight"})
+
+
+def test_a_head_that_the_base_lacks_is_saved_whatever_else_is(classifying: TrainConfig) -> None:
+    """Else its random values would be lost: other ones stand in for them when the base is loaded again."""
+    saved = "layer.0.output.dense" if "bert" in classifying.base else "layers.0.mlp"
+    config = replace(classifying, adapter=AdapterSettings(r=4, modules_to_save=(saved,)))
+    report = train(changed(config, max_steps=2, seed=3))
+    base = load_with_adapters(config.base, [report["adapter"]], "float32", "cpu")
+    again = evaluate(base, DataConfig(train=str(config.data.evaluation)))
+    assert again["loss"] == pytest.approx(report["evaluation"]["adapter"]["loss"], rel=1e-6)
+
+
+def test_a_sweep_gives_every_seed_the_head_of_its_own_training(classifying: TrainConfig, tmp_path: Path) -> None:
+    config = changed(classifying, max_steps=2)
+    found = sweep(config, Sweep(axes={RANK: [4]}, seeds=2, how=SideBySide(halvings=0)))
+    second = found["cells"][1]
+    report = train(replace(changed(config, seed=1), output=str(tmp_path / "alone"), verify=False))
+    ours, theirs = adapter_tensors(Path(found["sweep"]) / second["adapter"]), adapter_tensors(report["adapter"])
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert second["loss"] == report["evaluation"]["adapter"]["loss"]
 
 
 def test_a_killed_run_goes_on_with_the_same_bits(classifying: TrainConfig, tmp_path: Path) -> None:

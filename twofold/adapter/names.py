@@ -21,6 +21,12 @@ def matcher(patterns: str | Iterable[str]) -> Callable[[str], bool]:
     return lambda name: not listed.isdisjoint(tails(name))
 
 
+def matches_around(patterns: str | Iterable[str], name: str) -> bool:
+    """Whether a module matches, or one that it lies in."""
+    parts = name.split(".")
+    return any(matches(patterns, ".".join(parts[:i])) for i in range(1, len(parts) + 1))
+
+
 @lru_cache(maxsize=1 << 16)
 def tails(name: str) -> tuple[str, ...]:
     """The name, and what follows each of its dots. Every pattern of every adapter asks this of the same few hundred names."""

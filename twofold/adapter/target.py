@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from twofold.adapter.claims import broken_ties, claimed_twice
 from twofold.adapter.config import LoraConfig, pattern_matches
-from twofold.adapter.names import layer_index, matcher, matches, tails
+from twofold.adapter.names import layer_index, matcher, matches, matches_around, tails
 from twofold.adapter.parameters import ParameterShape
 from twofold.adapter.shapes import ModuleShape
 from twofold.errors import TargetError, nearest
@@ -152,9 +152,8 @@ def _chosen(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[str]:
 
 def _inside_saved(config: LoraConfig, name: str) -> bool:
     """A preset does not reach into modules that are trained whole."""
-    parts = name.split(".")
-    parents = [".".join(parts[:i]) for i in range(1, len(parts) + isinstance(config.target_modules, str))]
-    return any(matches(config.modules_to_save or (), p) for p in parents)
+    place = name if isinstance(config.target_modules, str) else name.rpartition(".")[0]
+    return matches_around(config.modules_to_save or (), place)
 
 
 def _all_linear(name: str, shape: ModuleShape) -> bool:

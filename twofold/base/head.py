@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import transformers
 from torch import nn
 
 from twofold.errors import BaseError
+from twofold.layers.protocol import adopt
 
 TaskName = Literal["causal-lm", "sequence-classification", "seq2seq"]
 CLASSES: dict[TaskName, str] = {
@@ -64,6 +66,30 @@ class Head:
         body = f"{getattr(model, 'base_model_prefix', '')}."
         outside = (body + "pooler.",)
         return sorted(n for n in told["missing_keys"] if not n.startswith(body) or n.startswith(outside))
+
+
+def draw_again(model: Any, made: Sequence[str], seed: int) -> None:
+    """Give parameters that a base's files lack the bits that loading it with a `Head` of another seed gives them.
+
+    transformers goes over the modules in the same order and draws what is not marked as read.
+    """
+    if not made:
+        return
+    with torch.device("meta"):
+        twin = type(model)(model.config)
+    for module in twin.modules():
+        module._is_hf_initialized = False
+    for tensor in (*twin.parameters(), *twin.buffers()):
+        tensor._is_hf_initialized = True
+    for name in made:
+        place, _, own = name.rpartition(".")
+        drawn = nn.Parameter(torch.empty_like(model.get_parameter(name), device="cpu"))
+        setattr(twin.get_submodule(place), own, drawn)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        twin.initialize_weights()
+    for name in made:
+        adopt(model.get_parameter(name), twin.get_parameter(name).detach())
 
 
 def task_of(model: Any) -> TaskName:

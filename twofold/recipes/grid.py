@@ -46,7 +46,8 @@ class Cell:
 
 
 def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """As few digits as tell it from every other value."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def changed(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
@@ -156,17 +157,22 @@ def _score(settings: Settings, some: Sequence[Mapping[str, Any]]) -> Score:
     return Score(settings, mean, spread, len(losses), all(one["finished"] for one in some))
 
 
-def noise(found: Sequence[Score]) -> float | None:
-    """The standard error of a difference of two settings' means, from the seeds of all finished ones; None without repetitions.
+NEAR = 0.1
+"""Relative difference of losses up to which settings tell of the best one's noise. A rate at which some seeds diverge spreads far
+more, and is worse by more."""
 
-    The spreads are pooled: three seeds of one setting say little, those of all settings together more.
+
+def noise(found: Sequence[Score]) -> float | None:
+    """The standard error of a difference of two settings' means, from the seeds of those near the best; None without repetitions.
+
+    The spreads are pooled: three seeds of one setting say little, those of several settings together more.
     """
     known = [s for s in found if s.finished and s.spread is not None]
-    freedom = sum(s.seeds - 1 for s in known)
-    if not freedom:
+    if not known:
         return None
-    pooled = sum((s.seeds - 1) * (s.spread or 0.0) ** 2 for s in known) / freedom
-    return math.sqrt(pooled * 2 / min(s.seeds for s in known))
+    near = [s for s in known if s.mean <= (1 + NEAR) * min(s.mean for s in known)]
+    pooled = sum((s.seeds - 1) * (s.spread or 0.0) ** 2 for s in near) / sum(s.seeds - 1 for s in near)
+    return math.sqrt(pooled * 2 / min(s.seeds for s in near))
 
 
 CLOSE = 0.01

@@ -58,10 +58,10 @@ class Search:
     def __post_init__(self) -> None:
         if not self.dimensions or min(self.dimensions) < 1 or self.seeds < 1:
             raise ConfigError(
-                "intrinsic needs at least one seed and dimensions of at least 1, as in --dimensions 100 1000"
+                "intrinsic needs at least one seed and dimensions of at least 1, as in --search.dimensions 100 1000"
             )
-        if not self.rate_factors or min(self.rate_factors) <= 0:
-            raise ConfigError("rate_factors must be above 0")
+        if not self.rate_factors or not all(0 < factor < math.inf for factor in self.rate_factors):
+            raise ConfigError("rate_factors must be numbers above 0, as in --search.rate-factors 3 10 30")
 
 
 def folder_beside(output: Path) -> Path:
@@ -73,7 +73,8 @@ def intrinsic(config: TrainConfig, search: Search, emit: Emit = silent, *, resum
     """Train in subspaces of each dimension and whole, and find d90; returns what intrinsic.json holds.
 
     Raises:
-        UserError: as `train`; or no held-out data, or the folder holds another search.
+        UserError: as `train`; or no held-out data, no dimension left beside the factors of layers, or the folder holds another
+            search.
     """
     started = time.perf_counter()
     if config.data.evaluation is None:
@@ -86,6 +87,7 @@ def intrinsic(config: TrainConfig, search: Search, emit: Emit = silent, *, resum
     folder = folder_beside(Path(config.output))
     known = _opened(folder, config, search, resume=resume)
     loaded = load(config, emit, ALONE)
+    _check_dimensions(search, loaded)
     free(loaded.base)
     bench = _Bench(config, loaded, job_of(config, RunFolder(folder), loaded, ALONE), folder, known, emit)
     bench.measure("untouched", lambda: _score(loaded))
@@ -129,15 +131,29 @@ def _opened(folder: Path, config: TrainConfig, search: Search, *, resume: bool) 
     spec, results = folder / "search.json", folder / "results.json"
     own = asdict(search)
     said = json.loads(json.dumps({"config": as_dict(replace(config, output="")), "search": own}))
-    if spec.exists():
-        if not resume:
-            raise RunError(f"{folder} holds a search already; pass --resume to go on with it, or choose another output")
-        if json.loads(spec.read_text()) != said:
-            raise RunError(f"{folder} holds a search with other settings; choose another output")
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(spec, said)
-    found: dict[str, Any] = json.loads(results.read_text()) if results.is_file() else {}
+    if not results.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(spec, said)
+        return {}
+    if not resume:
+        raise RunError(f"{folder} holds a search already; pass --resume to go on with it, or choose another output")
+    if json.loads(spec.read_text()) != said:
+        raise RunError(f"{folder} holds a search with other settings; choose another output")
+    found: dict[str, Any] = json.loads(results.read_text())
     return found
+
+
+def _factors(search: Search, loaded: Loaded) -> int:
+    """How many of the dimensions are factors of layers."""
+    return len(layers_in(loaded.base.model)) if search.layers else 0
+
+
+def _check_dimensions(search: Search, loaded: Loaded) -> None:
+    least, factors = min(search.dimensions), _factors(search, loaded)
+    if least <= factors:
+        raise ConfigError(
+            f"{least} dimensions are no more than the model's {factors} layers, whose factors are among them; take more"
+        )
 
 
 def _score(loaded: Loaded) -> dict[str, Any]:
@@ -166,10 +182,8 @@ def _whole(bench: _Bench) -> dict[str, Any]:
 def _one(bench: _Bench, search: Search, d: int, factor: float, seed: int) -> dict[str, Any]:
     """One training in one subspace."""
     model, training = bench.loaded.base.model, replace(bench.config.training, seed=bench.config.training.seed + seed)
-    layers = len(layers_in(model)) if search.layers else 0
-    if d <= layers:
-        raise ConfigError(f"{d} dimensions are no more than the model's {layers} layers, whose factors are among them")
-    subspace = Subspace(model, d - layers, search.projection, 1000 * (seed + 1), layers=search.layers)
+    own = d - _factors(search, bench.loaded)
+    subspace = Subspace(model, own, search.projection, 1000 * (seed + 1), layers=search.layers)
     rate = factor * training.learning_rate * math.sqrt(subspace.total / d)
     model.train()
     try:

@@ -18,8 +18,10 @@ def preview(config: TrainConfig, examples: int, emit: Emit = silent) -> dict[str
     """The account of the training data, and its first examples token by token.
 
     Raises:
-        UserError: the base's tokenizer or the data cannot be read, or the task needs the model itself.
+        UserError: the base's tokenizer or the data cannot be read, the task needs the model itself, or `examples` is negative.
     """
+    if examples < 0:
+        raise ConfigError(f"examples is {examples}, but must be at least 0")
     if config.task != "causal-lm":
         raise ConfigError(
             f"preview reads data without the model, which task: {config.task} asks for its classes and positions; use twofold "

@@ -6,6 +6,7 @@ the smaller rank may do better than a cut of a larger one, so this is an upper b
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,15 +21,19 @@ from twofold.adapter.attach import active, shares
 from twofold.base.head import task_of
 from twofold.base.load import Base
 from twofold.data.examples import DataConfig
-from twofold.errors import ConfigError, RunError
+from twofold.errors import AdapterFileError, ConfigError, RunError
 from twofold.events import Emit, Progress, silent
 from twofold.layers.linear import LinearShare
+from twofold.layers.saved import BiasShare, CopyShare
+from twofold.layers.tokens import TiedTokens, TokensShare
 from twofold.lowrank.algebra import Decomposition, decomposed
 from twofold.merging.resize import Size
 from twofold.recipes.pictures import Series, picture
 from twofold.recipes.resize import resize
 from twofold.recipes.tasks import TASKS
 from twofold.recipes.train import held_out_loss
+
+WHOLE = (CopyShare, BiasShare, TokensShare, TiedTokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +49,8 @@ class Tolerated:
     data: str
 
     def __post_init__(self) -> None:
-        if self.tolerance < 0:
-            raise ConfigError(f"tolerance is {self.tolerance}, but must be at least 0, as in 0.01")
+        if not 0 <= self.tolerance < math.inf:
+            raise ConfigError(f"tolerance is {self.tolerance}, but must be a number of at least 0, as in 0.01")
 
 
 def resize_by_loss(base: Base, adapter: Path, output: Path, asked: Tolerated, emit: Emit = silent) -> dict[str, Any]:
@@ -58,7 +63,8 @@ def resize_by_loss(base: Base, adapter: Path, output: Path, asked: Tolerated, em
         what `resize` says, and `losses` by rank; the curve is drawn beside the output.
 
     Raises:
-        ConfigError: the adapter is more than plain factors on linear layers.
+        ConfigError: its factors are no plain ones on linear layers; what it holds whole stays as it is.
+        AdapterFileError: with all of its rank its loss is not finite.
         RunError: the output exists.
     """
     if output.exists():
@@ -71,6 +77,8 @@ def resize_by_loss(base: Base, adapter: Path, output: Path, asked: Tolerated, em
     for r in range(found.highest, 0, -1):
         found.cut(r)
         losses[r] = held_out_loss(base, examples).loss
+        if not math.isfinite(losses[found.highest]):
+            raise AdapterFileError(f"the held-out loss of {adapter} is {losses[r]}, so no rank of it can be chosen")
         emit(Progress(task="measuring ranks", done=found.highest - r + 1, total=found.highest))
     chosen = smallest(losses, asked.tolerance)
     told = resize(adapter, output, Size(r=chosen), emit)
@@ -85,7 +93,7 @@ def smallest(losses: dict[int, float], tolerance: float) -> int:
     ranks = sorted(losses, reverse=True)
     limit, chosen = (1 + tolerance) * losses[ranks[0]], ranks[0]
     for r in ranks[1:]:
-        if losses[r] > limit:
+        if not losses[r] <= limit:  # NaN is not within it
             break
         chosen = r
     return chosen
@@ -123,18 +131,17 @@ def _scale_into_factors(share: LinearShare) -> None:
 
 
 def _plain_shares(model: nn.Module) -> Sequence[LinearShare]:
+    """An adapter's factors, without what it holds whole, which has no rank."""
     (name,) = active(model)
-    found = shares(model, name)
-    odd = [
-        n
-        for n, s in found.items()
-        if not isinstance(s, LinearShare) or s.magnitude is not None or s.start_A is not None
-    ]
-    if odd:
+    found = {n: s for n, s in shares(model, name).items() if not isinstance(s, WHOLE)}
+    plain = {n: s for n, s in found.items() if type(s) is LinearShare and s.magnitude is None and s.start_A is None}
+    if odd := [n for n in found if n not in plain]:
         raise ConfigError(
             f"'{odd[0]}' is adapted by more than plain factors, which cannot be cut; resize by --r or --energy"
         )
-    return [s for s in found.values() if isinstance(s, LinearShare)]
+    if not plain:
+        raise ConfigError("this adapter holds everything whole, and has no rank to cut")
+    return list(plain.values())
 
 
 def _drawn(losses: dict[int, float], tolerance: float) -> str:

@@ -16,6 +16,7 @@ import torch
 from twofold import atomic
 from twofold.adapter.attach import activate, attach, detach
 from twofold.adapter.files import save_adapter
+from twofold.base.head import draw_again
 from twofold.errors import ConfigError
 from twofold.events import Emit, Message
 from twofold.lowrank.spectral_init import DATA_STARTS
@@ -26,7 +27,6 @@ from twofold.recipes.settings import TrainConfig
 from twofold.recipes.tasks import TASKS
 from twofold.recipes.train import held_out_loss, job_of, provenance_of
 from twofold.training.optim import optimiser
-from twofold.training.rate import closing_steps
 from twofold.training.together import Learner, advance
 from twofold.world import ALONE
 
@@ -96,11 +96,13 @@ def run_group(
         ConfigError: as `check_sweepable`.
         RunError: the folder cannot be written.
     """
-    learners = [_learner(cell, i, config, loaded, folder) for i, cell in enumerate(group)]
+    base = loaded.base
     try:
+        learners = [_learner(cell, i, config, loaded, folder) for i, cell in enumerate(group)]
         return _trained(config, loaded, list(zip(group, learners, strict=True)), how, folder, emit)
     finally:
-        detach(loaded.base.model)
+        detach(base.model)
+        draw_again(base.model, base.made, config.training.seed)
 
 
 def forget_checkpoints(group: Sequence[Cell], folder: Path) -> None:
@@ -110,10 +112,11 @@ def forget_checkpoints(group: Sequence[Cell], folder: Path) -> None:
 
 
 def _learner(cell: Cell, place: int, config: TrainConfig, loaded: Loaded, folder: Path) -> Learner:
-    """A fresh adapter with its optimiser, the same as `twofold train` begins with."""
+    """A fresh adapter with its optimiser, the same as `twofold train` begins with, the head that it copies included."""
     own = cell.of(config)
     check_sweepable(own)
     base, name = loaded.base, f"cell{place}"
+    draw_again(base.model, base.made, own.training.seed)
     torch.manual_seed(own.training.seed)
     attach(base.model, TASKS[config.task].adapter(own.adapter.lora(), base), name)
     job = job_of(own, RunFolder(folder / "cells" / cell.label), loaded, ALONE)
@@ -227,7 +230,7 @@ def _result(
         found = _held_out(one, loaded)
         provenance = provenance_of(cell.of(config), loaded, one.progressed)
         save_adapter(loaded.base.model, path, one.name, provenance=provenance, base_name=loaded.base.public_name)
-    closing = one.losses[-closing_steps(one.job.steps) :]
+    closing = one.progressed.closing
     return {
         "label": cell.label,
         "settings": dict(cell.settings),

@@ -46,6 +46,8 @@ class Sweep:
     def __post_init__(self) -> None:
         if self.seeds < 1 or not self.axes or not all(self.axes.values()):
             raise ConfigError("a sweep needs at least one seed, and one value of --r or --learning-rate")
+        if self.workers < 0:
+            raise ConfigError(f"workers is {self.workers}, but must be at least 0, which is this process alone")
 
     def groups(self, first_seed: int) -> list[list[Cell]]:
         """The cells that are trained side by side: those of a rank, or all where no rates are compared."""
@@ -67,6 +69,10 @@ class SweepFolder:
 
     def report(self) -> Path:
         return self.path / "report.json"
+
+    def begun(self) -> bool:
+        """Whether it holds anything of a training."""
+        return any((self.path / part).exists() for part in ("groups", "cells"))
 
 
 def folder_beside(output: Path) -> Path:
@@ -101,7 +107,7 @@ def _open(place: SweepFolder, config: TrainConfig, asked: Sweep, *, resume: bool
     spec = place.path / "sweep.json"
     grid = {"axes": asked.axes, "seeds": asked.seeds, "how": asdict(asked.how)}
     said = json.loads(json.dumps({"config": as_dict(replace(config, output="")), "grid": grid}))
-    if not spec.exists():
+    if not place.begun():
         atomic.write_json(spec, said)
     elif not resume:
         raise RunError(f"{place.path} holds a sweep already; pass --resume to go on with it, or choose another output")

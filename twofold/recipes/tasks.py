@@ -10,6 +10,7 @@ from typing import Any
 
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import OURS, AdapterFiles
+from twofold.adapter.names import matches_around
 from twofold.base.head import Head, TaskName, head_modules, head_of, labels_of
 from twofold.base.load import Base
 from twofold.data.examples import DataConfig, Examples, load_examples
@@ -101,11 +102,10 @@ class SequenceClassification(Task):
         return classified(source, data, base.tokenizer, labels_of(base.model))
 
     def adapter(self, config: LoraConfig, base: Base) -> LoraConfig:
-        if config.modules_to_save:
-            return config
-        body = f"{base.model.base_model_prefix}."
-        poolers = dict.fromkeys(n.rpartition(".")[0] for n in base.made if n.startswith(body))
-        return replace(config, modules_to_save=(*head_modules(base.model), *poolers))
+        """Whatever the base's files lack is trained whole, or the adapter's file would lack it too."""
+        chosen = tuple(config.modules_to_save or head_modules(base.model))
+        made = dict.fromkeys(n.rpartition(".")[0] for n in base.made)
+        return replace(config, modules_to_save=(*chosen, *(m for m in made if not matches_around(chosen, m))))
 
     def figures(self, found: HeldOut) -> dict[str, Any]:
         return {"loss": found.loss, "accuracy": found.token_accuracy, "examples": found.tokens}

@@ -35,6 +35,7 @@ class Progressed:
         stale: evaluations since then.
         left_out: examples of all processes, so far, in which nothing could be learned.
         failed: the step whose loss or gradient was not finite, where a training was left alone after it.
+        closing: the losses of its last steps, where it is one of several side by side.
     """
 
     step: int = 0
@@ -46,6 +47,7 @@ class Progressed:
     stale: int = 0
     left_out: int = 0
     failed: int | None = None
+    closing: list[float] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -29,23 +29,19 @@ from twofold.training.loop import Job
 from twofold.training.objective import FastObjective
 from twofold.training.optim import learning_rate, set_rate
 from twofold.training.parallel import draw_seed
+from twofold.training.rate import closing_steps
 
 TASK = "training side by side, steps"
 
 
 @dataclass
 class Learner:
-    """One adapter at its training.
-
-    Attributes:
-        losses: of each step.
-    """
+    """One adapter at its training."""
 
     name: str
     job: Job
     optimise: torch.optim.Optimizer
     progressed: Progressed = field(default_factory=Progressed)
-    losses: list[float] = field(default_factory=list)
 
     def batches(self) -> list[PackedBatch]:
         return [b for b in self.job.batches(self.progressed.step) if b.supervised_tokens]
@@ -189,7 +185,7 @@ def _update(one: Learner, loss: float, batches: Sequence[PackedBatch]) -> None:
             progressed.failed = progressed.step + 1
         else:
             one.optimise.step()
-        one.losses.append(loss)
+        progressed.closing = [*progressed.closing, loss][-closing_steps(job.steps) :]
     one.optimise.zero_grad(set_to_none=True)
     progressed.step += 1
     progressed.tokens += sum(b.tokens for b in batches)
