@@ -237,8 +237,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
         if adapter is None:
             return ModelCard(id=name, created=service.started, root=base)
         generation = registry.generation_of(adapter)
-        key = generation.key if generation else None
-        return ModelCard(id=name, created=service.started, root=adapter, parent=base, generation=key)
+        called = generation.called(adapter) if generation else None
+        return ModelCard(id=name, created=service.started, root=adapter, parent=base, generation=called)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -275,7 +275,7 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
         found = registry.generation_of(name)
         return AdapterState(
             name=name,
-            generation=found.key if found else None,
+            generation=found.called(name) if found else None,
             bytes=found.bytes if found else None,
             requests=found.leases if found else 0,
             refused=registry.refusal_of(name),

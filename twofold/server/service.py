@@ -147,7 +147,7 @@ class Service:
             raise
         tokens = sum(len(one.token_ids) for one in asked[:: request.n])
         self.metrics.prompt(adapter, tokens)
-        return Begun(run, tokens, generation.key if generation else None)
+        return Begun(run, tokens, generation.called(adapter) if generation and adapter else None)
 
     async def _asked(self, request: Asking, wanted: Wanted, generation: Generation | None) -> list[Request]:
         """What the engine is asked: `n` requests for each prompt."""
