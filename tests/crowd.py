@@ -104,7 +104,7 @@ class Crowd:
         return told
 
     def _client(self) -> httpx.AsyncClient:
-        """A connection for every request under way."""
+        """A connection for every request under way; httpx gives an idle one up after 5 s, long before the server does."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         return httpx.AsyncClient(base_url=self.live.url, timeout=30, limits=limits)
 

@@ -7,13 +7,12 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
-import uvicorn
 from fastapi import FastAPI
 
 from twofold.adapter.attach import attach, detach, shares
@@ -21,8 +20,10 @@ from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import Provenance, save_adapter
 from twofold.base.load import Base, load_base
 from twofold.engine.scheduler import Scheduler
+from twofold.events import silent
 from twofold.recipes.serve import ServeConfig, Served
 from twofold.server.app import make_app
+from twofold.server.run import Server
 
 CONTEXT = 256
 
@@ -60,7 +61,7 @@ class Running:
 
     url: str
     app: FastAPI
-    server: uvicorn.Server
+    server: Server
 
     @property
     def service(self) -> Any:
@@ -82,10 +83,9 @@ class Running:
 
 @contextlib.contextmanager
 def running(of: Served, config: ServeConfig) -> Iterator[Running]:
-    """uvicorn in a thread of its own."""
+    """The server in a thread of its own."""
     app = make_app(of, config)
-    settings = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(settings)
+    server = Server(app, replace(config, port=0), silent)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

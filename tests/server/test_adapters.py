@@ -85,6 +85,71 @@ def test_an_unloaded_adapter_frees_its_memory_and_stays_away(llama_base: Path, r
         assert live.service.registry.memory.used_bytes == before
 
 
+def test_a_name_that_is_loaded_as_what_its_alias_names_follows_the_alias(
+    llama_base: Path, adapters: Path, tmp_path: Path
+) -> None:
+    first = publish(adapters / "red", tmp_path, "bot")
+
+    async def scene() -> None:
+        async with in_process(served(llama_base), ServeConfig(adapters=tmp_path, poll_seconds=60.0)) as (
+            client,
+            service,
+        ):
+
+            async def load(path: str, **more: Any) -> int:
+                body = {"lora_name": "bot", "lora_path": path, **more}
+                return int((await client.post("/v1/load_lora_adapter", json=body)).status_code)
+
+            async def answers_as(generation: str) -> bool:
+                await service.registry.refresh()
+                found = await client.post("/v1/chat/completions", json=question("bot"))
+                return bool(found.json().get("system_fingerprint") == generation)
+
+            assert await load(first) == 200
+            second = publish(adapters / "green", tmp_path, "bot")
+            assert await answers_as(second)
+            assert await load(first, load_inplace=True) == 200
+            assert await answers_as(first)
+            assert (await client.post("/v1/unload_lora_adapter", json={"lora_name": "bot"})).status_code == 200
+            assert not await answers_as(second)
+            third = publish(adapters / "blue", tmp_path, "bot")
+            assert await load("bot") == 200  # before the folder is looked at again
+            assert await answers_as(third)
+            publish(adapters / "red", tmp_path, "bot")
+            assert await answers_as(first)
+
+    asyncio.run(scene())
+
+
+def test_two_names_of_one_folder_sign_and_go_each_for_itself(llama_base: Path, root: Path) -> None:
+    with running(served(llama_base), ServeConfig(adapters=root)) as live:
+
+        def signed(model: str) -> str:
+            found = live.post("/v1/chat/completions", question(model))
+            return str(found.json()["system_fingerprint"] if found.status_code == 200 else found.status_code)
+
+        def unload(name: str) -> None:
+            assert live.post("/v1/unload_lora_adapter", {"lora_name": name}).status_code == 200
+
+        content = content_hash(root / "green")
+        load = {"lora_name": "pinned", "lora_path": "green"}
+        assert live.post("/v1/load_lora_adapter", load).status_code == 200
+        for name in ("pinned", "green"):
+            assert signed(name) == signed(f"{name}@{content}") == f"{name}@{content}"
+            assert live.get(f"/v1/models/{name}").json()["generation"] == f"{name}@{content}"
+        assert len(live.service.registry.loaded) == 1
+        unload("pinned")
+        assert signed("pinned") == signed(f"pinned@{content}") == "404"
+        assert signed(f"green@{content}") == f"green@{content}"
+        assert live.post("/v1/load_lora_adapter", load).status_code == 200
+        unload("green")
+        assert signed("green") == signed(f"green@{content}") == "404"
+        assert signed("pinned") == f"pinned@{content}"
+        unload("pinned")
+        assert live.service.registry.loaded == []
+        assert content not in live.get("/metrics").text
+
+
 @pytest.mark.parametrize("name", ["tiny", "a/b", "../red", "a:b", "a@b", ".hidden", "x" * 300])
 def test_names_that_could_mean_something_else_are_refused(live: Running, name: str) -> None:
     found = live.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": "red"})

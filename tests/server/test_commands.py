@@ -9,9 +9,11 @@ import re
 import runpy
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ def test_a_server_is_told_every_setting(other: Callable[[bytes], list[Any]]) -> 
     ("body", "words"),
     [
         (b"data: " + EVENT + b"\n\n", "in the middle"),
-        (b"data: {broken\n\n", "no JSON"),
+        (b"data: {broken\n\n", "broken"),
         (b'data: {"error": {"message": "full"}}', "full"),
     ],
 )
@@ -100,6 +102,71 @@ def test_an_answer_that_is_cut_off_is_no_whole_one(
     other(body)
     with pytest.raises(ConfigError, match=words):
         list(stream_remote("http://other", "m", [], GenerationConfig()))
+
+
+@contextlib.contextmanager
+def always_saying(reply: bytes) -> Iterator[str]:
+    """A server on loopback that answers every request with these bytes and hangs up; its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(reply)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+def reply(body: bytes, status: int = 200, more: int = 0) -> bytes:
+    """A whole response, or one that announces more than comes."""
+    return f"HTTP/1.1 {status} x\r\ncontent-length: {len(body) + more}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "no server answers"),
+        (reply(b'{"data": ', more=100), "lists no models"),
+        (reply(b'{"error":', status=500, more=100), "says: status 500"),
+    ],
+)
+def test_what_answers_strangely_is_told_in_a_sentence(said: bytes, words: str) -> None:
+    with always_saying(said) as url, pytest.raises(ConfigError, match=words):
+        first_model(url)
+
+
+@pytest.mark.parametrize("event", ["5", '{"error": "busy"}', '{"usage": {}}', '{"choices": [{"delta": null}]}'])
+def test_an_event_that_is_none_of_an_answer_is_shown(event: str) -> None:
+    with always_saying(reply(f"data: {event}\n\n".encode())) as url, pytest.raises(ConfigError) as refused:
+        list(stream_remote(url, "m", [], GenerationConfig()))
+    assert str(refused.value) == f"{url} sent an event that is none of an answer: {event!r}"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://localhost:abc", "http://localhost:80 80", "http://127.0.0.1:9/\u00fc", "http://["]
+)
+def test_an_address_that_is_none_is_told_in_a_sentence(url: str) -> None:
+    with pytest.raises(ConfigError, match="no server answers at"):
+        first_model(url)
+
+
+def test_the_key_is_what_stands_in_its_line_and_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with always_saying(reply(b'{"data": [{"id": "m"}]}')) as url:
+        monkeypatch.setenv("TWOFOLD_API_KEY", "secret\n")
+        assert first_model(url) == "m"
+        for key in ("schl\u00fcssel", "se\ncret", "schl\u20acssel"):
+            monkeypatch.setenv("TWOFOLD_API_KEY", key)
+            with pytest.raises(ConfigError, match="TWOFOLD_API_KEY is empty or not") as refused:
+                first_model(url)
+            assert "ssel" not in str(refused.value)
+            assert "cret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("page", [b"<html>hello</html>", b"[]", b'{"data": []}'])

@@ -14,14 +14,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tiny_server import Running, eventually, in_process, lines, question, running, served
+from tiny_server import Running, bytes_in_memory, eventually, in_process, lines, question, running, served
 
+from twofold.engine import loading
 from twofold.engine.grammar import Grammars
 from twofold.recipes.serve import ServeConfig
 from twofold.server.worker import FAILURES
@@ -36,6 +39,11 @@ def quiet(service: Any) -> bool:
     scheduler = service.worker.scheduler
     leases = sum(g.leases for g in service.registry.loaded)
     return bool(scheduler.idle and service.admission.inside == 0 and leases == 0)
+
+
+def until(holds: Callable[[], Any]) -> None:
+    """Wait until something holds."""
+    asyncio.run(eventually(holds))
 
 
 def by_adapter(page: str, sample: str) -> dict[str, float]:
@@ -193,6 +201,23 @@ def test_an_engine_that_fails_at_every_pass_is_not_healthy(llama_base: Path, mon
     asyncio.run(scene())
 
 
+def test_after_failed_steps_an_adapter_is_read_though_nobody_asks_anything_else(
+    llama_base: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene() -> None:
+        config = ServeConfig(adapters=adapters, deadline_seconds=5.0)
+        async with in_process(served(llama_base), config) as (client, service):
+            with monkeypatch.context() as broken:
+                broken.setattr(service.worker.scheduler._forward, "run", lambda _: 1 // 0)
+                for _ in range(FAILURES):
+                    assert (await client.post("/v1/chat/completions", json=question("tiny"))).status_code == 500
+            monkeypatch.setattr(loading, "BETWEEN_PASSES", 0.0)  # a piece a step
+            assert (await client.post("/v1/chat/completions", json=question("red"))).status_code == 200
+            assert (await client.get("/health")).status_code == 200
+
+    asyncio.run(scene())
+
+
 # ---------------------------------------------------------------------------------------------- many at once
 
 
@@ -313,6 +338,31 @@ def _until(stream: Any, words: str) -> list[str]:
         if words in line:
             return found
     raise AssertionError("".join(found))
+
+
+def test_answers_that_the_drain_does_not_wait_for_end_with_an_error(
+    llama_base: Path, adapters: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Streamed or whole, in the engine, in front of it, or waiting for room in memory."""
+    base = served(llama_base, streams=1)
+    room = 1.5 * bytes_in_memory(base, adapters / "red") / 1e6
+    asked = [question("red", stream=stream, n=16, **LONG) for stream in (True, False, True, False)]
+    config = ServeConfig(adapters=adapters, drain_seconds=0.2, adapter_memory_mb=room)
+    with running(base, config) as live, ThreadPoolExecutor(5) as clients:
+        url = "/v1/chat/completions"
+        going = [clients.submit(live.post, url, body) for body in asked]
+        until(lambda: live.service.worker.scheduler.running and live.service.admission.inside == 64)
+        waiting = clients.submit(live.post, url, question("green"))
+        until(lambda: live.service.registry.awaited() == ["green"])
+        live.server.should_exit = True
+        found = [one.result() for one in going]
+        late = waiting.result()
+    for body, answer in zip(asked, found, strict=True):
+        assert answer.status_code == (200 if body["stream"] else 503)
+        error = lines(answer.text)[-1] if body["stream"] else answer.json()
+        assert error["error"]["code"] == "draining"
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+    assert [r for r in caplog.records if r.exc_info or (r.name == "uvicorn.error" and r.levelno > logging.INFO)] == []
 
 
 def test_while_it_drains_it_is_not_ready_and_refuses(llama_base: Path, adapters: Path) -> None:

@@ -116,6 +116,25 @@ def test_keys(llama_base: Path, adapters: Path) -> None:
         assert live.post("/v1/unload_lora_adapter", {"lora_name": "rot"}, **bearer("two")).status_code == 403
 
 
+def test_a_key_with_the_end_of_its_line_is_the_key(llama_base: Path) -> None:
+    async def scene() -> None:
+        config = ServeConfig(api_key=("one\n",), admin_key=(" root ",))
+        async with in_process(served(llama_base), config) as (client, _):
+            for key, status in (("one", 200), ("root", 200), ("other", 401), ("", 401)):
+                found = await client.get("/v1/models", headers={"authorization": f"Bearer {key}"})
+                assert found.status_code == status
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("key", ["", " ", "\n", "schlüssel", "one\ntwo", "one\x7f"])
+@pytest.mark.parametrize("keys", ["api_key", "admin_key"])
+def test_a_key_that_no_request_can_carry_is_refused(keys: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{keys} is empty or not") as refused:
+        ServeConfig(**{keys: ("good", key)})
+    assert "one" not in str(refused.value)
+
+
 def test_keys_do_not_show() -> None:
     config = ServeConfig(api_key=("sesame",), admin_key=("sesame",))
     assert "sesame" not in repr(config)

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from crowd import CONTENTS, Crowd, Told
 from probes import Probes, write_probed_base
-from tiny_server import Running, bytes_in_memory, eventually, running, served
+from tiny_server import bytes_in_memory, eventually, running, served
 
 from twofold.engine.resident import Resident
 from twofold.recipes.serve import ServeConfig
@@ -68,9 +68,9 @@ def own_bytes() -> int:
     return int(known.rss - known.shared)
 
 
-def nothing_is_left(live: Running, config: ServeConfig) -> None:
+def nothing_is_left(crowd: Crowd) -> None:
     """By the engine's own books, when everybody has gone: no stream, slot, token, place, lease or adapter that nobody has."""
-    service = live.service
+    service = crowd.live.service
     scheduler, registry = service.worker.scheduler, service.registry
     slots = scheduler._forward.slots
     assert (scheduler.running, scheduler.waiting, len(service.worker._streams)) == (0, 0, 0)
@@ -82,9 +82,9 @@ def nothing_is_left(live: Running, config: ServeConfig) -> None:
     keys = {g.key for g in registry.loaded}
     assert set(scheduler._pool.residents) == keys
     gc.collect()
-    alive = [o.key for o in gc.get_objects() if type(o) is Resident and o.key.startswith("probe")]
+    alive = [o.key for o in gc.get_objects() if type(o) is Resident and o.key.rpartition("@")[2] in crowd.hashes]
     assert sorted(alive) == sorted(keys), "adapters that were dropped are still in memory"
-    assert registry.memory.used_bytes <= config.adapter_memory_mb * 1e6
+    assert registry.memory.used_bytes <= service.config.adapter_memory_mb * 1e6
     assert [name for name in os.listdir(tempfile.gettempdir()) if name.startswith("twofold-")] == []
 
 
@@ -122,7 +122,7 @@ def loaded(crowd: Crowd, seconds: float) -> Told:
 
     told = asyncio.run(scene())
     check(crowd, told)
-    nothing_is_left(crowd.live, crowd.live.service.config)
+    nothing_is_left(crowd)
     return told
 
 

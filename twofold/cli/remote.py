@@ -15,10 +15,13 @@ from twofold.base.chat import Message
 from twofold.engine.request import Sampling
 from twofold.errors import ConfigError
 from twofold.recipes.generate import GenerationConfig
+from twofold.recipes.serve import usable_key
 
 KEY = "TWOFOLD_API_KEY"
 """Where the server's API key is looked for."""
 SECONDS = 600
+UNREADABLE = (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError)
+"""What reading an answer raises where it is cut off or is not what was asked for."""
 
 
 def first_model(url: str) -> str:
@@ -30,7 +33,7 @@ def first_model(url: str) -> str:
     with _opened(url, "models", None) as response:
         try:
             return str(json.load(response)["data"][0]["id"])
-        except (ValueError, LookupError, TypeError) as error:
+        except UNREADABLE as error:
             raise ConfigError(f"{url} lists no models, so it speaks no API of OpenAI's; see --url") from error
 
 
@@ -58,7 +61,7 @@ def _events(url: str, response: Any) -> Iterator[str]:
     """What each event of a stream says."""
     try:
         for line in response:
-            name, _, said = line.decode().partition(":")
+            name, _, said = line.decode(errors="replace").partition(":")
             if name == "data":
                 yield said.strip()
     except (OSError, HTTPException) as error:
@@ -68,11 +71,12 @@ def _events(url: str, response: Any) -> Iterator[str]:
 def _text(url: str, said: str) -> str:
     try:
         event = json.loads(said)
-    except ValueError as error:
-        raise ConfigError(f"{url} sent an event that is no JSON: {said[:100]!r}") from error
-    if "error" in event:
-        raise ConfigError(f"{url} says: {event['error']['message']}")
-    return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+        refused = event.get("error")
+        if refused is None:
+            return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+        raise ConfigError(f"{url} says: {refused['message']}")
+    except UNREADABLE as error:
+        raise ConfigError(f"{url} sent an event that is none of an answer: {said[:100]!r}") from error
 
 
 def _opened(url: str, path: str, body: dict[str, Any] | None) -> Any:
@@ -80,19 +84,19 @@ def _opened(url: str, path: str, body: dict[str, Any] | None) -> Any:
         raise ConfigError(f"--url is {url}, but must begin with http:// or https://")
     headers = {"content-type": "application/json"}
     if os.environ.get(KEY):
-        headers["authorization"] = f"Bearer {os.environ[KEY]}"
+        headers["authorization"] = f"Bearer {usable_key(KEY, os.environ[KEY])}"
     data = None if body is None else json.dumps(body).encode()
     place = f"{url.rstrip('/').removesuffix('/v1')}/v1/{path}"
     try:
         return urllib.request.urlopen(urllib.request.Request(place, data, headers), timeout=SECONDS)
     except urllib.error.HTTPError as error:
         raise ConfigError(f"{url} says: {_reason(error)}") from error
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise ConfigError(f"no server answers at {url}: {getattr(error, 'reason', error)}") from error
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
     try:
         return str(json.load(error)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return f"status {error.code}"

@@ -169,12 +169,17 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def loading(self) -> bool:
+        """Whether adapters are being read; each step brings them on, even one that fails."""
+        return bool(self._loads)
+
+    @property
     def slots(self) -> int:
         return self._forward.slots.count
 
     @property
     def idle(self) -> bool:
-        return not self._waiting and not self._running and not self._loads
+        return not self._waiting and not self._running and not self.loading
 
     @property
     def cache_used(self) -> float:

@@ -116,8 +116,22 @@ class ServeConfig:
                 raise ConfigError(f"{name} is {value} but must be above 0")
         if self.max_queued < 0 or not 0 <= self.port < 65536:
             raise ConfigError("max_queued must be at least 0, and port a number up to 65535")
+        for name in ("api_key", "admin_key"):
+            object.__setattr__(self, name, tuple(usable_key(name, key) for key in getattr(self, name)))
         if self.engine != "vllm" and (self.vllm_python or self.vllm_flags):
             raise ConfigError("vllm_python and vllm_flags are for engine vllm; set --engine vllm")
+
+
+def usable_key(name: str, key: str) -> str:
+    """A key without the space around it, such as the end of the line that it was read from.
+
+    Raises:
+        ConfigError: no request can carry it; `name` says whence it came.
+    """
+    key = key.strip()
+    if not key or not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{name} is empty or not of printable ASCII, so no request can carry it")
+    return key
 
 
 @dataclass(frozen=True)

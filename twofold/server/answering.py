@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from twofold.engine.request import Request, TokenLogprobs
 from twofold.engine.scheduler import Ended
 from twofold.engine.text import TextStream
-from twofold.server.errors import ApiError
+from twofold.server.errors import ApiError, draining
 from twofold.server.metrics import Clock
 from twofold.server.worker import Admitted, Event, Sink, Stream, Worker
 
@@ -35,7 +35,7 @@ class Admission:
             ApiError: 429 when there are not enough, 503 while the server shuts down; both say when to ask again.
         """
         if self.draining:
-            raise ApiError(503, "the server is shutting down; ask another", code="draining", retry_after=1)
+            raise draining()
         if count > self.limit:
             raise ApiError(400, f"{count} answers at once are more than the {self.limit} places of this server")
         if self.inside + count > self.limit:

@@ -21,6 +21,7 @@ from twofold.server.access import AccessLog
 from twofold.server.asking import chat_prompt, completion_prompts
 from twofold.server.connection import Gone, while_connected
 from twofold.server.embedding import add_embeddings
+from twofold.server.ending import Ending
 from twofold.server.errors import ApiError, ErrorBody, without_paths
 from twofold.server.openai import (
     AdapterList,
@@ -76,6 +77,7 @@ def make_app(served: Served, config: ServeConfig, thread: EngineThread | None = 
     if policy.origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(policy.origins), allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Gate, policy=policy, max_body_bytes=int(config.max_body_mb * 1e6))
+    app.add_middleware(Ending, requests=service.requests)
     app.add_middleware(AccessLog, metrics=service.metrics)
     return app
 
@@ -235,8 +237,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
         if adapter is None:
             return ModelCard(id=name, created=service.started, root=base)
         generation = registry.generation_of(adapter)
-        key = generation.key if generation else None
-        return ModelCard(id=name, created=service.started, root=adapter, parent=base, generation=key)
+        called = generation.called(adapter) if generation else None
+        return ModelCard(id=name, created=service.started, root=adapter, parent=base, generation=called)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -273,7 +275,7 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
         found = registry.generation_of(name)
         return AdapterState(
             name=name,
-            generation=found.key if found else None,
+            generation=found.called(name) if found else None,
             bytes=found.bytes if found else None,
             requests=found.leases if found else 0,
             refused=registry.refusal_of(name),

@@ -72,6 +72,15 @@ class ApiError(TwofoldError):
         )
         return ErrorBody(error=detail)
 
+    def event(self) -> bytes:
+        """As an event of a stream."""
+        return b"data: " + self.body().model_dump_json().encode() + b"\n\n"
+
+
+def draining() -> ApiError:
+    """What is said while the server shuts down."""
+    return ApiError(503, "the server is shutting down; ask another", code="draining", retry_after=1)
+
 
 def without_paths(message: str, folder: Path, words: str) -> str:
     """A sentence in which `folder` is called by `words`, and any other absolute path has gone."""

@@ -81,13 +81,24 @@ def scan(root: Path) -> dict[str, Source]:
     links = {e.name for e in entries if e.is_symlink()}
     found = {name: _source(root, (root / name).resolve() if name in links else root / name) for name in usable}
     named = {name: source for name, source in found.items() if source is not None}
-    aliases = [e.name for e in entries if e.name.endswith(CURRENT)]
-    for alias in aliases:
-        name = alias.removesuffix(CURRENT)
-        chosen = _generation(root, named, _pointed_at(root / alias))
-        if chosen is not None and chosen.name == name:
+    for name in [e.name.removesuffix(CURRENT) for e in entries if e.name.endswith(CURRENT)]:
+        if chosen := _chosen(root, named, name):
             named[name] = chosen
     return named
+
+
+def source_named(root: Path, name: str) -> Source | None:
+    """What a name stands for in the folder now."""
+    if not NAME.fullmatch(name):
+        return None
+    root = root.resolve()
+    return _chosen(root, {}, name) or _source(root, (root / name).resolve())
+
+
+def _chosen(root: Path, named: dict[str, Source], name: str) -> Source | None:
+    """What an alias says that a name stands for, if there is such an alias and it does so."""
+    found = _generation(root, named, _pointed_at(root / f"{name}{CURRENT}"))
+    return found if found is not None and found.name == name else None
 
 
 def _generation(root: Path, named: dict[str, Source], name: str) -> Source | None:
@@ -113,14 +124,14 @@ def _pointed_at(alias: Path) -> str:
 
 
 def source_at(root: Path, given: str) -> Source:
-    """The adapter at a path that a client gave, absolute or below the root.
+    """The adapter at a path that a client gave, absolute or below the root; at the name of an alias, what that stands for now.
 
     Raises:
         AdapterFileError: there is none, or it lies outside the root; in the same words, so that nobody can feel their way.
     """
     root = root.resolve()
     try:
-        source = _source(root, (root / given).resolve())
+        source = source_named(root, given) or _source(root, (root / given).resolve())
     except (OSError, ValueError, RuntimeError):
         source = None
     if source is None:

@@ -10,7 +10,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from twofold.base.chat import Renderer
 from twofold.server.worker import Worker
@@ -20,14 +20,31 @@ log = logging.getLogger("twofold.server")
 
 @dataclass(eq=False)
 class Generation:
-    """An adapter as it is in memory, of which it takes `bytes`. `leases` counts the requests that use it."""
+    """An adapter as it is in memory, of which it takes `bytes`. `leases` counts the requests that use it.
+
+    Attributes:
+        key: the name of its folder and the hash of its content.
+        asked: names by which requests have called it.
+    """
 
     key: str
-    name: str
     bytes: int
     renderer: Renderer
+    asked: set[str] = field(default_factory=set)
     leases: int = 0
     stale: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition("@")[0]
+
+    @property
+    def digest(self) -> str:
+        return self.key.rpartition("@")[2]
+
+    def called(self, name: str) -> str:
+        """What those who know it by this name call this very content."""
+        return f"{name.partition('@')[0]}@{self.digest}"
 
 
 class Memory:

@@ -24,7 +24,7 @@ from twofold.base.load import Base
 from twofold.errors import AdapterFileError, UserError, nearest
 from twofold.server.checks import checked
 from twofold.server.errors import ApiError, without_paths
-from twofold.server.layout import NAME, Limits, Source, scan, snapshot, source_at
+from twofold.server.layout import NAME, Limits, Source, scan, snapshot, source_at, source_named
 from twofold.server.memory import Generation, Memory
 from twofold.server.templates import Renderers
 from twofold.server.worker import Worker
@@ -115,12 +115,13 @@ class Registry:
         raise ApiError(404, f"no model {model[:200]!r} here{hint}", code="model_not_found", param="model")
 
     def generation_of(self, name: str) -> Generation | None:
-        """The generation that a name stands for now, or that is itself called so and not replaced, if it is in memory."""
+        """The generation that a name stands for now, if it is in memory; as NAME@HASH, that of NAME, if it has this hash."""
         source = self._source(name)
         if source:
             return self.memory.loaded.get(self._keys.get(source, ""))
-        found = self.memory.loaded.get(name)
-        return found if found and not found.stale else None
+        owner, _, digest = name.partition("@")
+        found = self.generation_of(owner) if digest else None
+        return found if found and found.digest == digest else None
 
     def refusal_of(self, name: str) -> str | None:
         """Why an adapter could not be loaded when that was last tried."""
@@ -150,11 +151,14 @@ class Registry:
         """
         loaded = self.generation_of(name)
         if loaded is not None:
+            loaded.asked.add(name)
             return self.memory.lease(loaded)
         source = self._source(name)
         if source is None:
             raise ApiError(404, f"no adapter {name!r} here any more", code="model_not_found", param="model")
-        return await self._wait_for(self._loading.get(source) or self._begin(source, name))
+        made = await self._wait_for(self._loading.get(source) or self._begin(source, name))
+        made.asked.add(name)
+        return made
 
     def release(self, generation: Generation) -> None:
         """Give a lease back."""
@@ -219,7 +223,7 @@ class Registry:
         config = self.config
         assert config.root is not None
         digest = await asyncio.to_thread(snapshot, source, config.root, folder, config.limits, self.worker.give_way)
-        key = self._keys[source] = f"{source.name if source.digest else name}@{digest}"
+        key = self._keys[source] = f"{source.name}@{digest}"
         async with self._putting.setdefault(key, asyncio.Lock()):
             if key not in self.memory.loaded:
                 self.memory.loaded[key] = await self._made(source, key, name, folder)
@@ -238,7 +242,7 @@ class Registry:
             raise AdapterFileError(TOO_LARGE.format(name))
         self.loads += 1
         log.info("adapter loaded", extra={"fields": {"adapter": key, "bytes": held}})
-        return Generation(key, name, held, renderer)
+        return Generation(key, held, renderer)
 
     def _check_awaited(self, source: Source) -> None:
         """Give a load up if nobody waits for it; whoever comes from now on begins anew.
@@ -251,7 +255,7 @@ class Registry:
             raise _Unwanted
 
     def _dropped(self, generation: Generation) -> None:
-        for name in (generation.name, generation.key):
+        for name in generation.asked:
             if not self._source(name):
                 self.gone(name)
 
@@ -259,6 +263,8 @@ class Registry:
 
     async def load(self, name: str, path: str, *, in_place: bool) -> Generation:
         """Serve the adapter at `path`, below the root, as `name`, and load it now.
+
+        A name that stands for the same in the folder goes on following the folder; any other follows what lies at `path`.
 
         Raises:
             ApiError: the name is taken or cannot be used, nothing lies there, or it cannot be served.
@@ -269,16 +275,19 @@ class Registry:
             source = await asyncio.to_thread(source_at, self._root(), path)
         except AdapterFileError as error:
             raise ApiError(404, str(error), code="adapter_not_found", param="lora_path") from error
+        follows = source == await asyncio.to_thread(source_named, self._root(), name)
         before = self._source(name)
         if before is not None and before != source and not in_place:
             said = f"the adapter {name!r} is there already; to replace it, set load_inplace to true"
             raise ApiError(400, said, code="already_loaded", param="lora_name")
-        had = self._called.get(name)
-        self._called[name] = source
+        called, hidden = self._called.pop(name, None), self._hidden.pop(name, None)
+        (self._found if follows else self._called)[name] = source
         try:
             generation = await self.acquire(name)
         except BaseException:
-            self._called.pop(name, None) if had is None else self._called.update({name: had})
+            self._called.pop(name, None)
+            self._called |= {name: called} if called else {}
+            self._hidden |= {name: hidden} if hidden else {}
             raise
         self.release(generation)
         await self._forget_stale()

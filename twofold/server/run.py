@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import math
 import socket
@@ -19,6 +20,8 @@ from twofold.server.worker import EngineThread
 
 IDLE_SECONDS = 75
 """For which a connection without requests stays open: longer than proxies keep theirs."""
+LAST_WORDS = 3
+"""Seconds after the drain in which clients may read how their answers ended."""
 
 
 class Server(uvicorn.Server):
@@ -38,7 +41,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=IDLE_SECONDS,
-                timeout_graceful_shutdown=math.ceil(config.drain_seconds),
+                timeout_graceful_shutdown=math.ceil(config.drain_seconds) + LAST_WORDS,
             )
         )
         self.service, self._emit = app.state.service, emit
@@ -53,6 +56,11 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.service.admission.draining = True
         super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        end = asyncio.get_running_loop().call_later(self.service.config.drain_seconds, self.service.requests.end)
+        await super().shutdown(sockets)
+        end.cancel()
 
 
 def serve(config: ServeConfig, emit: Emit) -> None:

@@ -17,6 +17,7 @@ from twofold.engine.scheduler import Scheduler
 from twofold.recipes.serve import ServeConfig, Served
 from twofold.server.answering import Admission, Choice, Run, too_late
 from twofold.server.asking import engine_requests, form_of, most_tokens
+from twofold.server.ending import OpenRequests
 from twofold.server.errors import ApiError
 from twofold.server.layout import Limits
 from twofold.server.memory import Generation
@@ -69,6 +70,7 @@ class Service:
         self.started = int(time.time())
         scheduler: Scheduler = served.scheduler
         self.worker = Worker(scheduler, thread)
+        self.requests = OpenRequests()
         self.admission = Admission(scheduler.slots, config.max_queued)
         self.metrics = Metrics(served.names[0])
         limits = Limits(int(config.max_adapter_mb * 1e6), config.max_rank)
@@ -145,7 +147,7 @@ class Service:
             raise
         tokens = sum(len(one.token_ids) for one in asked[:: request.n])
         self.metrics.prompt(adapter, tokens)
-        return Begun(run, tokens, generation.key if generation else None)
+        return Begun(run, tokens, generation.called(adapter) if generation and adapter else None)
 
     async def _asked(self, request: Asking, wanted: Wanted, generation: Generation | None) -> list[Request]:
         """What the engine is asked: `n` requests for each prompt."""

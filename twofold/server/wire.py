@@ -202,7 +202,7 @@ async def events(wire: ChatWire | TextWire) -> AsyncIterator[bytes]:
             if said is not None:
                 yield _event(wire, [said])
     except ApiError as error:
-        yield _data(error.body().model_dump())
+        yield error.event()
         return
     if wire.counting:
         yield _data({**wire.head, "object": wire.object, "choices": [], "usage": wire.usage().model_dump()})

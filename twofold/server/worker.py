@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from twofold.engine.request import Request
 from twofold.engine.scheduler import Ended, Made, Scheduler
-from twofold.server.errors import ApiError
+from twofold.server.errors import draining
 
 T = TypeVar("T")
 
@@ -117,7 +117,7 @@ class Worker:
     async def call(self, work: Callable[[Scheduler], T]) -> T:
         """Do something with the scheduler between two steps, and wait for it."""
         if self._stopping or self._loop is None:
-            raise ApiError(503, "the server is shutting down", code="draining")
+            raise draining()
         loop, future = self._loop, self._loop.create_future()
 
         def command() -> None:
@@ -192,7 +192,8 @@ class Worker:
 
     def _take_commands(self) -> None:
         """Run what waits; wait for something where there is nothing else to do."""
-        if self.scheduler.idle or self.failures >= FAILURES:
+        failing = self.failures >= FAILURES and not self.scheduler.loading
+        if self.scheduler.idle or failing:
             self._commands.get()()
         while True:
             try:
