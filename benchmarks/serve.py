@@ -110,7 +110,7 @@ def _decode(scheduler: Scheduler, streams: int, adapters: int) -> float:
     for i, prompt in enumerate(prompts(streams)):
         name = adapter_of(i, adapters)
         worn = {name: 1.0} if name else {}
-        scheduler.add(Request(token_ids=prompt, max_new_tokens=NEW, adapters=worn, ignore_stop=True))
+        scheduler.add(Request(token_ids=prompt, max_new_tokens=NEW, adapters=worn))
     made, begun, started = 0, time.perf_counter(), time.perf_counter()
     first: set[int] = set()
     while not scheduler.idle:

@@ -3,6 +3,7 @@
 TwofoldError
 ├── UserError                 the user's to mend: exit code 2
 │   ├── ConfigError           a configuration that cannot be read or makes no sense
+│   │   └── ClashError        an adapter that cannot be on a model beside another that is
 │   ├── TargetError           module patterns that match nothing, or the wrong thing
 │   ├── AdapterFileError      an adapter folder that is damaged, foreign or not understood
 │   ├── BaseError             a base model that cannot be found or read
@@ -39,6 +40,10 @@ class UserError(TwofoldError):
 
 class ConfigError(UserError):
     """A configuration that cannot be read or makes no sense."""
+
+
+class ClashError(ConfigError):
+    """An adapter that cannot be on a model beside another that is."""
 
 
 class TargetError(UserError):

@@ -21,7 +21,7 @@ from twofold.adapter.attach import (
     trainable_summary,
 )
 from twofold.adapter.config import LoraConfig
-from twofold.errors import ConfigError
+from twofold.errors import ClashError
 from twofold.layers.embedding import LoraEmbedding
 from twofold.layers.linear import LoraLinear
 
@@ -63,7 +63,7 @@ def test_adapters_that_change_a_module_in_different_ways_are_refused(first: Any,
     model = build_model("qwen2")
     attach(model, LoraConfig(**first))
     before, structure = logits(model), repr(model)
-    with pytest.raises(ConfigError, match=f"another adapter changes .*{clash}"):
+    with pytest.raises(ClashError, match=f"another adapter changes .*{clash}"):
         attach(model, LoraConfig(**second), "b")
     assert repr(model) == structure
     assert torch.equal(logits(model), before)

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from twofold.adapter.attach import activate, attach, disabled, merge, unmerge
 from twofold.adapter.config import LoraConfig
 from twofold.base.blocks import Decoder, describe
+from twofold.engine.answering import answer_tokens
 from twofold.engine.decoder import BlockForward
 from twofold.engine.engine import Engine
 from twofold.engine.request import Completion, Request, Sampling
@@ -202,3 +203,7 @@ def test_a_model_whose_numbers_overflow_says_so_and_answers_nothing(temperature:
         Engine(model).generate(asked)
     with pytest.raises(AnswerError, match="logits are not finite numbers"):
         list(Engine(model).stream(asked[0]))
+    model = build_model("t5")
+    torch.nn.init.constant_(model.lm_head.weight, torch.nan)
+    with pytest.raises(AnswerError, match="logits are not finite numbers"):
+        list(answer_tokens(model, asked[0]))

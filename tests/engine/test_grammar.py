@@ -218,10 +218,6 @@ def test_two_answers_of_one_grammar_go_their_own_way() -> None:
         (lambda g: Grammars(smollm2(), []), "a grammar needs a token that ends the answer"),
         (lambda g: Grammars(object(), [END]), "grammars cannot be used with this tokenizer"),
         (lambda g: Request(token_ids=[1], grammar=g.regex("a")), r"ends answers with the tokens \[2\]"),
-        (
-            lambda g: Request(token_ids=[1], grammar=g.regex("a"), stop_ids=(2,), ignore_stop=True),
-            "leave out ignore_stop",
-        ),
     ],
 )
 def test_what_cannot_be_followed_is_refused_in_one_sentence(make: Any, words: str) -> None:

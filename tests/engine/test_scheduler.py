@@ -17,7 +17,7 @@ from families import GROUPED, VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twofold.adapter.attach import attach, detach
+from twofold.adapter.attach import attach, detach, merge
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import save_adapter
 from twofold.engine.request import Request
@@ -146,6 +146,47 @@ def test_each_row_of_a_mixed_batch_says_what_peft_says_alone(family: str, native
     assert len({tuple(s) for s in said}) > 1
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_tokens_that_are_trained_whole_count_in_the_tied_head_too(family: str, native: bool, tmp_path: Path) -> None:
+    """Half of the vocabulary, so that answers are full of them; merged as well."""
+    model, text = sharp(family), prompt(9, 4)
+    attach(model, LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=list(range(0, VOCABULARY, 2))))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    save_adapter(model, tmp_path / "tokens")
+    expected = alone(sharp(family), tmp_path / "tokens", text, 12)
+    assert alone(model, None, text, 12) == expected
+    for change in (lambda: None, lambda: merge(model)):
+        change()
+        scheduler = Scheduler(model, streams=2, capacity=40, native=native)
+        assert not scheduler.path.startswith("the model")
+        assert run(scheduler, [Request(token_ids=text, max_new_tokens=12)]) == [expected]
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
+def test_a_head_that_is_stretched_or_shifted_waits_while_its_prompt_is_read(
+    variant: str, native: bool, tmp_path: Path
+) -> None:
+    """Beside a stream that is asked already."""
+    model = sharp("qwen2")
+    attach(model, LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head", "q_proj"], **{variant: True}))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    save_adapter(model, tmp_path / "head")
+    scheduler = Scheduler(sharp("qwen2"), streams=2, capacity=60, chunk=16, native=native)
+    scheduler.put_adapter("head", tmp_path / "head")
+    bare = Request(token_ids=prompt(2, 1), max_new_tokens=9)
+    long = Request(token_ids=prompt(40, 2), max_new_tokens=5, adapters={"head": 1.0})
+    expected = [
+        alone(sharp("qwen2"), f, r.token_ids, r.max_new_tokens) for f, r in ((None, bare), (tmp_path / "head", long))
+    ]
+    assert run(scheduler, [bare, long]) == expected
+
+
 @pytest.mark.parametrize("streams", [1, 2, 3])
 def test_a_models_own_forward_begins_every_request_anew(streams: int, written: Any) -> None:
     """More requests than slots, which end at different steps and leave their slots to the next in the same pass."""
@@ -197,8 +238,11 @@ def test_a_models_own_forward_keeps_no_more_than_its_streams_have() -> None:
     assert not any(cache() for cache in held)
 
 
+@pytest.mark.parametrize("weights", [(0.5, -1.5), (2, -1)])
 @pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
-def test_a_row_may_have_several_adapters_with_weights(native: bool, written: Any) -> None:
+def test_a_row_may_have_several_adapters_with_weights(
+    native: bool, weights: tuple[float | int, float | int], written: Any
+) -> None:
     folders, model, text = written("llama"), sharp("llama"), prompt(9, 1)
     scheduler = Scheduler(sharp("llama"), streams=4, capacity=40, native=native)
     for name in ("plain", "rs", "biased", "dora"):
@@ -206,11 +250,11 @@ def test_a_row_may_have_several_adapters_with_weights(native: bool, written: Any
     theirs = peft.PeftModel.from_pretrained(model, str(folders["plain"]), "plain").eval()
     theirs.load_adapter(str(folders["rs"]), "rs")
     for module in (m for m in theirs.modules() if isinstance(m, peft.tuners.lora.LoraLayer)):
-        module.set_scale("plain", 0.5)
-        module.set_scale("rs", -1.5)
+        module.set_scale("plain", weights[0])
+        module.set_scale("rs", weights[1])
     theirs.base_model.set_adapter(["plain", "rs"])
-    both = Request(token_ids=text, max_new_tokens=6, adapters={"plain": 0.5, "rs": -1.5})
-    bare = Request(token_ids=text, max_new_tokens=6, adapters={"plain": 0.0})
+    both = Request(token_ids=text, max_new_tokens=6, adapters={"plain": weights[0], "rs": weights[1]})
+    bare = Request(token_ids=text, max_new_tokens=6, adapters={"plain": 0})
     found = run(scheduler, [both, bare])
     expected = theirs.generate(
         input_ids=torch.tensor([text]),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_server import (
     Running,
     bytes_in_memory,
@@ -26,6 +27,9 @@ from tiny_server import (
     write_adapter,
 )
 
+from twofold.adapter.attach import attach, detach
+from twofold.adapter.config import LoraConfig
+from twofold.adapter.files import save_adapter
 from twofold.recipes.serve import ServeConfig
 from twofold.server import layout
 from twofold.server.layout import CURRENT, content_hash
@@ -399,6 +403,40 @@ def test_the_least_recently_used_goes_first(llama_base: Path, adapters: Path) ->
             for name in ("red", "green", "red", "blue"):
                 await say(client, name)
             assert [g.name for g in service.registry.loaded] == ["red", "blue"]
+
+    asyncio.run(scene())
+
+
+def test_adapters_that_change_a_module_in_different_ways_take_turns_in_a_models_own_forward(
+    gpt2_base: Path, tmp_path: Path
+) -> None:
+    base, model = served(gpt2_base), served(gpt2_base).base.model
+    ways = {"plain": {}, "biased": {"bias": "all"}, "whole": {"modules_to_save": ["c_attn"]}}
+    for i, (name, more) in enumerate(ways.items()):
+        attach(model, LoraConfig(r=4, target_modules=["c_fc"] if more else ["c_attn"], **more))
+        generator = torch.Generator().manual_seed(i)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        save_adapter(model, tmp_path / name)
+        detach(model)
+
+    async def scene() -> None:
+        async with in_process(base, ServeConfig(adapters=tmp_path)) as (client, service):
+
+            async def ask(name: str, tokens: int = 8) -> Any:
+                asked = {"model": name, "prompt": "hat?", "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+                return await client.post("/v1/completions", json=asked)
+
+            said = [(await ask(name)).json()["choices"][0]["text"] for name in (*ways, *ways)]
+            assert said[:3] == said[3:]
+            assert len(set(said)) == 3
+            going = asyncio.create_task(ask("whole", 100))
+            await eventually(lambda: service.worker.scheduler.running > 0)
+            found = await ask("plain")
+            assert (found.status_code, found.headers["retry-after"]) == (503, "1")
+            assert found.json()["error"]["message"].startswith("adapter 'plain' cannot be beside one that is in use")
+            await going
+            assert (await ask("plain")).json()["choices"][0]["text"] == said[0]
 
     asyncio.run(scene())
 

@@ -88,10 +88,26 @@ def test_stop_texts_end_an_answer_and_are_no_part_of_it(live: Running) -> None:
     assert streamed[-1] == "[DONE]"
 
 
-def test_a_stop_text_may_be_a_special_token_which_no_text_shows(live: Running) -> None:
-    pad = {"logit_bias": {"0": 100}, "stop": ["<|pad|>"], "ignore_eos": False}
+@pytest.mark.parametrize("ignore_eos", [True, False])
+@pytest.mark.parametrize("stop", [{"stop": ["<|pad|>"]}, {"stop_token_ids": [0]}], ids=str)
+def test_a_stop_may_be_a_special_token_which_no_text_shows(live: Running, stop: Any, ignore_eos: bool) -> None:
+    pad = {"logit_bias": {"0": 100}, "ignore_eos": ignore_eos} | stop
     found = live.post("/v1/chat/completions", question("red", **pad)).json()
     assert (found["choices"][0]["finish_reason"], found["usage"]["completion_tokens"]) == ("stop", 0)
+
+
+@pytest.mark.parametrize(("ignore_eos", "ended"), [(True, ("length", 8)), (False, ("stop", 0))])
+def test_an_answer_may_go_on_past_the_models_own_end(live: Running, ignore_eos: bool, ended: tuple[str, int]) -> None:
+    end = {"logit_bias": {"2": 100}, "stop_token_ids": [0], "ignore_eos": ignore_eos}
+    found = live.post("/v1/chat/completions", question("red", **end)).json()
+    assert (found["choices"][0]["finish_reason"], found["usage"]["completion_tokens"]) == ended
+
+
+def test_a_top_k_beyond_any_vocabulary_cuts_nothing(live: Running) -> None:
+    asked = question("red", temperature=3, seed=5)
+    all_, beyond = (live.post("/v1/chat/completions", asked | {"top_k": k}) for k in (0, 2**64))
+    assert beyond.status_code == 200, beyond.text
+    assert beyond.json()["choices"] == all_.json()["choices"]
 
 
 def test_log_probabilities(client: openai.OpenAI) -> None:

@@ -141,7 +141,7 @@ def ours(base_folder: Path, adapter: Path | None, prompt: list[int]) -> list[int
     if adapter is not None:
         scheduler.put_adapter("a", adapter)
     worn = {} if adapter is None else {"a": 1.0}
-    scheduler.add(Request(token_ids=prompt, max_new_tokens=NEW, adapters=worn, ignore_stop=True))
+    scheduler.add(Request(token_ids=prompt, max_new_tokens=NEW, adapters=worn))
     found: list[int] = []
     while not scheduler.idle:
         found += [e.token for e in scheduler.step() if isinstance(e, Made)]

@@ -18,7 +18,7 @@ from twofold.server.errors import ApiError
 from twofold.server.worker import Admitted, EngineThread, Event, Worker
 
 pytest_plugins = ("tiny_fixtures",)
-ASKED = Request(token_ids=[5, 6, 7], max_new_tokens=200, ignore_stop=True)
+ASKED = Request(token_ids=[5, 6, 7], max_new_tokens=200)
 
 
 @contextlib.asynccontextmanager
@@ -35,7 +35,7 @@ def test_tokens_come_in_their_order_and_the_end_comes_once(llama_base: Path) -> 
     async def scene() -> None:
         async with worker_over(llama_base) as worker:
             heard: list[Event] = []
-            await worker.submit([Request(token_ids=[5, 6, 7], max_new_tokens=6, ignore_stop=True)], [heard.append])
+            await worker.submit([Request(token_ids=[5, 6, 7], max_new_tokens=6)], [heard.append])
             await eventually(lambda: heard and isinstance(heard[-1], Ended))
             admitted, *made, ended = heard
             assert isinstance(admitted, Admitted)

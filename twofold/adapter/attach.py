@@ -14,7 +14,7 @@ from twofold.adapter.kinds import Part, parts_of
 from twofold.adapter.shapes import module_shapes
 from twofold.adapter.target import Targets, find_targets
 from twofold.adapter.variants import check_variants
-from twofold.errors import ConfigError, did_you_mean
+from twofold.errors import ClashError, ConfigError, did_you_mean
 from twofold.events import Pieces, finished
 from twofold.layers.linear import LinearShare
 from twofold.layers.protocol import (
@@ -63,8 +63,9 @@ def attach(
 
     Raises:
         TargetError: an entry of the config matches nothing; all of them in one message.
-        ConfigError: a variant is asked of a module that it is not defined for, the name is taken or cannot be one, adapters are
-            merged, or one changes a module in another way; the model is as it was then.
+        ConfigError: a variant is asked of a module that it is not defined for, the name is taken or cannot be one, or adapters are
+            merged; the model is as it was then.
+        ClashError: another adapter changes a module in another way; the model is as it was then.
     """
     targets = find_targets(config, module_shapes(model))
     put_on(model, made_shares(model, targets, config, name, factors), config, name)
@@ -128,7 +129,7 @@ def making_shares(
         made[part.module] = Made(layer, share)
     if clashes:
         listed = ", ".join(f"'{m}'" for m in clashes[:8]) + (", ..." if len(clashes) > 8 else "")
-        raise ConfigError(f"another adapter changes {listed} in another way (factors, whole, or bias alone); detach it")
+        raise ClashError(f"another adapter changes {listed} in another way (factors, whole, or bias alone); detach it")
     return made
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from twofold.engine.request import Request
+from twofold.engine.request import Request, cannot_go_on
 from twofold.engine.sampler import Choice, Sampler, choose
 
 
@@ -18,6 +18,9 @@ def answer_tokens(model: Any, request: Request) -> Iterator[int]:
     Args:
         model: a transformers sequence-to-sequence model, whose `decoder_start_token_id` begins every answer.
         request: its `token_ids` are the prompt, which the encoder reads.
+
+    Raises:
+        AnswerError: the model's numbers overflow, or a form grew too complex.
     """
     sampler = Sampler(request)
     prompt = torch.tensor([request.token_ids], device=model.device)
@@ -34,7 +37,9 @@ def answer_tokens(model: Any, request: Request) -> Iterator[int]:
         )
         cache = found.past_key_values
         token = cast(Choice, choose(found.logits[:, -1], [sampler])[0]).token
-        if token in request.stop_ids and not request.ignore_stop:
+        if sampler.error:
+            raise cannot_go_on(sampler.error, form=sampler.failed is None)
+        if token in request.stop_ids:
             return
         yield token
         if sampler.finished:

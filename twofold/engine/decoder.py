@@ -25,6 +25,7 @@ from twofold.errors import ConfigError
 from twofold.events import Pieces, finished
 from twofold.functional.norm import Norm
 from twofold.functional.rope import Angles
+from twofold.layers.tokens import TrainedTokens
 from twofold.native.build import NotBuilt
 
 IN: Mapping[Weights, str] = {"shared": "", "taken": "", "int8": ", weights in eight bits"}
@@ -161,6 +162,9 @@ class BlockForward:
         now.asked(asked)
         last = now.norm(x[torch.tensor(asked, device=device)], self.final)
         logits = now.linear(4 * len(self.decoder.blocks), last)
+        head = self.decoder.head
+        if isinstance(head, TrainedTokens) and head.active():
+            logits = head.onto(logits, last)
         cap = self.decoder.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -65,7 +65,7 @@ def cut(weights: Float[Tensor, "rows vocabulary"], samplings: Sequence[Sampling]
     if not weights.is_cpu:
         return cut_by_sorting(weights, samplings)
     try:
-        cut_in_place(weights, [s.top_k for s in samplings], [s.top_p for s in samplings])
+        cut_in_place(weights, [min(s.top_k, weights.shape[1]) for s in samplings], [s.top_p for s in samplings])
     except NotBuilt:
         cut_by_bins(weights, samplings)
     return weights

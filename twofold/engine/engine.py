@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from twofold.engine.request import Completion, Request
+from twofold.engine.request import Completion, Request, cannot_go_on
 from twofold.engine.scheduler import Ended, Made, Scheduler
-from twofold.errors import AnswerError
 from twofold.events import Emit, Progress, silent
 
 
@@ -69,5 +68,4 @@ class Engine:
 
 def _check(end: Ended) -> None:
     if end.reason == "error":
-        way_out = "ask for a simpler form" if end.form else "see whether the adapter or the weights overflow"
-        raise AnswerError(f"the answer could not go on: {end.message}; {way_out}")
+        raise cannot_go_on(end.message, form=end.form)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from twofold.engine.grammar import Grammar
-from twofold.errors import ConfigError
+from twofold.errors import AnswerError, ConfigError
 
 GREEDY_BELOW = 1e-5
 """A temperature under this takes the likeliest token: its other tokens' shares are too small to be drawn."""
@@ -81,28 +81,24 @@ class Request:
     Attributes:
         token_ids: the prompt.
         max_new_tokens: the most tokens to make.
-        stop_ids: tokens that end the answer; they are not part of it.
+        stop_ids: tokens that end the answer; they are not part of it. Without any it has max_new_tokens.
         sampling: how each token is chosen.
         adapters: which adapters of the pool, with a weight each; none for the bare base.
         grammar: the form that the answer must have, if any.
-        ignore_stop: go on to max_new_tokens whatever stop ids come, as benchmarks want it.
     """
 
     token_ids: list[int]
     max_new_tokens: int = 256
     stop_ids: tuple[int, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
-    adapters: Mapping[str, float] = field(default_factory=dict)
+    adapters: Mapping[str, float | int] = field(default_factory=dict)
     grammar: Grammar | None = None
-    ignore_stop: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or not self.token_ids:
             raise ConfigError("a request needs a prompt of at least one token, and max_new_tokens of at least 1")
         if self.grammar is None:
             return
-        if self.ignore_stop:
-            raise ConfigError("a request with a grammar ends where the grammar does, so leave out ignore_stop")
         if foreign := sorted(set(self.grammar.end_ids) - set(self.stop_ids)):
             raise ConfigError(f"the grammar ends answers with the tokens {foreign}, which stop_ids must have too")
 
@@ -142,3 +138,9 @@ class Completion:
     token_ids: list[int]
     finish_reason: Literal["stop", "length", "cancelled", "error"]
     logprobs: list[TokenLogprobs] | None = None
+
+
+def cannot_go_on(reason: str | None, *, form: bool) -> AnswerError:
+    """The error of an answer that broke off; `form`: what broke is the form that it should have."""
+    way_out = "ask for a simpler form" if form else "see whether the adapter or the weights overflow"
+    return AnswerError(f"the answer could not go on: {reason}; {way_out}")

@@ -210,6 +210,8 @@ def stretch_and_shift(
         widths: of the projections of the place, whose outputs lie side by side.
         rows, weights: the adapter's, and how much of it each has.
     """
+    if not rows:
+        return
     at, of_each, end = torch.tensor(rows, device=y.device), torch.tensor(weights, device=y.device)[:, None], 0
     for change, width in zip(resident.changes[place], widths, strict=True):
         start, end = end, end + width

@@ -77,7 +77,7 @@ class _Pool:
         for key in request.adapters:
             if key not in self.residents:
                 raise ConfigError(f"no adapter '{key}' is loaded{did_you_mean(key, list(self.residents))}")
-        return tuple((self.residents[key], weight) for key, weight in sorted(request.adapters.items()) if weight)
+        return tuple((self.residents[key], float(weight)) for key, weight in sorted(request.adapters.items()) if weight)
 
 
 def forward_of(
@@ -337,7 +337,7 @@ class Scheduler:
             self._leave(stream)
             return [Ended(stream.number, "error", stream.sampler.error, form=stream.sampler.failed is None)]
         stream.made += 1
-        if choice.token in request.stop_ids and not request.ignore_stop:
+        if choice.token in request.stop_ids:
             self._leave(stream)
             return [Ended(stream.number, "stop")]
         stream.left.append(choice.token)

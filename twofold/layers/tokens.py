@@ -108,8 +108,11 @@ class TrainedTokens(WeightLayer):
         return found * factor.to(found.dtype) if isinstance(factor, Tensor) else found * (factor or 1.0)
 
     def _project(self, x: Tensor) -> Tensor:
+        return self.onto(cast(Tensor, self.base(x)), x)
+
+    def onto(self, logits: Float[Tensor, "*batch vocabulary"], x: Float[Tensor, "*batch dim"]) -> Tensor:
+        """Over a head: what the frozen weight makes of x, and on top what the trained rows add to the logits of their tokens."""
         tokens, change = _summed(self._changes())
-        logits: Tensor = self.base(x)
         return logits.index_add(-1, tokens, F.linear(x, change.to(x.dtype)).to(logits.dtype))
 
     def rows(self) -> Rows:

@@ -75,7 +75,7 @@ def _timed(base: Base, prompt: list[int], adapter: Path) -> dict[str, list[float
 
 def in_turns(engines: Mapping[str, Engine], prompt: list[int]) -> dict[str, list[float]]:
     """Milliseconds a token of each, by round; a round before the first is not counted."""
-    asked = Request(token_ids=prompt, max_new_tokens=TOKENS, ignore_stop=True)
+    asked = Request(token_ids=prompt, max_new_tokens=TOKENS)
     found: dict[str, list[float]] = {name: [] for name in engines}
     for round_ in range(ROUNDS + 1):
         for name, engine in engines.items():

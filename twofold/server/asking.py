@@ -95,7 +95,8 @@ def engine_requests(
     """One request for each choice: `n` for each prompt, each with a seed of its own that follows from the request's."""
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
     unseen = special_ids(renderer.tokenizer, request.stops)
-    stop_ids = tuple(dict.fromkeys([*renderer.end_token_ids, *request.stop_token_ids, *unseen]))
+    ends = [] if request.ignore_eos else renderer.end_token_ids
+    stop_ids = tuple(dict.fromkeys([*ends, *request.stop_token_ids, *unseen]))
     return [
         Request(
             token_ids=prompt,
@@ -104,7 +105,6 @@ def engine_requests(
             sampling=_sampling(request, (seed + i * request.n + k) % 2**63, logprobs),
             adapters=adapters,
             grammar=grammar,
-            ignore_stop=request.ignore_eos,
         )
         for i, prompt in enumerate(prompts)
         for k in range(request.n)

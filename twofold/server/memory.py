@@ -1,6 +1,7 @@
 """Generations of adapters in memory: leased to requests, and within a budget.
 
-Those without leases go when no name stands for them any more, or, least recently used first, when the budget is needed.
+Those without leases go when no name stands for them any more, or, least recently used first, when the budget is needed, or when one
+that is being read cannot be on the model beside them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from twofold.base.chat import Renderer
+from twofold.errors import ClashError
 from twofold.server.worker import Worker
 
 log = logging.getLogger("twofold.server")
@@ -52,7 +55,7 @@ class Memory:
 
     Attributes:
         loaded: the generations by key, least recently used first.
-        evictions: those dropped because the budget was needed.
+        evictions: those dropped for others.
         dropped: is told each one that goes.
     """
 
@@ -104,6 +107,20 @@ class Memory:
                 await self._evict()
                 self._room.notify_all()
 
+    async def read(self, key: str, folder: Path) -> int:
+        """Have the engine read an adapter, idle generations dropped where some are in its way; the bytes that it takes.
+
+        Raises:
+            ClashError: one that is in use is in its way.
+        """
+        try:
+            return await self.worker.load(key, folder)
+        except ClashError:
+            async with self._room:
+                while await self._drop_idle():
+                    pass
+            return await self.worker.load(key, folder)
+
     async def tidy(self, generation: Generation) -> None:
         """Drop a generation that is stale and idle, and what is above the budget."""
         async with self._room:
@@ -115,12 +132,17 @@ class Memory:
     async def _evict(self, size: int = 0) -> bool:
         """Drop idle generations until the budget has room for so much more; whether it has."""
         while self.used_bytes + size > self.budget_bytes:
-            idle = next((g for g in self.loaded.values() if not g.leases), None)
-            if idle is None:
+            if not await self._drop_idle():
                 return False
+        return True
+
+    async def _drop_idle(self) -> bool:
+        """Drop the idle generation that was used least recently, if there is one."""
+        idle = next((g for g in self.loaded.values() if not g.leases), None)
+        if idle is not None:
             self.evictions += 1
             await self._drop(idle)
-        return True
+        return idle is not None
 
     async def _drop(self, generation: Generation) -> None:
         """Free a generation that nobody uses."""

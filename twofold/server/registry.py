@@ -21,7 +21,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from twofold.base.load import Base
-from twofold.errors import AdapterFileError, UserError, nearest
+from twofold.errors import AdapterFileError, ClashError, UserError, nearest
 from twofold.server.checks import checked
 from twofold.server.errors import ApiError, without_paths
 from twofold.server.layout import NAME, Limits, Source, scan, snapshot, source_at, source_named
@@ -215,6 +215,9 @@ class Registry:
         ):
             try:
                 return await self._put(source, name, folder)
+            except ClashError as error:
+                said = f"adapter '{name}' cannot be beside one that is in use now; ask again when that is idle"
+                raise ApiError(503, said, code="adapter_clash", param="model", retry_after=1) from error
             except UserError as error:
                 raise AdapterFileError(without_paths(str(error), folder, f"adapter '{name}'")) from error
 
@@ -236,7 +239,7 @@ class Registry:
         )
         renderer = await asyncio.to_thread(self._renderers.of, files.provenance)
         self._check_awaited(source)
-        held = await self.worker.load(key, folder)
+        held = await self.memory.read(key, folder)
         if held > config.budget_bytes:
             await self.worker.call(lambda scheduler: scheduler.drop_adapter(key))
             raise AdapterFileError(TOO_LARGE.format(name))
