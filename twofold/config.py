@@ -54,6 +54,16 @@ def build(cls: type[T], values: Mapping[str, Any], *, source: str) -> T:
         raise ConfigError(f"{source}: {error}") from error
 
 
+def check_seed(seed: int) -> None:
+    """A seed that every generator takes.
+
+    Raises:
+        ConfigError: it is negative, or too large.
+    """
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed is {seed} but must be at least 0 and below 2**32")
+
+
 def as_dict(config: Any) -> dict[str, Any]:
     """Nested plain values of a dataclass, as YAML and JSON write them."""
     plain: dict[str, Any] = dataclasses.asdict(config, dict_factory=lambda pairs: {k: _plain(v) for k, v in pairs})

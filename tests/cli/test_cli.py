@@ -196,7 +196,17 @@ def test_generate_and_chat(cli: WarmCli, llama_base: Path, adapter: Path) -> Non
     assert found["prompt"] == "colour of the cup 0?"
     plain = cli("generate", *flags, "colour of the cup 0?")
     assert plain.stdout == found["text"] + "\n"
+    behind = cli("generate", *flags[:4], "colour of the cup 0?", *flags[4:])
+    assert (behind.code, behind.stdout) == (0, plain.stdout)
     assert cli("chat", *flags).code == 0
+
+
+def test_several_adapters_are_added_up(
+    cli: WarmCli, llama_base: Path, adapter: Path, held_out_file: Path, trained: Finished
+) -> None:
+    half = ("--adapter", f"{adapter}:0.5")
+    found = cli("eval", "--base", llama_base, "--dtype", "float32", "--data", held_out_file, *half, *half, "--json")
+    assert found.json()["loss"] == pytest.approx(trained.json()["evaluation"]["adapter"]["loss"], rel=1e-5)
 
 
 def test_base_list(cli: WarmCli) -> None:
@@ -282,6 +292,14 @@ def test_a_base_that_is_not_there(cli: WarmCli, tmp_path: Path) -> None:
     assert "has no config.json" in cli("generate", "--base", tmp_path / "folder", "hello").refusal()
 
 
+def test_a_base_that_the_hub_does_not_give(cli: WarmCli, llama_base: Path, adapter: Path, tmp_path: Path) -> None:
+    said = "cannot find the files of no/such-base: "
+    assert said in cli("inspect", adapter, "--base", "no/such-base").refusal()
+    asked = ("extract", "--r", 2, "-o", tmp_path / "out")
+    assert said in cli(*asked, "--base", "no/such-base", "--tuned", llama_base).refusal()
+    assert said in cli(*asked, "--base", llama_base, "--tuned", "no/such-base").refusal()
+
+
 def test_an_adapter_of_another_base(cli: WarmCli, other_base: Path, adapter: Path, tmp_path: Path) -> None:
     flags = ("--base", other_base, "--adapter", adapter, "--dtype", "float32")
     assert "--allow-foreign-base" in cli("generate", *flags, "hello").refusal()
@@ -362,6 +380,9 @@ def test_merging_nothing(cli: WarmCli, llama_base: Path, tmp_path: Path) -> None
         (("train", "--adapter.r", 2), "--data.train is missing: JSONL, JSON, CSV or Parquet"),
         (("merge",), "--output is missing: the folder to write; see twofold merge --help"),
         (("generate",), "an argument is missing: what to answer; see twofold generate --help"),
+        (("generate", "--adapter", "mine"), "an argument is missing: what to answer; see twofold generate --help"),
+        (("generate", "--adapter"), "--adapter needs a value"),
+        (("merge", "--adapter", "mine", "yours"), "unexpected argument 'yours'"),
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "",
 )
@@ -385,6 +406,28 @@ def test_nobody_reading_the_output_is_no_error(arguments: str, buffered: bool) -
         assert (found.returncode, "no verb 'nonsense'" in found.stderr) == (2, True)
     else:
         assert (found.returncode, found.stderr) == (141, "")
+
+
+UNREAD = "import os; r, w = os.pipe(); os.close(r); os.dup2(w, 1); os.close(w)"
+
+
+@pytest.mark.parametrize("document", [(), ("--json",)])
+def test_nobody_reading_a_table_is_no_error(cli: WarmCli, adapter: Path, document: tuple[str, ...]) -> None:
+    found = cli("inspect", adapter, *document, setup=UNREAD)
+    assert (found.code, found.stderr) == (141, "")
+
+
+ASCII = "import sys; sys.stdout.reconfigure(encoding='ascii')"
+
+
+def test_a_terminal_that_is_not_utf8_gets_what_it_can_show(cli: WarmCli, llama_base: Path, adapter: Path) -> None:
+    found = cli("inspect", adapter, setup=ASCII)
+    assert (found.code, found.stderr) == (0, "")
+    assert found.stdout == cli("inspect", adapter).stdout.replace("…", "?")
+    flags = ("--base", llama_base, "--max-new-tokens", 1, "--json")
+    assert cli("generate", "blå kopp …", *flags, setup=ASCII).json()["prompt"] == "blå kopp …"
+    for mistaken in (("generate",), ("merge",), ("plan", "--r", "four"), ("plan", "--dtype", "int3")):
+        assert cli(*mistaken, setup=ASCII).refusal() == cli(*mistaken).refusal()
 
 
 def test_only_debug_shows_a_traceback(cli: WarmCli, tmp_path: Path) -> None:

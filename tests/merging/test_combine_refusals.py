@@ -18,9 +18,11 @@ import twofold
 from twofold.adapter.files import Provenance
 from twofold.base.fingerprint import fingerprint
 from twofold.errors import AdapterFileError, ConfigError, ForeignBaseError, RunError
+from twofold.merging.extract import Extraction
 from twofold.merging.resize import Size
 from twofold.recipes.adapters import parse_adapter
 from twofold.recipes.export import export_adapter
+from twofold.recipes.extract import extract
 from twofold.recipes.inspect import compare, inspect_adapter
 from twofold.recipes.resize import resize
 
@@ -43,6 +45,14 @@ def test_what_does_not_add_up_is_refused(
     with pytest.raises(ConfigError, match=said):
         twofold.combine(given, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"seed is {seed} but must be at least 0 and below"):
+        twofold.combine({saved(tmp_path, r=2): 1.0}, tmp_path / "out", method="dare_linear", seed=seed)
+    with pytest.raises(ConfigError, match=f"seed is {seed} but must be at least 0 and below"):
+        extract("tiny", "tuned", tmp_path / "out", Extraction(r=2), seed=seed)
 
 
 @pytest.mark.parametrize("verb", ["combine", "resize", "compare", "kohya", "vllm"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from warm_cli import WarmCli
 
 from twofold.data.examples import DataConfig
 from twofold.errors import AdapterFileError, ConfigError, NonFiniteLossError, RunError
-from twofold.events import Checkpointed
+from twofold.events import Checkpointed, Spectrum
 from twofold.recipes.settings import AdapterSettings, TrainConfig
 from twofold.recipes.train import train
 from twofold.tensorfile import TensorFile
@@ -35,6 +36,16 @@ def test_a_loss_that_is_not_finite_stops_before_the_adapter_is_spoiled(config: T
     assert all(torch.isfinite(kept.read(k)).all() for k in kept.shapes if k.startswith("parameter."))
     assert not (Path(config.output) / "adapter").exists()
     assert not (Path(config.output) / "report.json").exists()
+
+
+def test_spectra_of_what_is_not_finite_are_left_out(config: TrainConfig) -> None:
+    """The step after says what is wrong."""
+    heard = Heard()
+    flung = {"learning_rate": 1e38, "gradient_clip": 0.0, "warmup": 0.0, "schedule": "constant"}
+    with pytest.raises(NonFiniteLossError, match=r"step \d+ gave (loss|gradient norm) (nan|inf)"):
+        train(changed(config, spectrum_every=1, **flung), heard)
+    for event in heard.of(Spectrum):
+        assert all(math.isfinite(value) for values in event.modules.values() for value in values)
 
 
 def test_poisoned_weights_are_told_at_the_first_step(

@@ -216,6 +216,14 @@ def test_a_last_line_of_events_that_a_crash_cut_short_is_forgotten(
     assert_same(run, reference)
 
 
+def test_a_damaged_line_of_events_is_passed_over(tmp_path: Path) -> None:
+    """As a power loss leaves it: whole lines on both sides."""
+    whole = b'{"event": "step", "step": 1}\n', b'{"event": "step", "step": 2}\n'
+    for damaged in (b"\0\0\0\0", b"\xff\r\xfe", b'{"event": "st', b"7", b""):
+        (tmp_path / "events.jsonl").write_bytes(whole[0] + damaged + b"\n" + whole[1])
+        assert [event["step"] for event in RunFolder(tmp_path).recorded()] == [1, 2]
+
+
 # ---------------------------------------------------------------------------------------------- what is refused
 
 

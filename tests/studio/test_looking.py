@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from twofold.adapter.files import open_adapter
 from twofold.adapter.updates import updates_of
 from twofold.recipes.inspect import compare, inspect_adapter
 from twofold.recipes.plan import PlanSettings, plan
+from twofold.studio.catalogue import bases, entries
 from twofold.studio.roots import open_roots
 
 pytest_plugins = ("tiny_fixtures",)
@@ -116,6 +118,11 @@ def test_every_mistake_is_one_sentence(live: Live) -> None:
     assert "JSON" in sentence(httpx.post(live.url + "/api/plan", content=b"{"))
     assert "JSON object" in sentence(httpx.post(live.url + "/api/plan", content=b"[1]"))
     assert "at most" in sentence(httpx.post(live.url + "/api/plan", content=b" " * 5_000_000))
+    half = httpx.post(live.url + "/api/inspect", content=b'{"adapter": "work/\\ud800"}')
+    assert (half.status_code, "half of a surrogate pair" in sentence(half)) == (400, True)
+    assert "cannot find the files of" in live.refusal("/api/inspect", {"adapter": "work/red", "base": "no/such-base"})
+    far = {"adapters": [{"id": "work/red"}], "method": "dare_linear", "seed": 2**70, "output": "far"}
+    assert "seed is 1180591620717411303424 but must be" in live.refusal("/api/combine", far)
     assert "'config'" in live.refusal("/api/preview", {})
     assert live.get("/api/nothing").status_code == 404
     assert "/api/nothing" in sentence(live.get("/api/nothing"))
@@ -158,6 +165,20 @@ def test_nothing_outside_of_the_roots_is_found(live: Live, reference: str) -> No
     )
     names = {e["name"] for e in live.get("/api/files", params={"root": "work"}).json()["entries"]}
     assert not names & {"way-out", ".hidden"}
+
+
+def test_names_that_are_no_text_hide_nothing_else(tmp_path: Path) -> None:
+    for name in (b"\xff.jsonl", b"data.jsonl"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text("{}\n")
+    for name in (b"tiny", b"tiny\xff"):
+        folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        folder.mkdir()
+        for file in ("config.json", "model.safetensors"):
+            (folder / file).touch()
+    roots = open_roots((tmp_path,))
+    root = next(iter(roots.folders))
+    assert [entry["name"] for entry in entries(roots, root)] == ["tiny", "data.jsonl"]
+    assert bases(roots) == [f"{root}/tiny"]
 
 
 def test_links_inside_an_adapter_lead_nowhere(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ from warm_cli import WarmCli
 from twofold.adapter.files import open_adapter
 from twofold.adapter.updates import updates_of
 from twofold.studio.records import START, last_records, read_from
-from twofold.studio.runbook import Run
+from twofold.studio.roots import open_roots
+from twofold.studio.runbook import Run, RunBook
 
 pytest_plugins = ("tiny_fixtures",)
 
@@ -203,13 +204,35 @@ def test_a_cursor_knows_the_file_that_it_was_made_for(tmp_path: Path) -> None:
     assert read_from(file, first.cursor).anew
 
 
-@pytest.mark.parametrize("cursor", ["", "x", "-1-2", "99999999999999999999-1", "5", "0-1", "1e3-4"])
+@pytest.mark.parametrize(
+    "cursor", ["", "x", "-1-2", "99999999999999999999-1", "999999999999999-1", "5", "0-1", "1e3-4"]
+)
 def test_a_strange_cursor_begins_anew(tmp_path: Path, cursor: str) -> None:
     file = tmp_path / "events.jsonl"
     file.write_text(line(1) + line(2))
     found = read_from(file, cursor)
     assert found.anew
     assert len(found.events) == 2
+
+
+@pytest.mark.parametrize("damaged", [b"\0\0\0", b"\xff\r\xfe", b'{"event": "st', b"7", b""])
+def test_a_damaged_line_hides_nothing_else(tmp_path: Path, damaged: bytes) -> None:
+    """Neither the events behind it nor the other runs."""
+    for name in ("damaged", "whole"):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("base: tiny\n")
+        (folder / "events.jsonl").write_bytes(line(1).encode() + line(2).encode())
+    file = tmp_path / "runs" / "damaged" / "events.jsonl"
+    file.write_bytes(line(1).encode() + damaged + b"\n" + line(2).encode() + damaged + b"\n")
+    rows = RunBook(open_roots((tmp_path,))).rows()
+    assert {row["name"]: row["step"] for row in rows} == {"damaged": 2, "whole": 2}
+    first = read_from(file, START)
+    assert [e["step"] for _, e in first.events] == [1, 2]
+    with file.open("a") as more:
+        more.write(line(3))
+    second = read_from(file, first.cursor)
+    assert ([e["step"] for _, e in second.events], second.anew) == ([3], False)
 
 
 def test_long_lines_are_found_from_the_end(tmp_path: Path) -> None:

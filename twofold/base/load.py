@@ -131,7 +131,7 @@ def load_base(
             tokenizer = AutoTokenizer.from_pretrained(source)
             model, told = _read(head, source, precision, chosen, quantization)
     except Exception as error:
-        raise BaseError(f"cannot load a {head.words} from {reference}: {_first_line(error)}") from error
+        raise BaseError(f"cannot load a {head.words} from {reference}: {first_line(error)}") from error
     made = head.made(model, told)
     check_complete(reference, head, {**told, "missing_keys": set(told["missing_keys"]) - set(made)}, emit)
     model = model.eval().requires_grad_(False)
@@ -200,7 +200,7 @@ def load_renderer(reference: str, template: str | None = None, emit: Emit = sile
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:
-        raise BaseError(f"cannot load a tokenizer from {reference}: {_first_line(error)}") from error
+        raise BaseError(f"cannot load a tokenizer from {reference}: {first_line(error)}") from error
     try:
         eos = GenerationConfig.from_pretrained(source).eos_token_id
     except OSError:
@@ -218,7 +218,8 @@ def _as_list(eos: int | list[int] | None) -> list[int]:
     return [] if eos is None else [eos] if isinstance(eos, int) else eos
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library says, as far as the first break; its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -296,7 +297,7 @@ def _convert(gguf: Path, folder: Path, sha256: str) -> None:
             **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
     except Exception as error:
-        raise BaseError(f"cannot read {gguf}: {_first_line(error)}") from error
+        raise BaseError(f"cannot read {gguf}: {first_line(error)}") from error
     with atomic.new_folder(folder, replace=True) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from twofold.base.fingerprint import Sampled, sampled_at
-from twofold.base.load import ORIGIN, locate
+from twofold.base.load import ORIGIN, first_line, locate
 from twofold.errors import BaseError, UserError
 from twofold.tensorfile import TensorFile
 
@@ -123,14 +123,17 @@ def folder_of(reference: str) -> Path:
     """Where a base's files lie.
 
     Raises:
-        BaseError: no such base.
+        BaseError: no such base, or the hub does not give it.
     """
     source = locate(reference)
     if Path(source).is_dir():
         return Path(source)
     from transformers.utils import cached_file
 
-    return Path(cached_file(source, "config.json")).parent
+    try:
+        return Path(cached_file(source, "config.json")).parent
+    except OSError as error:
+        raise BaseError(f"cannot find the files of {reference}: {first_line(error)}") from error
 
 
 class Piece(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
 import sys
 import typing
@@ -16,6 +17,7 @@ import tyro
 from twofold.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
+RULE = re.compile("───|---")
 IN_PLAIN_WORDS = (
     (r"Error parsing (\S+): (.*)", r"\1: \2"),
     (r"invalid literal for int\(\) with base 10: ('.*')", r"\1 is not a whole number"),
@@ -103,9 +105,11 @@ def _unknown(cls: type[Any], left: list[str], bare: tuple[str, ...], verb: str) 
 
 
 def _sentence(box: str, verb: str) -> str:
-    """The message in the box that tyro draws, above its first rule and without its frame."""
+    """The message in the box that tyro draws, above its first rule and without its frame, which is a title and a rule where stdout
+    is not UTF-8."""
     rows = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    message = " ".join(" ".join(rows).partition("───")[0].split()).rstrip(".")
+    inside = rows if "╭" in box else rows[2:]
+    message = " ".join(" ".join(itertools.takewhile(lambda row: not RULE.match(row), inside)).split()).rstrip(".")
     for pattern, words in IN_PLAIN_WORDS:
         message = re.sub(pattern, words, message)
     return f"{message}; see twofold {verb} --help"

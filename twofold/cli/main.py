@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import math
 import os
@@ -41,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # of characters that a terminal's encoding lacks
     try:
         try:
             return _answer(given, debug=debug)
@@ -146,8 +149,9 @@ def _say(sentence: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """The one JSON document of a verb; null stands for numbers that JSON has no word for."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+    """The one JSON document of a verb; null stands for numbers that JSON has no word for. Where stdout is not UTF-8, what is not
+    ASCII is escaped."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=sys.stdout.encoding != "utf-8", allow_nan=False))
 
 
 def _finite(value: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tyro.conf import UseAppendAction
+
 from twofold.base.load import DEFAULT_BASE, Base, Precision
 from twofold.events import Emit
 from twofold.quant import Kind, Scheme
@@ -16,7 +18,7 @@ class ModelFlags:
 
     Attributes:
         base: a Hugging Face directory, a hub id, a `.gguf` file or a built-in name.
-        adapter: adapter folders, each with an optional scale after a colon.
+        adapter: a folder, with an optional scale after a colon; several are added up, each behind a flag of its own.
         dtype: type of the base's weights; `auto` takes what this machine multiplies fastest.
         device: `auto` takes a GPU where there is one.
         quantization: pack the base's linear layers while they are read, `nf4` or `int8`.
@@ -24,7 +26,7 @@ class ModelFlags:
     """
 
     base: str = DEFAULT_BASE
-    adapter: tuple[str, ...] = ()
+    adapter: UseAppendAction[tuple[str, ...]] = ()
     dtype: Precision = "auto"
     device: str = "auto"
     quantization: Kind | None = None

@@ -16,8 +16,17 @@ from twofold.recipes.preflight import Preflight, Prepared
 SECONDS_BETWEEN_LINES = 5.0
 LOG_WIDTH = 160
 """Columns where nobody watches: a log is not wrapped at a terminal's width."""
-stderr = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else LOG_WIDTH)
-stdout = Console(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH, soft_wrap=not sys.stdout.isatty())
+
+
+class Piped(Console):
+    """A console that leaves a reader who has gone to `main`."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+stderr = Piped(stderr=True, highlight=False, width=None if sys.stderr.isatty() else LOG_WIDTH)
+stdout = Piped(highlight=False, width=None if sys.stdout.isatty() else LOG_WIDTH, soft_wrap=not sys.stdout.isatty())
 
 
 class Terminal:

@@ -14,6 +14,7 @@ from twofold.adapter.plain import PlainAdapter
 from twofold.adapter.updates import Pair
 from twofold.adapter.whole import ReadBase
 from twofold.base.streamed import open_streamed
+from twofold.config import check_seed
 from twofold.errors import RunError
 from twofold.events import Emit, Warned, silent
 from twofold.lowrank.factors import LowRank
@@ -62,6 +63,7 @@ def combine(
     """
     if output is not None and Path(output).exists():
         raise RunError(f"{output} exists already; choose another output or remove it first")
+    check_seed(seed)
     started = time.perf_counter()
     given = [Weighed(open_finite(Path(path)), weight) for path, weight in adapters.items()]
     how = Combination(method, r, density)

@@ -16,6 +16,7 @@ from twofold.adapter.shapes import module_shapes
 from twofold.adapter.target import find_targets
 from twofold.base.load import load_renderer, public_name
 from twofold.base.streamed import StreamedBase, open_streamed
+from twofold.config import check_seed
 from twofold.errors import BaseError, ConfigError, RunError
 from twofold.events import Emit, Warned, silent
 from twofold.merging.extract import Extracted, Extraction, extracted_updates, left_out, stored_shapes
@@ -45,11 +46,12 @@ def extract(
 
     Raises:
         BaseError: one of them cannot be found, or does not lie on disk as safetensors.
-        ConfigError: their shapes differ, one of them holds NaN or infinity, or nothing changed.
+        ConfigError: their shapes differ, one of them holds NaN or infinity, nothing changed, or the seed is none.
         RunError: the output exists or cannot be written.
     """
     if Path(output).exists():
         raise RunError(f"{output} exists already; choose another output or remove it first")
+    check_seed(seed)
     started = time.perf_counter()
     before, after = open_streamed(base), open_streamed(tuned)
     shapes = module_shapes(before.model)

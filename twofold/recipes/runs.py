@@ -113,11 +113,20 @@ class RunFolder:
             raise RunError(atomic.cannot_write(self.path, error)) from error
 
     def recorded(self) -> list[dict[str, Any]]:
-        """The events so far; a line that a crash cut short does not count."""
+        """The events so far; a line that a crash cut short or damaged does not count."""
         if not self.events.is_file():
             return []
-        lines = self.events.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        found = map(event_of, self.events.read_bytes().split(b"\n")[:-1])
+        return [event for event in found if event is not None]
+
+
+def event_of(line: bytes) -> dict[str, Any] | None:
+    """The event in a line of events.jsonl; None where it holds none, as after a power loss or on a full disk."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def in_use(run: RunFolder) -> bool:

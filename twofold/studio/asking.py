@@ -45,7 +45,7 @@ async def body_of(request: Request) -> dict[str, Any]:
     """The JSON object that a request carries.
 
     Raises:
-        ApiError: it is too long, or no JSON object.
+        ApiError: it is too long, no JSON object, or holds a text that cannot be written as UTF-8.
     """
     found, seen = bytearray(), 0
     async for piece in request.stream():  # to its end, for who is still sending hears no answer
@@ -55,6 +55,9 @@ async def body_of(request: Request) -> dict[str, Any]:
         raise ApiError(413, f"a request may have at most {MOST_BODY_BYTES} bytes")
     try:
         value = json.loads(found)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ApiError(400, "a text in this request has half of a surrogate pair, which is no character") from error
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "the request is not valid JSON") from error
     if not isinstance(value, dict):

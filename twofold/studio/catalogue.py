@@ -13,7 +13,7 @@ from twofold.adapter.updates import pairs_of
 from twofold.data.formats import READERS
 from twofold.errors import UserError
 from twofold.server.errors import ApiError
-from twofold.studio.roots import Roots
+from twofold.studio.roots import Roots, hidden
 
 Kind: TypeAlias = Literal["folder", "adapter", "run", "base", "data", "other"]
 DEEPEST = 4
@@ -102,7 +102,7 @@ def _folders(roots: Roots) -> Iterator[Path]:
 def _below(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as found:
-            inside = [e for e in found if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
+            inside = [e for e in found if not hidden(e.name) and e.is_dir(follow_symlinks=False)]
     except OSError:
         return []
     return sorted(Path(e.path) for e in inside if e.name not in PASSED_OVER and not _is_environment(Path(e.path)))

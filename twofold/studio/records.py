@@ -2,17 +2,19 @@
 
 A cursor is `OFFSET-CHECK`: how far the file was read, and a check of the line that ends there. Lines carry the time at which they
 were written, so the same line at the same place means that nothing before it has changed; a resumed run forgets the events after
-its checkpoint, and then the check fails and the reader begins anew.
+its checkpoint, and then the check fails and the reader begins anew. A damaged line is passed over.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from twofold.recipes.runs import event_of
 
 START = "0-0"
 FIRST_LOOK = 1 << 16
@@ -39,12 +41,11 @@ def read_from(file: Path, cursor: str) -> Read:
     except FileNotFoundError:
         return Read([], START, anew=cursor != START)
     events, at, last = [], offset or 0, START if anew else cursor
-    for line in data.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break
-        at += len(line)
-        last = _cursor(at, line)
-        events.append((last, json.loads(line)))
+    for line in data.split(b"\n")[:-1]:
+        at += len(line) + 1
+        last = _cursor(at, line + b"\n")
+        if (event := event_of(line)) is not None:
+            events.append((last, event))
     return Read(events, last, anew)
 
 
@@ -57,8 +58,8 @@ def last_records(file: Path, kinds: Sequence[str], within: int | None = 200) -> 
             with file.open("rb") as lines:
                 lines.seek(max(0, size - look))
                 whole = lines.read().split(b"\n")[0 if look >= size else 1 : -1]
-            found = [json.loads(line) for line in whole[-within if within else 0 :]]
-            chosen = [record for record in found if record.get("event") in kinds]
+            found = map(event_of, whole[-within if within else 0 :])
+            chosen = [record for record in found if record is not None and record.get("event") in kinds]
             if chosen or look >= size or (within and len(whole) >= within):
                 return chosen
             look *= 2
@@ -74,6 +75,8 @@ def _fitting(lines: Any, cursor: str) -> int | None:
     if not (offset.isdecimal() and len(offset) < 16 and check.isdecimal()):
         return None
     at, look = int(offset), FIRST_LOOK
+    if at > lines.seek(0, os.SEEK_END):
+        return None
     while True:
         begin = max(0, at - look)
         lines.seek(begin)
@@ -81,7 +84,7 @@ def _fitting(lines: Any, cursor: str) -> int | None:
         start = data.rfind(b"\n", 0, -1)
         if start >= 0 or begin == 0:
             line = data[start + 1 :]
-            return at if len(data) == at - begin and line.endswith(b"\n") and _cursor(at, line) == cursor else None
+            return at if line.endswith(b"\n") and _cursor(at, line) == cursor else None
         look *= 2
 
 

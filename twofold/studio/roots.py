@@ -1,7 +1,7 @@
 """The folders that Studio may look into, by name: whatever a page asks for is found below one of them, or not at all.
 
-A page says `ROOT/REL`. Links are resolved before anything is looked at, hidden names are nobody's business, and what lies elsewhere
-is refused in the words that refuse what is not there, so that nobody can feel their way.
+A page says `ROOT/REL`. Links are resolved before anything is looked at, hidden names and those that are no text are nobody's
+business, and what lies elsewhere is refused in the words that refuse what is not there, so that nobody can feel their way.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from twofold.errors import ConfigError
 from twofold.server.errors import PATH, ApiError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+UNDECODED = re.compile("[\ud800-\udfff]")
 SAMPLE = "sample"
 SAMPLE_FOLDER = Path(__file__).parent / "sample"
 """A small trained adapter that ships with Studio."""
@@ -46,7 +47,7 @@ class Roots:
         root = self.folders.get(name)
         parts = [p for p in rest.split("/") if p]
         try:
-            found = root.joinpath(*parts).resolve(strict=True) if root and not any(map(_hidden, parts)) else None
+            found = root.joinpath(*parts).resolve(strict=True) if root and not any(map(hidden, parts)) else None
         except (OSError, ValueError, RuntimeError):
             found = None
         if found is None or not self._holds(found):
@@ -125,12 +126,13 @@ def open_roots(given: tuple[Path, ...]) -> Roots:
     return Roots({**found, **({SAMPLE: SAMPLE_FOLDER.resolve()} if SAMPLE_FOLDER.is_dir() else {})})
 
 
-def _hidden(part: str) -> bool:
-    return part.startswith(".")
+def hidden(name: str) -> bool:
+    """Whether a page is not to hear of a file or folder: it begins with a dot, or its bytes are no UTF-8."""
+    return name.startswith(".") or UNDECODED.search(name) is not None
 
 
 def _below(root: Path, path: Path) -> bool:
-    return path == root or (root in path.parents and not any(map(_hidden, path.relative_to(root).parts)))
+    return path == root or (root in path.parents and not any(map(hidden, path.relative_to(root).parts)))
 
 
 def _linked(folder: Path) -> Iterator[Path]:

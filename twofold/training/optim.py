@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from twofold.config import check_seed
 from twofold.errors import ConfigError
 from twofold.layers.dora import MatrixShare
 from twofold.layers.embedding import EmbeddingShare
@@ -98,8 +99,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value} but must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed is {self.seed} but must be at least 0 and below 2**32")
+        check_seed(self.seed)
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate is {self.learning_rate} but must be above 0")
         if not 0 < self.loraplus_lr_ratio < math.inf:

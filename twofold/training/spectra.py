@@ -14,10 +14,16 @@ DIGITS = 5
 
 @torch.no_grad()
 def spectra(model: nn.Module) -> dict[str, list[float]]:
-    """By module, the singular values of what each linear map's update is now, largest first, to five digits."""
-    return {
-        name: [float(f"{value:.{DIGITS}g}") for value in singular_values(share.low_rank()).tolist()]
+    """By module, the singular values of what each linear map's update is now, largest first, to five digits; none of factors that
+    are no longer finite."""
+    updates = {
+        name: share.low_rank()
         for name, layer in adapter_layers(model)
         for share in layer.active()
         if isinstance(share, LinearShare)
+    }
+    return {
+        name: [float(f"{value:.{DIGITS}g}") for value in singular_values(update).tolist()]
+        for name, update in updates.items()
+        if update.A.isfinite().all() and update.B.isfinite().all()
     }
