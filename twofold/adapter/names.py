@@ -28,6 +28,12 @@ def tails(name: str) -> tuple[str, ...]:
     return (name, *(".".join(parts[i:]) for i in range(1, len(parts))))
 
 
+def parents(name: str) -> list[str]:
+    """The names of the modules around it, from the outermost, and its own."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
 def in_order(name: str) -> list[tuple[bool, int, str]]:
     """A key by which names are sorted with their numbers as numbers: layer 2 comes before layer 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
