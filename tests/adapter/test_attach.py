@@ -25,7 +25,9 @@ from twofold.adapter.attach import (
     unmerge,
 )
 from twofold.adapter.config import LoraConfig
+from twofold.adapter.shapes import module_shapes
 from twofold.errors import ConfigError, TargetError
+from twofold.planning.parameters import plan_parameters
 
 
 def hashes(model: nn.Module) -> dict[str, str]:
@@ -229,6 +231,21 @@ def test_which_biases_learn(bias: Any) -> None:
     }
     adapted_ones = {n for n in with_bias if n.endswith("q_proj")}
     assert names == {"none": set(), "lora_only": adapted_ones, "all": with_bias}[bias]
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "saved"), [("gpt2", "c_attn", ("mlp",)), ("phi", "q_proj", ("mlp", "fc1"))]
+)
+def test_what_lies_inside_a_module_trained_whole_is_trained_and_counted_once(
+    family: str, target: str, saved: tuple[str, ...]
+) -> None:
+    model = build_model(family)
+    config = LoraConfig(r=2, target_modules=(target,), bias="all", modules_to_save=saved)
+    planned = plan_parameters(config, module_shapes(model), 1).trainable
+    assert attach(model, config, "b").trainable == planned
+    attach(model, LoraConfig(r=2, target_modules=(target,)), "a")
+    detach(model, "b")
+    assert attached(model) == ["a"]
 
 
 def test_inputs_of_other_shapes_than_batches_work() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from families import GROUPED, randomise, token_ids
+from families import GROUPED, build_model, logits, randomise, token_ids
 from safetensors.torch import load_file
 from tiny_adapters import learned
 from torch import Tensor, nn
 
-from twofold.adapter.attach import activate, attach, detach, disabled, folding, merge, shares, unmerge
+from twofold.adapter.attach import (
+    activate,
+    attach,
+    detach,
+    disabled,
+    folding,
+    merge,
+    shares,
+    trainable_summary,
+    unmerge,
+)
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import load_adapter, open_adapter, save_adapter
 from twofold.adapter.shapes import module_shapes
@@ -206,6 +217,38 @@ def test_bfloat16_and_a_weight_of_a_linear_layer() -> None:
     torch.testing.assert_close(model(x).float(), expected, rtol=0.03, atol=0.03)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_bias_beside_an_adapted_parameter_learns_as_in_peft(bias: Any, tmp_path: Path) -> None:
+    asked = settings(target_modules=["q_proj", "fc1"], target_parameters=["fc2.weight"], bias=bias)
+    theirs = peft.get_peft_model(build_model("opt"), peft.LoraConfig(**asked)).eval()
+    randomise([(n, p) for n, p in theirs.named_parameters() if p.requires_grad], scale=0.1)
+    expected = logits(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, bare = build_model("opt"), build_model("opt")
+    planned = plan_parameters(LoraConfig(**asked), module_shapes(ours), 1).trainable
+    load_adapter(ours, tmp_path / "theirs")
+    assert trainable_summary(ours).trainable == planned == theirs.get_nb_trainable_parameters()[0]
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-5, atol=1e-5)
+    with folding(ours):
+        torch.testing.assert_close(logits(ours), expected, rtol=1e-5, atol=1e-5)
+    bare.load_state_dict(merged_state(ours))
+    torch.testing.assert_close(logits(bare), expected, rtol=1e-5, atol=1e-5)
+    save_adapter(ours, tmp_path / "ours")
+    files = [load_file(tmp_path / w / "adapter_model.safetensors") for w in ("theirs", "ours")]
+    assert files[0].keys() == files[1].keys()
+    for key, tensor in files[0].items():
+        torch.testing.assert_close(files[1][key], tensor)
+
+
+def test_a_file_that_changes_one_module_twice_is_refused(tmp_path: Path) -> None:
+    model = build_model("opt")
+    attach(model, LoraConfig(**settings(target_parameters=["fc2.weight"])))
+    config = save_adapter(model, tmp_path / "a") / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": ["fc2"]}))
+    with pytest.raises(ConfigError, match=r"changes .*fc2. in one way"):
+        load_adapter(build_model("opt"), tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     ("more", "error", "message"),
     [
@@ -215,6 +258,11 @@ def test_bfloat16_and_a_weight_of_a_linear_layer() -> None:
             {"target_modules": ["q_proj"], "target_parameters": ["q_proj.weight"]},
             TargetError,
             "in both target_modules and target_parameters",
+        ),
+        (
+            {"modules_to_save": ["mlp"]},
+            TargetError,
+            "'model.layers.0.mlp.experts' is in target_parameters, but modules_to_save trains 'model.layers.0.mlp' whole",
         ),
         ({"lora_dropout": 0.1}, ConfigError, "lora_dropout cannot fall"),
         ({"use_dora": True}, ConfigError, "use_dora is defined for linear layers, embeddings and"),

@@ -154,6 +154,34 @@ def test_a_head_of_its_own_is_named_and_trained_apart(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(ours), outputs(theirs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["phi", "bert"])
+def test_a_heads_bias_learns_beside_its_rows(family: str, tmp_path: Path) -> None:
+    """The oracle has rows and bias written into it: PEFT trains and saves the same, but computes its head without a bias."""
+    rows: Any = {"embed_tokens": NEW, "lm_head": [66]} if family == "phi" else NEW
+    asked = {"trainable_token_indices": rows, "bias": "all"}
+    model, oracle = adapted(family, **asked), resized(family)
+    theirs = in_peft(family, **asked)
+    planned = plan_parameters(LoraConfig(**settings(family, **asked)), module_shapes(oracle), 1).trainable
+    assert trainable_summary(model).trainable == planned == theirs.get_nb_trainable_parameters()[0]
+    name = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+    expected = outputs(model)
+    with torch.no_grad():
+        oracle.load_state_dict(merged_state(model))
+        bias = resized(family).get_submodule(name).bias + model.get_submodule(name).shares["default"].bias_change
+    torch.testing.assert_close(oracle.get_output_embeddings().bias, bias)
+    torch.testing.assert_close(outputs(oracle), expected, rtol=1e-5, atol=1e-5)
+    with folding(model):
+        torch.testing.assert_close(outputs(model), expected, rtol=1e-5, atol=1e-5)
+    save_adapter(model, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    files = [load_file(tmp_path / w / "adapter_model.safetensors") for w in ("theirs", "ours")]
+    assert {key for key in files[0] if not key.endswith("cls.predictions.bias")} == files[1].keys()
+    again = resized(family)
+    load_adapter(again, tmp_path / "ours")
+    torch.testing.assert_close(outputs(again), expected, rtol=1e-5, atol=1e-5)
+    load_adapter(resized(family), tmp_path / "theirs")
+
+
 def test_several_adapters_change_their_tokens_together() -> None:
     model = resized("llama-tied")
     attach(model, LoraConfig(**settings("llama", target_modules=[], trainable_token_indices=[64, 5])), "one")

@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 from warm_cli import WarmCli
+
+from twofold.cli.flags import parse
+from twofold.cli.plan_verb import PlanFlags
 
 pytest_plugins = ("tiny_fixtures",)
 GPU = ("--device", "cuda")
@@ -63,3 +67,12 @@ def test_measured_beside_predicted(cli: WarmCli, llama_base: Path) -> None:
 def test_a_rate_far_from_known_good_ones(cli: WarmCli, llama_base: Path) -> None:
     assert "Schulman 2025" in cli("plan", "--base", llama_base, "--learning-rate", 3.0).stdout
     assert "advice" not in cli("plan", "--base", llama_base, "--learning-rate", 1e-3).stdout
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [("5", (5,)), ("5 9", (5, 9)), ("embed_tokens 5 9", {"embed_tokens": [5, 9]}), ("None", None)],
+)
+def test_tokens_are_given_by_flags_alone_or_by_embedding(said: str, meant: object) -> None:
+    flags = ["--trainable-token-indices", *said.split()]
+    assert parse(PlanFlags, flags, verb="plan", description="").trainable_token_indices == meant

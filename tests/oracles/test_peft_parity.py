@@ -179,6 +179,19 @@ def test_a_second_name_must_say_what_the_first_says(family: str, name: str, tmp_
         load_adapter(build_model(family), tmp_path / "a")
 
 
+@pytest.mark.parametrize("saved", [["norm"], ["model.norm"], ["input_layernorm", "norm"]], ids=" ".join)
+def test_a_norm_trained_whole_is_the_same_one_in_peft(saved: list[str], tmp_path: Path) -> None:
+    """PEFT takes `norm` for the end of `input_layernorm` too, so the file has to say it in full."""
+    ours = build_model("llama")
+    attach(ours, LoraConfig(r=2, modules_to_save=saved))
+    randomise([(n, p) for n, p in ours.named_parameters() if p.requires_grad], scale=0.1)
+    theirs = opened_in_peft("llama", save_adapter(ours, tmp_path / "a"))
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-5, atol=1e-5)
+    again = build_model("llama")
+    load_adapter(again, tmp_path / "a")
+    assert torch.equal(logits(again), logits(ours))
+
+
 def step_loss(model: Any) -> Tensor:
     found: Tensor = model(**inputs(model)).logits
     weights = torch.linspace(-1, 1, found.numel()).view(found.shape)

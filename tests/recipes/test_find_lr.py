@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from test_report_page import Page
+from tiny_base import chats, write_jsonl
 from warm_cli import WarmCli
 
 from twofold.base.load import DEFAULT_BASE
 from twofold.data import home_intents
 from twofold.data.examples import DataConfig
-from twofold.errors import ConfigError
+from twofold.errors import ConfigError, DataError
 from twofold.events import Event, Step
 from twofold.recipes import rate_page
 from twofold.recipes.find_lr import find_lr
@@ -81,6 +82,22 @@ def test_the_untouched_loss_is_that_of_a_rate_too_low_to_matter(config: TrainCon
     found = find_lr(config, RateSearch(lowest=1e-12, highest=1e-11, rates=2, steps=8))
     assert found["trials"][0]["loss"] == pytest.approx(found["untouched_loss"], rel=1e-5)
     assert found["suggested_learning_rate"] is None
+
+
+def test_steps_of_a_stream_with_nothing_to_learn_say_nothing(config: TrainConfig, tmp_path: Path) -> None:
+    """The closing ones among them: what is compared is the mean over the last steps that have something."""
+    rows = chats(8)
+    for row in rows[5:]:
+        row["messages"][1]["content"] = "w " * 200
+    data = DataConfig(train=str(write_jsonl(tmp_path / "rows.jsonl", rows)), streaming=True, max_length=60)
+    steps = replace(config.training, batch_size=1, max_steps=8)
+    one_by_one = replace(config, data=data, adapter=AdapterSettings(r=4), training=steps)
+    found = find_lr(one_by_one, RateSearch(lowest=1e-12, highest=1e-11, rates=2, steps=8))
+    assert len(found["trials"][0]["losses"]) == 5
+    assert found["trials"][0]["loss"] == pytest.approx(found["untouched_loss"], rel=1e-5)
+    nothing = replace(data, train=str(write_jsonl(tmp_path / "long.jsonl", rows[5:] * 3 + rows[:1])))
+    with pytest.raises(DataError, match="nothing is supervised in the 4 steps of a trial"):
+        find_lr(replace(one_by_one, data=nothing), RateSearch(rates=2, steps=4))
 
 
 def test_a_loss_that_is_not_finite_ends_its_rate_alone(config: TrainConfig) -> None:

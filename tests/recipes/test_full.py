@@ -153,8 +153,10 @@ def test_what_it_cannot_go_with_is_named_all_at_once(config: TrainConfig) -> Non
         ConfigError, match=r"adapter\.r and adapter\.use_dora and quantization: nf4 cannot go with full"
     ):
         replace(config, full=True, quantization="nf4", adapter=adapter)
-    with pytest.raises(ConfigError, match=r"training\.parallel: shard"):
-        changed(replace(config, full=True, adapter=AdapterSettings()), parallel="shard")
+    with pytest.raises(
+        ConfigError, match=r"training\.parallel: shard and training\.spectrum_every cannot go with full"
+    ):
+        changed(replace(config, full=True, adapter=AdapterSettings()), parallel="shard", spectrum_every=1)
 
 
 def test_looking_first_writes_nothing(full: TrainConfig) -> None:

@@ -255,6 +255,13 @@ def test_an_amount_of_memory() -> None:
         PlanSettings(memory="plenty")
 
 
+@pytest.mark.parametrize(("r", "half"), [(12, 6), (6, 2), (2, None)])
+def test_a_smaller_rank_is_one_that_the_start_can_have(llama_base: Path, r: int, half: int | None) -> None:
+    found = planned(llama_base, r=r, init_lora_weights="orthogonal", memory="1MB")["budget"]["changes"]
+    ranks = [c["change"] for c in found if c["change"].startswith("rank")]
+    assert ranks == ([] if half is None else [f"rank {half} (--r {half})"])
+
+
 def test_advice_is_part_of_the_plan() -> None:
     assert on_a_gpu("llama-2-7b", learning_rate=2e-4)["advice"] == []
     said = on_a_gpu("llama-2-7b", learning_rate=0.5, target_modules="attention")["advice"]

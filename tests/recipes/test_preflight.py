@@ -12,7 +12,9 @@ from tiny_base import POSITIONS, pairs, write_jsonl
 from tiny_runs import Heard, load_report
 
 from twofold.data.examples import DataConfig
+from twofold.errors import ConfigError
 from twofold.events import Message
+from twofold.recipes.plan import PlanSettings, plan
 from twofold.recipes.preflight import Preflight
 from twofold.recipes.settings import AdapterSettings, TrainConfig
 from twofold.recipes.train import dry_run, train
@@ -49,6 +51,25 @@ def test_settings_far_from_known_good_ones_are_named(
     found = foreseen(llama_base, train_file, adapter, learning_rate=rate).warnings
     assert len(found) == len(said)
     assert all(s in f for s, f in zip(said, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"freeze_a": True, "target_modules": ("q_proj", "embed_tokens")}, "freeze_a is defined for linear layers"),
+        ({"init_lora_weights": "pissa", "r": 40}, "pissa takes 40 directions out of '.*q_proj', which has but 32"),
+        ({"init_lora_weights": "lora_ga", "r": 20}, r"takes 40 directions \(2 r, and r is 20\) out of '.*q_proj'"),
+        ({"init_lora_weights": "loftq"}, "this base is not quantised"),
+    ],
+)
+def test_a_dry_run_and_a_plan_refuse_what_a_training_would(
+    llama_base: Path, train_file: Path, adapter: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        foreseen(llama_base, train_file, adapter)
+    if adapter.get("init_lora_weights") != "loftq":  # a plan does not know how a base will be packed
+        with pytest.raises(ConfigError, match=said):
+            plan(PlanSettings(base=str(llama_base), **adapter))
 
 
 def test_states_are_remembered_on_the_fast_path_alone(llama_base: Path, gpt2_base: Path, tmp_path: Path) -> None:

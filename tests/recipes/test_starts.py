@@ -24,7 +24,7 @@ from twofold.quant import Scheme
 from twofold.recipes.proof import base_digest
 from twofold.recipes.settings import AdapterSettings, TrainConfig
 from twofold.recipes.starts import loftq_start, started
-from twofold.recipes.train import prepare, train
+from twofold.recipes.train import dry_run, prepare, train
 from twofold.training.loop import train as run_job
 from twofold.training.objective import plain_objective
 
@@ -226,6 +226,23 @@ def test_a_training_that_starts_with_loftq(config: TrainConfig) -> None:
 def test_loftq_is_not_for_a_base_that_is_not_quantised(config: TrainConfig) -> None:
     with pytest.raises(ConfigError, match="this base is not quantised; set quantization: nf4"):
         train(replace(config, adapter=AdapterSettings(r=4, init_lora_weights="loftq")))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_lora_ga_is_not_for_packed_weights(config: TrainConfig, quantization: Any) -> None:
+    packed = replace(config, adapter=AdapterSettings(r=4, init_lora_weights="lora_ga"), quantization=quantization)
+    for begin in (dry_run, train):
+        with pytest.raises(ConfigError, match="the gradient of the weights, which packed ones do not have"):
+            begin(packed)
+    assert not Path(config.output).exists(), "a configuration that can be mended leaves no folder in the way"
+
+
+def test_a_start_of_too_many_directions_names_the_module_and_why() -> None:
+    config = LoraConfig(r=17, target_modules=["q_proj"], init_lora_weights="lora_ga")
+    with pytest.raises(
+        ConfigError, match=r"takes 34 directions \(2 r, and r is 17\) out of '.*q_proj', which has but 32"
+    ):
+        started(build_model("llama"), config, examples(), 0, "unread")
 
 
 def test_lora_plus_and_a_frozen_a_contradict_each_other(config: TrainConfig) -> None:

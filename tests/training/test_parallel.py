@@ -251,9 +251,9 @@ def test_processes_drop_different_values(config: Path, cli: WarmCli, tmp_path: P
     [
         (("--data.train", "nowhere.jsonl"), 2, "no data at nowhere.jsonl"),
         (
-            ("--training.parallel", "shard", "--adapter.bias", "all"),
+            ("--training.parallel", "shard", "--adapter.bias", "all", "--adapter.trainable-token-indices", 5, 9),
             2,
-            "adapter.bias cannot be trained over a sharded base",
+            "adapter.bias and adapter.trainable_token_indices cannot be trained over a sharded base",
         ),
         (("--device", "cuda"), 2, "device 'cuda' is not to be had"),
         (("--training.learning-rate", "1e30", "--training.warmup", "0"), 1, "gave "),

@@ -13,7 +13,7 @@ from twofold.adapter.config import LoraConfig
 from twofold.adapter.kinds import Part, parts_of
 from twofold.adapter.shapes import module_shapes
 from twofold.adapter.target import Targets, find_targets
-from twofold.adapter.variants import check_variants
+from twofold.adapter.variants import check_given, check_variants
 from twofold.errors import ClashError, ConfigError, did_you_mean
 from twofold.events import Pieces, finished
 from twofold.layers.linear import LinearShare
@@ -80,7 +80,7 @@ def freeze_a(model: nn.Module, name: str = DEFAULT_NAME) -> None:
     """
     config = replace(config_of(model, name), freeze_a=True)
     plain = replace(config, init_lora_weights=True)  # whatever it started from, it has its factors
-    check_variants(plain, find_targets(plain, module_shapes(model)), None)
+    check_variants(plain, find_targets(plain, module_shapes(model)))
     for share in shares(model, name).values():
         if isinstance(share, LinearShare):
             share.freeze_A()
@@ -114,7 +114,8 @@ def making_shares(
     model: nn.Module, targets: Targets, config: LoraConfig, name: str, factors: Mapping[str, Factors] | None = None
 ) -> Pieces[dict[str, Made]]:
     """`made_shares` in pieces."""
-    check_variants(config, targets, factors)
+    check_variants(config, targets)
+    check_given(config, targets, factors)
     modules, made, clashes = dict(bare_modules(model)), {}, []
     layers = [m for m in modules.values() if isinstance(m, AdapterLayer)]
     if any(checked_name(name) in layer.by_name() for layer in layers):

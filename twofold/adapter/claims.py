@@ -16,9 +16,13 @@ def broken_ties(ties: Mapping[str, str], kept: Iterable[str], changed: Set[str])
 
 
 def claimed_twice(
-    adapted: Iterable[str], saved: Iterable[str], parameters: Iterable[str], rows: Iterable[str]
+    adapted: Iterable[str],
+    saved: Iterable[str],
+    parameters: Iterable[str],
+    rows: Iterable[str],
+    biased: Iterable[str],
 ) -> list[str]:
-    """Modules that two entries of the config would change, each in its own way."""
+    """Modules that two entries of the config would change, each in its own way, or inside of one another."""
     claims: dict[str, list[str]] = {}
     keys = {
         "target_modules": adapted,
@@ -30,5 +34,9 @@ def claimed_twice(
         for name in names:
             claims.setdefault(name, []).append(key)
     twice = [f"'{name}' is in both {' and '.join(found)}" for name, found in claims.items() if len(found) > 1]
-    around = [(p, n) for p in parameters for n in claims if n.startswith(f"{p}.")]
-    return twice + [f"'{p}' has a parameter that is adapted, so '{n}' inside it cannot be" for p, n in around]
+    around = [(p, n) for p in parameters for n in dict.fromkeys([*claims, *biased]) if n.startswith(f"{p}.")]
+    twice += [f"'{p}' has a parameter that is adapted, so '{n}' inside it cannot be" for p, n in around]
+    inside = [(s, n, key) for s in saved for n, (key, *_) in claims.items() if n.startswith(f"{s}.")]
+    return twice + [
+        f"'{n}' is in {key}, but modules_to_save trains '{s}' whole, and it with that" for s, n, key in inside
+    ]

@@ -66,7 +66,7 @@ class LoraConfig:
     lora_bias: bool = False
     freeze_a: bool = False
     target_parameters: tuple[str, ...] | list[str] | None = None
-    trainable_token_indices: dict[str, list[int]] | tuple[int, ...] | list[int] | None = None
+    trainable_token_indices: tuple[int, ...] | dict[str, list[int]] | list[int] | None = None
     ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:

@@ -45,7 +45,8 @@ def says_nothing_new(
 def _base_tensor(bases: Mapping[str, nn.Module], key: str) -> Tensor | None:
     """The base's own tensor that a key of the file stands for, if it is one of an adapted module."""
     module, suffix = split_key(key)
-    if module not in bases or suffix not in ("base_layer.weight", "base_layer.bias", "weight", "bias"):
+    own = ("base_layer.weight", "base_layer.bias", "weight", "bias")
+    if module not in bases or suffix.removeprefix("token_adapter.") not in own:
         return None
     return cast(Tensor | None, getattr(bases[module], suffix.rpartition(".")[2], None))
 

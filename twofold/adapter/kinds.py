@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple, cast
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from twofold.adapter.config import LoraConfig, resolve
-from twofold.adapter.parameters import ParameterShape
+from twofold.adapter.names import parents
 from twofold.adapter.shapes import Kind, ModuleShape
 from twofold.adapter.target import Targets
 from twofold.adapter.variants import LINEAR, like, linear_share, set_lengths
@@ -20,7 +21,7 @@ from twofold.layers.conv import ConvShare, LoraConv
 from twofold.layers.embedding import EmbeddingShare, LoraEmbedding
 from twofold.layers.experts import LoraParameters, ParameterFactors, ParametersShare
 from twofold.layers.linear import LinearShare, LoraLinear
-from twofold.layers.protocol import AdapterLayer, Share
+from twofold.layers.protocol import AdapterLayer, Share, bias_of
 from twofold.layers.saved import BiasShare, CopyShare, TrainedBias, TrainedCopy
 from twofold.layers.tokens import TiedTokens, TokensShare, TrainedTokens
 from twofold.lowrank.init import STARTS, Factors, embedding
@@ -99,6 +100,9 @@ def parts_of(config: LoraConfig, targets: Targets, given: Mapping[str, Factors] 
 
     Args:
         given: factors to start from, by module, in place of those that the config would draw; of linear modules.
+
+    Raises:
+        ConfigError: two of them would fall on one module, or one inside another's, so that one would be lost.
     """
     shares = {kind: KINDS[kind].share for kind in KINDS} | dict.fromkeys(LINEAR, partial(linear_share, given=given))
     adapted = [
@@ -106,41 +110,54 @@ def parts_of(config: LoraConfig, targets: Targets, given: Mapping[str, Factors] 
         for module, shape in targets.adapted.items()
     ]
     saved = [Part(module, TrainedCopy.from_base, CopyShare) for module in targets.saved]
-    biased = [Part(module, TrainedBias.from_base, _bias_share) for module in targets.biased]
     parameters = [
-        Part(module, LoraParameters.from_base, partial(parameters_share, config, module, found))
-        for module, found in targets.parameters.items()
+        Part(module, LoraParameters.from_base, partial(parameters_share, config, targets, module))
+        for module in targets.parameters
     ]
-    return [*adapted, *parameters, *saved, *biased, *_token_parts(targets)]
+    others = [*adapted, *parameters, *saved, *_token_parts(targets)]
+    taken = {part.module for part in others}
+    return _apart(others + [Part(m, TrainedBias.from_base, _bias_share) for m in targets.biased if m not in taken])
 
 
-def parameters_share(
-    config: LoraConfig, module: str, found: tuple[ParameterShape, ...], base: nn.Module
-) -> ParametersShare:
+def _apart(parts: list[Part]) -> list[Part]:
+    taken = Counter(part.module for part in parts)
+    for module, times in taken.items():
+        if clash := next((m for m in parents(module) if m in taken and (m != module or times > 1)), None):
+            raise ConfigError(
+                f"this adapter changes '{module}' in one way and '{clash}' in another, and both cannot be"
+            )
+    return parts
+
+
+def parameters_share(config: LoraConfig, targets: Targets, module: str, base: nn.Module) -> ParametersShare:
     """Every expert starts as a linear map of its own would; ranks and scales go by the parameters' names."""
     factors, scales = {}, {}
-    for shape in found:
+    for shape in targets.parameters[module]:
         r, _, scales[shape.name] = resolve(config, f"{module}.{shape.name}")
         start = STARTS[config.init_lora_weights]
         starts = [start(r, shape.in_features, shape.out_features) for _ in range(shape.experts)]
         stacked = torch.stack([a for a, _ in starts]), torch.stack([b for _, b in starts])
         factors[shape.name] = ParameterFactors(*like(base.get_parameter(shape.name), stacked), shape.transposed)
-    return ParametersShare(factors, scales)
+    return ParametersShare(factors, scales, _learned_bias(targets, module, base))
 
 
 def _bias_share(base: nn.Module) -> Share:
-    return BiasShare(cast(Tensor, base.bias))
+    return BiasShare(bias_of(base))
+
+
+def _learned_bias(targets: Targets, module: str, base: nn.Module) -> Tensor | None:
+    return bias_of(base) if module in targets.biased else None
 
 
 def _token_parts(targets: Targets) -> list[Part]:
     made: dict[str, TokensShare] = {}
 
     def make(module: str, base: nn.Module) -> Share:
-        made[module] = TokensShare(targets.tokens[module], _weight(base))
+        made[module] = TokensShare(targets.tokens[module], _weight(base), _learned_bias(targets, module, base))
         return made[module]
 
-    def follow(source: str, base: nn.Module) -> Share:
-        return TiedTokens(made[source])
+    def follow(module: str, base: nn.Module) -> Share:
+        return TiedTokens(made[targets.tied[module]], _learned_bias(targets, module, base))
 
     own = [Part(m, TrainedTokens.from_base, partial(make, m)) for m in targets.tokens if m not in targets.tied]
-    return own + [Part(m, TrainedTokens.from_base, partial(follow, source)) for m, source in targets.tied.items()]
+    return own + [Part(m, TrainedTokens.from_base, partial(follow, m)) for m in targets.tied]

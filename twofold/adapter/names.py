@@ -21,17 +21,22 @@ def matcher(patterns: str | Iterable[str]) -> Callable[[str], bool]:
     return lambda name: not listed.isdisjoint(tails(name))
 
 
-def matches_around(patterns: str | Iterable[str], name: str) -> bool:
-    """Whether a module matches, or one that it lies in."""
-    parts = name.split(".")
-    return any(matches(patterns, ".".join(parts[:i])) for i in range(1, len(parts) + 1))
-
-
 @lru_cache(maxsize=1 << 16)
 def tails(name: str) -> tuple[str, ...]:
     """The name, and what follows each of its dots. Every pattern of every adapter asks this of the same few hundred names."""
     parts = name.split(".")
     return (name, *(".".join(parts[i:]) for i in range(1, len(parts))))
+
+
+def parents(name: str) -> list[str]:
+    """The names of the modules around it, from the outermost, and its own."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def matches_around(patterns: str | Iterable[str], name: str) -> bool:
+    """Whether a module matches, or one that it lies in."""
+    return any(matches(patterns, place) for place in parents(name))
 
 
 def in_order(name: str) -> list[tuple[bool, int, str]]:

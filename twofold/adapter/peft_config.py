@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,7 @@ def peft_config(model: nn.Module, name: str, base_name: str | None) -> dict[str,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
+        modules_to_save=_saved_by_peft(config.modules_to_save or (), shapes) or None,
         rank_pattern=_stable(config.rank_pattern, ranked, lambda c, m: resolve(c, m).r, config, "rank_pattern"),
         alpha_pattern=_stable(config.alpha_pattern, ranked, lambda c, m: resolve(c, m).alpha, config, "alpha_pattern"),
     )
@@ -185,6 +186,12 @@ def names_in_full(adapted: Iterable[str], known: Iterable[str]) -> list[str] | s
     """The names, or one expression of them where one name is the end of another's, which a list would match too."""
     names = sorted(adapted)
     return names if _matched(names, known) == set(names) else "|".join(re.escape(n) for n in names)
+
+
+def _saved_by_peft(entries: Sequence[str], known: Iterable[str]) -> Sequence[str]:
+    """The entries, or the names in full where PEFT would find more, since to it an entry may begin in the middle of a word."""
+    names, known = _matched(list(entries), known), set(known)
+    return entries if {n for n in known if n.endswith(tuple(entries))} == names else sorted(names)
 
 
 def _matched(patterns: list[str], names: Iterable[str]) -> set[str]:

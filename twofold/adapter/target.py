@@ -5,12 +5,12 @@ Every entry that matches nothing is an error, and all of them come in one messag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from twofold.adapter.claims import broken_ties, claimed_twice
 from twofold.adapter.config import LoraConfig, pattern_matches
-from twofold.adapter.names import layer_index, matcher, matches, matches_around, tails
+from twofold.adapter.names import layer_index, matcher, matches, matches_around, parents, tails
 from twofold.adapter.parameters import ParameterShape
 from twofold.adapter.shapes import ModuleShape
 from twofold.errors import TargetError, nearest
@@ -23,7 +23,7 @@ class Targets:
     Attributes:
         adapted: those that get factors.
         saved: those trained whole.
-        biased: those of which only the bias is trained.
+        biased: those without factors of their own whose bias is trained, alone or beside their parameters or tokens.
         parameters: by module, those of its own parameters that get factors.
         tokens: by module, the rows of its weight that are trained.
         tied: modules whose rows are those of another, by its name.
@@ -63,7 +63,7 @@ def find_targets(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> Targe
         problems += broken_ties(
             {n: s.tied_to for n, s in shapes.items() if s.tied_to}, tied, {*adapted, *saved, *tokens}
         )
-    problems += claimed_twice(adapted, saved, parameters, {**tokens, **tied})
+    problems += claimed_twice(adapted, saved, parameters, {**tokens, **tied}, targets.biased)
     if not (adapted or parameters or tokens or problems):
         problems.append("target_modules leaves nothing to adapt once exclude_modules and layers_to_transform apply")
     if problems:
@@ -75,7 +75,7 @@ def targets_of(config: LoraConfig, shapes: Mapping[str, ModuleShape], adapted: d
     """What an adapter with factors on `adapted` touches besides."""
     saved = _saved(config, shapes)
     parameters, tokens, tied = adapted_parameters(config, shapes), token_rows(config, shapes), tied_rows(config, shapes)
-    return Targets(adapted, saved, _biased(config, shapes, adapted, saved), parameters, tokens, tied)
+    return Targets(adapted, saved, _biased(config, shapes, {*adapted, *saved}, parameters), parameters, tokens, tied)
 
 
 def _why_not(shape: ModuleShape) -> str:
@@ -173,15 +173,18 @@ PRESETS = {"all-linear": _all_linear, "attention": _attention, "mlp": _mlp}
 
 
 def _saved(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> tuple[str, ...]:
-    return tuple(filter(matcher(config.modules_to_save), shapes)) if config.modules_to_save else ()
+    if not config.modules_to_save:
+        return ()
+    found = set(filter(matcher(config.modules_to_save), shapes))
+    return tuple(n for n in shapes if n in found and found.isdisjoint(parents(n)[:-1]))
 
 
 def _biased(
-    config: LoraConfig, shapes: Mapping[str, ModuleShape], adapted: Mapping[str, ModuleShape], saved: tuple[str, ...]
+    config: LoraConfig, shapes: Mapping[str, ModuleShape], others: Set[str], parameters: Container[str]
 ) -> tuple[str, ...]:
-    if config.bias != "all":
-        return ()
-    return tuple(n for n, s in shapes.items() if s.bias and n not in adapted and n not in saved)
+    """Those whose bias is not among what is trained of others; a module with adapted parameters is an adapted one."""
+    asked: Container[str] = {"none": (), "lora_only": parameters, "all": shapes}[config.bias]
+    return tuple(n for n, s in shapes.items() if s.bias and n in asked and others.isdisjoint(parents(n)))
 
 
 def _unmatched(config: LoraConfig, shapes: Mapping[str, ModuleShape], adapted: Mapping[str, ModuleShape]) -> list[str]:

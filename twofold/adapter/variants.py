@@ -18,17 +18,17 @@ from twofold.errors import AdapterFileError, ConfigError
 from twofold.layers.dora import MatrixShare
 from twofold.layers.linear import LinearShare
 from twofold.layers.protocol import bare_modules
-from twofold.layers.quantised import frozen_of, unpacked
+from twofold.layers.quantised import frozen_of
 from twofold.lowrank.dora import row_norms, row_squares
 from twofold.lowrank.init import STARTS, Factors
-from twofold.lowrank.spectral_init import DATA_STARTS, is_subtracted, weight_start
+from twofold.lowrank.spectral_init import DATA_STARTS, directions, is_subtracted, weight_start
 
 LINEAR = ("linear", "conv1d")
 DORA = (*LINEAR, "embedding", "convolution")
 
 
-def check_variants(config: LoraConfig, targets: Targets, given: Mapping[str, Factors] | None) -> None:
-    """Refuse what a variant cannot do for the modules and parameters that it is asked for.
+def check_variants(config: LoraConfig, targets: Targets) -> None:
+    """Refuse what a variant or a start cannot do for the modules and parameters that it is asked for.
 
     Raises:
         ConfigError: names the setting and the modules.
@@ -49,13 +49,29 @@ def check_variants(config: LoraConfig, targets: Targets, given: Mapping[str, Fac
             "use_dora is defined for linear layers, embeddings and convolutions without groups, but the targets include "
             f"{_listed(beyond)}; leave these out by exclude_modules, or take plain LoRA"
         )
-    if config.init_lora_weights in DATA_STARTS:
-        missing = [name for name in targets.adapted if name not in (given or {})]
-        if missing:
+    for name, shape in targets.adapted.items():
+        r, most = resolve(config, name).r, min(shape.in_features, shape.out_features)
+        taken = directions(config.init_lora_weights, r)
+        if taken > most:
+            twice = f" (2 r, and r is {r})" if taken > r else ""
             raise ConfigError(
-                f"init_lora_weights: {config.init_lora_weights} is computed from data or from the unquantised weights before "
-                f"training, but no factors were given for {_listed(missing)}; see twofold.recipes.starts"
+                f"init_lora_weights: {config.init_lora_weights} takes {taken} directions{twice} out of '{name}', which has but "
+                f"{most}; choose a lower r, by rank_pattern for this module alone, or another init_lora_weights"
             )
+
+
+def check_given(config: LoraConfig, targets: Targets, given: Mapping[str, Factors] | None) -> None:
+    """Refuse a start that is computed before where it is not given.
+
+    Raises:
+        ConfigError: names the start and the modules.
+    """
+    missing = [name for name in targets.adapted if name not in (given or {})]
+    if config.init_lora_weights in DATA_STARTS and missing:
+        raise ConfigError(
+            f"init_lora_weights: {config.init_lora_weights} is computed from data or from the unquantised weights before "
+            f"training, but no factors were given for {_listed(missing)}; see twofold.recipes.starts"
+        )
 
 
 def check_source(model: nn.Module, config: LoraConfig, targets: Targets, path: Path) -> None:
@@ -65,7 +81,8 @@ def check_source(model: nn.Module, config: LoraConfig, targets: Targets, path: P
         AdapterFileError: names the file and a packed module.
     """
     bases = dict(bare_modules(model)) if is_subtracted(config.init_lora_weights) else {}
-    packed = [name for name in targets.adapted if name in bases and unpacked(getattr(bases[name], "base", bases[name]))]
+    held = {name: getattr(bases[name], "base", bases[name]) for name in targets.adapted if name in bases}
+    packed = [name for name, base in held.items() if frozen_of(base) is not None]
     if packed:
         raise AdapterFileError(
             f"{path} holds raw factors of init_lora_weights={config.init_lora_weights!r}, whose start was read off the 16-bit "

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from twofold.layers.protocol import Share
+from twofold.layers.saved import BiasShare, shifted_bias
 from twofold.layers.weights import WeightsLayer
 from twofold.lowrank.factors import LowRank, folded
 from twofold.lowrank.standin import StandIn, Sum
@@ -43,14 +43,18 @@ class ParameterFactors(nn.Module):
         self.B.copy_(b.view(-1, r, experts).permute(2, 0, 1))
 
 
-class ParametersShare(Share):
-    """One adapter's factors over some parameters of one module, by name, in the module's order."""
+class ParametersShare(BiasShare):
+    """One adapter's factors over some parameters of one module, by name, in the module's order; and a change of its bias, if that
+    is given."""
 
-    def __init__(self, factors: Mapping[str, ParameterFactors], scales: Mapping[str, float]) -> None:
-        super().__init__()
+    def __init__(
+        self, factors: Mapping[str, ParameterFactors], scales: Mapping[str, float], bias: Tensor | None = None
+    ) -> None:
+        super().__init__(bias)
         self.names = tuple(factors)
         self.factors = nn.ModuleList(factors.values())
         self.scales = dict(scales)
+        self.bias_key = "base_layer." * len(self.names) + "bias"
 
     def of(self, name: str) -> ParameterFactors:
         """The factors of one parameter."""
@@ -61,7 +65,7 @@ class ParametersShare(Share):
         return {name: "base_layer." * (last - i) for i, name in enumerate(self.names)}
 
     def saved(self, base: nn.Module) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        found = super().saved(base)
         for name, prefix in self._prefixes().items():
             a, b = self.of(name).flat()
             found |= {f"{prefix}lora_A.weight": a.detach(), f"{prefix}lora_B.weight": b.detach()}
@@ -69,12 +73,14 @@ class ParametersShare(Share):
 
     @torch.no_grad()
     def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        super().load(base, tensors)
         for name, prefix in self._prefixes().items():
             self.of(name).take(tensors[f"{prefix}lora_A.weight"], tensors[f"{prefix}lora_B.weight"])
 
 
 class LoraParameters(WeightsLayer):
-    """A module whose own parameters W are W + Σ weight · scale · B A over the active shares while it runs."""
+    """A module whose own parameters W are W + Σ weight · scale · B A over the active shares while it runs, and its bias b + Σ
+    weight · change where they have one."""
 
     @classmethod
     def from_base(cls, base: nn.Module) -> LoraParameters:
@@ -85,7 +91,14 @@ class LoraParameters(WeightsLayer):
         return cast(list[ParametersShare], self.active())
 
     def changed(self) -> list[str]:
+        return self._adapted() + (["bias"] if self._shifts() else [])
+
+    def _adapted(self) -> list[str]:
+        """Names of the parameters that have factors."""
         return list(dict.fromkeys(name for share in self._shares_now() for name in share.names))
+
+    def _shifts(self) -> bool:
+        return any(share.bias_change is not None for share in self._shares_now())
 
     def forward(self, *args: Any, **named: Any) -> Any:
         """As the module's own."""
@@ -93,7 +106,9 @@ class LoraParameters(WeightsLayer):
             return self.base(*args, **named)
         if self.merged is not None or self.folding:
             return self.run_merged(*args, **named)
-        standing: dict[str, Tensor] = {name: StandIn.of(self._sum(name)) for name in self.changed()}
+        standing: dict[str, Tensor] = {name: StandIn.of(self._sum(name)) for name in self._adapted()}
+        if self._shifts():
+            standing["bias"] = shifted_bias(self.base, self._shares_now())
         return torch.func.functional_call(self.base, standing, args, named)
 
     def _sum(self, name: str) -> Sum:
@@ -125,6 +140,8 @@ class LoraParameters(WeightsLayer):
 
     @torch.no_grad()
     def fold(self, name: str) -> Tensor:
+        if name == "bias":
+            return shifted_bias(self.base, self._shares_now())
         weight = self.base.get_parameter(name)
         if weight.dim() == 2:
             return folded(weight, self.update(name, 0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -61,7 +61,9 @@ class TrainedCopy(AdapterLayer):
         """Nothing was folded."""
 
     def folded(self) -> dict[str, Tensor]:
-        return _as_in_base(self)
+        """What the active share saves, in the base's types."""
+        types = {key: tensor.dtype for key, tensor in self.base.state_dict().items()}
+        return {key: t.to(types[key]) for share in self.active()[-1:] for key, t in share.saved(self.base).items()}
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -72,18 +74,44 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 class BiasShare(Share):
-    """What an adapter adds to a bias, zero at the start; saved as the bias it results in."""
+    """What an adapter adds to a bias, zero at the start, if it adds to one; saved as the bias it results in.
 
-    def __init__(self, bias: Tensor) -> None:
+    Attributes:
+        bias_key: PEFT's suffix of that bias.
+    """
+
+    bias_key = "bias"
+
+    def __init__(self, bias: Tensor | None) -> None:
         super().__init__()
-        self.bias_change = nn.Parameter(torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32)))
+        self.bias_change = None if bias is None else nn.Parameter(_no_change(bias))
 
     def saved(self, base: nn.Module) -> dict[str, Tensor]:
-        return {"bias": bias_of(base) + self.bias_change.detach()}
+        change = self.bias_change
+        return {} if change is None else {self.bias_key: bias_of(base) + change.detach()}
 
     @torch.no_grad()
     def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        self.bias_change.copy_(tensors["bias"].to(self.bias_change) - bias_of(base))
+        if self.bias_change is not None:
+            self.bias_change.copy_(tensors[self.bias_key].to(self.bias_change) - bias_of(base))
+
+
+def _no_change(bias: Tensor) -> Tensor:
+    return torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))
+
+
+def shifted(y: Tensor, shares: Iterable[BiasShare]) -> Tensor:
+    """An output with what the shares add to its bias."""
+    for share in shares:
+        if share.bias_change is not None:
+            y = y + (share.bias_change * share.weight_when_active).to(y.dtype)
+    return y
+
+
+def shifted_bias(base: nn.Module, shares: Iterable[BiasShare]) -> Tensor:
+    """The bias itself with it, rounded once to its type."""
+    bias = bias_of(base)
+    return shifted(bias.to(torch.promote_types(bias.dtype, torch.float32)), shares).to(bias.dtype)
 
 
 class TrainedBias(AdapterLayer):
@@ -94,10 +122,7 @@ class TrainedBias(AdapterLayer):
         return cls(base)
 
     def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
-        y = cast(Tensor, self.base(x, *args, **named))
-        for share in self.active():
-            y = y + (cast(BiasShare, share).bias_change * share.weight_when_active).to(y.dtype)
-        return y
+        return shifted(self.base(x, *args, **named), cast(list[BiasShare], self.active()))
 
     def merge(self) -> None:
         """Nothing to fold: the change is added, not multiplied."""
@@ -106,12 +131,4 @@ class TrainedBias(AdapterLayer):
         """Nothing was folded."""
 
     def folded(self) -> dict[str, Tensor]:
-        return _as_in_base(self)
-
-
-def _as_in_base(layer: AdapterLayer) -> dict[str, Tensor]:
-    """What the last active share saves, in the base's types."""
-    types = {key: tensor.dtype for key, tensor in layer.base.state_dict().items()}
-    return {
-        key: tensor.to(types[key]) for share in layer.active()[-1:] for key, tensor in share.saved(layer.base).items()
-    }
+        return {"bias": shifted_bias(self.base, cast(list[BiasShare], self.active())).detach()}

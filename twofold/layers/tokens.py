@@ -15,19 +15,23 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from twofold.functional.widen import in_own_precision
-from twofold.layers.protocol import Share
+from twofold.layers.saved import BiasShare, shifted, shifted_bias
 from twofold.layers.weights import WeightLayer
 
 ROWS = "token_adapter.trainable_tokens_delta"
+BIAS = "token_adapter.base_layer.bias"
 
 
-class TokensShare(Share):
-    """One adapter's change of the rows of some tokens: (n, dim), in float32 or wider."""
+class TokensShare(BiasShare):
+    """One adapter's change of the rows of some tokens: (n, dim), in float32 or wider; and of a head's bias, if it is given."""
 
+    bias_key = BIAS
     tokens: Tensor
 
-    def __init__(self, tokens: Sequence[int], weight: Float[Tensor, "vocabulary dim"]) -> None:
-        super().__init__()
+    def __init__(
+        self, tokens: Sequence[int], weight: Float[Tensor, "vocabulary dim"], bias: Tensor | None = None
+    ) -> None:
+        super().__init__(bias)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.register_buffer("tokens", torch.tensor(tokens, device=weight.device), persistent=False)
         self.change = nn.Parameter(torch.zeros(len(tokens), weight.shape[1], dtype=dtype, device=weight.device))
@@ -36,18 +40,21 @@ class TokensShare(Share):
         return cast(Tensor, base.weight)[self.tokens].to(self.change.dtype)
 
     def saved(self, base: nn.Module) -> dict[str, Tensor]:
-        return {ROWS: self._rows(base) + self.change.detach()}
+        return {ROWS: self._rows(base) + self.change.detach(), **super().saved(base)}
 
     @torch.no_grad()
     def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        super().load(base, tensors)
         self.change.copy_(tensors[ROWS].to(self.change) - self._rows(base))
 
 
-class TiedTokens(Share):
-    """The rows of another layer's share, over a module that has the same weight: trained and saved there."""
+class TiedTokens(BiasShare):
+    """The rows of another layer's share, over a module that has the same weight: trained and saved there, but for a bias."""
 
-    def __init__(self, source: TokensShare) -> None:
-        super().__init__()
+    bias_key = BIAS
+
+    def __init__(self, source: TokensShare, bias: Tensor | None = None) -> None:
+        super().__init__(bias)
         self._source = (source,)  # not a module of this one, or its rows would count twice
 
     @property
@@ -57,12 +64,6 @@ class TiedTokens(Share):
     @property
     def change(self) -> Tensor:
         return self._source[0].change
-
-    def saved(self, base: nn.Module) -> dict[str, Tensor]:
-        return {}
-
-    def load(self, base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Its source takes them."""
 
 
 class Rows(NamedTuple):
@@ -94,7 +95,7 @@ class TrainedTokens(WeightLayer):
     def _whole(self, x: Tensor, weight: Tensor) -> Tensor:
         if isinstance(self.base, nn.Embedding):
             return self._scaled(F.embedding(x, weight))
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, weight, None if self.bias is None else shifted_bias(self.base, self._changes()))
 
     def _look_up(self, ids: Tensor) -> Tensor:
         rows = self.rows()
@@ -113,6 +114,7 @@ class TrainedTokens(WeightLayer):
     def onto(self, logits: Float[Tensor, "*batch vocabulary"], x: Float[Tensor, "*batch dim"]) -> Tensor:
         """Over a head: what the frozen weight makes of x, and on top what the trained rows add to the logits of their tokens."""
         tokens, change = _summed(self._changes())
+        logits = shifted(logits, self._changes())
         return logits.index_add(-1, tokens, F.linear(x, change.to(x.dtype)).to(logits.dtype))
 
     def rows(self) -> Rows:
@@ -135,7 +137,9 @@ class TrainedTokens(WeightLayer):
         return self.weight.index_copy(0, rows.tokens, rows.values)
 
     def folded(self) -> dict[str, Tensor]:
-        return {"weight": self.fold()}
+        shifts = any(share.bias_change is not None for share in self._changes())
+        bias = {"bias": shifted_bias(self.base, self._changes()).detach()} if shifts else {}
+        return {"weight": self.fold()} | bias
 
 
 def _summed(shares: list[TokensShare | TiedTokens]) -> tuple[Tensor, Tensor]:

@@ -144,6 +144,14 @@ def weight_start(name: bool | str) -> Callable[[Tensor, int, float], Factors] | 
     return fast_pissa(int(fast.group(1))) if fast else WEIGHT_STARTS.get(str(name))
 
 
+def directions(name: bool | str, r: int) -> int:
+    """How many singular directions the start of that name takes out of a weight, or out of its gradient or its error; 0 for one
+    that reads none of them."""
+    if name == "lora_ga":
+        return 2 * r
+    return r if name == "loftq" or weight_start(name) is not None else 0
+
+
 def is_subtracted(name: bool | str) -> bool:
     """Whether the update is counted from this start, whose product is not zero."""
     return name == "lora_ga" or weight_start(name) is not None

@@ -17,11 +17,11 @@ from torch import Tensor
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.keys import PREFIX
-from twofold.adapter.names import matcher, tails
+from twofold.adapter.names import matcher, parents, tails
 from twofold.adapter.peft_config import names_in_full, with_changes
 from twofold.adapter.plain import plain_config, plain_tensors, ranks_of
 from twofold.adapter.updates import Pair, factors, has_groups, low_rank, pairs_of
-from twofold.adapter.whole import TOKENS, Name, ReadBase, parents, unknown_said, whole_names
+from twofold.adapter.whole import TOKENS, Name, ReadBase, unknown_said, whole_names
 from twofold.errors import ConfigError
 from twofold.events import Emit, Progress
 from twofold.lowrank.algebra import Reduced
@@ -262,7 +262,7 @@ def _summed_whole(given: Sequence[Weighed], base: ReadBase | None) -> dict[str, 
 def _own(base: ReadBase, files: AdapterFiles, module: str, suffix: str) -> Tensor:
     """The base's values of what an adapter holds whole."""
     if suffix != TOKENS:
-        return base(f"{module}.{suffix.removeprefix('base_layer.')}")
+        return base(f"{module}.{'bias' if suffix.endswith('base_layer.bias') else suffix}")
     rows = files.config.trainable_token_indices or ()
     if isinstance(rows, Mapping):
         rows = next(r for entry, r in rows.items() if entry in tails(module))

@@ -9,6 +9,7 @@ from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.parameters import ParameterShape
 from twofold.adapter.shapes import ModuleShape
 from twofold.adapter.target import find_targets
+from twofold.adapter.variants import check_variants
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ def plan_parameters(config: LoraConfig, shapes: Mapping[str, ModuleShape], base:
 
     Raises:
         TargetError: an entry of the config matches nothing.
+        ConfigError: a variant or a start is asked of a module that it is not defined for.
     """
     targets = find_targets(config, shapes)
+    check_variants(config, targets)
     ranks = {name: resolve(config, name).r for name in targets.adapted}
     factors = sum(_share_parameters(config, ranks[n], s) for n, s in targets.adapted.items())
     biases = sum(s.out_features for s in targets.adapted.values() if s.bias and config.bias != "none")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twofold.base.load import Base
 from twofold.data.examples import Examples
-from twofold.errors import NonFiniteLossError
+from twofold.errors import DataError, NonFiniteLossError
 from twofold.events import Emit, Event, Message, Progress, Step, silent
 from twofold.recipes.rate_page import write_page
 from twofold.recipes.settings import TrainConfig
@@ -83,9 +83,20 @@ def _first(examples: Examples | None, count: int) -> Examples | None:
 
 
 def _untouched_loss(job: Job) -> float:
-    """The loss that a rate of zero would end with: the mean of the closing steps' batches before any training."""
-    steps = range(job.steps - closing_steps(job.steps), job.steps)
-    return statistics.fmean(evaluate_loss(job.objective, job.batches(step)).loss for step in steps)
+    """The loss that a rate of zero would end with: the mean of the closing steps' batches before any training, steps with nothing
+    supervised aside, as in a trial.
+
+    Raises:
+        DataError: there are no others.
+    """
+    steps = [step for step in range(job.steps) if any(b.supervised_tokens for b in job.batches(step))]
+    if not steps:
+        raise DataError(
+            f"nothing is supervised in the {job.steps} steps of a trial, so no rate could learn; see twofold preview, and take "
+            "more steps (find_lr.steps) or rows that fit data.max_length"
+        )
+    closing = steps[-closing_steps(len(steps)) :]
+    return statistics.fmean(evaluate_loss(job.objective, job.batches(step)).loss for step in closing)
 
 
 def _restart(bench: _Bench) -> None:

@@ -21,6 +21,7 @@ from twofold.machine import checked_device, memory_bytes
 from twofold.recipes.adapters import check_base
 from twofold.recipes.preflight import Preflight, preflight
 from twofold.recipes.settings import TrainConfig, check_factors_only
+from twofold.recipes.starts import check_start
 from twofold.recipes.tasks import TASKS
 from twofold.world import World
 
@@ -83,7 +84,14 @@ def _load_data(config: TrainConfig, base: Base, held: int, emit: Emit, *, sharde
 
 
 def foresee(config: TrainConfig, loaded: Loaded, world: World) -> Preflight:
-    """The pre-flight, with the memory of one process of those that train."""
+    """The pre-flight, with the memory of one process of those that train.
+
+    Raises:
+        TargetError: the adapter's targets match nothing.
+        ConfigError: a variant or a start is asked of what it is not defined for.
+    """
+    if loaded.lora is not None:
+        check_start(loaded.base.model, loaded.lora, loaded.base.reference)
     data = (loaded.train, loaded.evaluation)
     found = preflight(loaded.base, loaded.lora, config.training, *data, loaded.held, world)
     if not is_sharded(config, world):

@@ -144,6 +144,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
 
     Raises:
         TargetError: the adapter's targets match nothing.
+        ConfigError: a variant or a start is asked of a module that it is not defined for.
         BaseError: no such base.
     """
     base = outline(settings.base)
@@ -292,7 +293,8 @@ def possible_changes(settings: PlanSettings) -> Iterator[tuple[str, Callable[[Pl
     if (length := settings.sequence_length // 2) >= 1:
         text = f"at most {length} tokens (--sequence-length {length})"
         yield text, lambda s: replace(s, sequence_length=length)
-    if settings.method != "full" and (r := settings.r // 2) >= 1:
+    step = 2 if settings.init_lora_weights == "orthogonal" else 1  # which takes even ranks alone
+    if settings.method != "full" and (r := settings.r // 2 // step * step) >= 1:
         yield f"rank {r} (--r {r})", lambda s: replace(s, r=r)
 
 

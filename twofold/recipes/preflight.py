@@ -103,6 +103,7 @@ def preflight(
 
     Raises:
         TargetError: the adapter's targets match nothing.
+        ConfigError: a variant or a start is asked of a module that it is not defined for.
     """
     described = WHY if config is None else describe(base.model)
     shapes, values = module_shapes(base.model), values_of(base.model)

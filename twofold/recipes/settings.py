@@ -122,6 +122,7 @@ class TrainConfig:
             "training.parallel: shard": self.training.parallel == "shard",
             "training.cache_frozen": self.training.cache_frozen,
             "training.loraplus_lr_ratio": self.training.loraplus_lr_ratio != 1,
+            "training.spectrum_every": self.training.spectrum_every is not None,
         }
         if asked := [name for name, is_used in used.items() if is_used]:
             raise ConfigError(
@@ -214,6 +215,7 @@ def check_factors_only(config: LoraConfig) -> None:
         "use_dora": config.use_dora,
         "lora_bias": config.lora_bias,
         "init_lora_weights": config.init_lora_weights not in STARTS,
+        "trainable_token_indices": bool(config.trainable_token_indices),
     }
     asked = [name for name, is_used in used.items() if is_used]
     if asked:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.shapes import ModuleShape, module_shapes
 from twofold.adapter.target import find_targets
+from twofold.adapter.variants import check_variants
 from twofold.base.batch import Example, pack
 from twofold.base.blocks import NotDescribed
 from twofold.base.load import locate
@@ -24,6 +25,7 @@ from twofold.errors import ConfigError
 from twofold.layers.quantised import frozen_of, packed_as
 from twofold.lowrank.init import Factors
 from twofold.lowrank.spectral_init import eva, eva_ranks, loftq, lora_ga
+from twofold.quant import Scheme
 from twofold.training.objective import plain_objective
 
 START_EXAMPLES = 16
@@ -41,6 +43,7 @@ def started(
     Raises:
         ConfigError: the start needs what this base does not have.
     """
+    check_start(model, config, source)
     if config.init_lora_weights == "eva":
         return eva_start(model, config, examples[:START_EXAMPLES], pad_id)
     if config.init_lora_weights == "lora_ga":
@@ -50,14 +53,35 @@ def started(
     return config, None
 
 
-def _targets(model: nn.Module, config: LoraConfig) -> dict[str, ModuleShape]:
-    adapted = find_targets(config, module_shapes(model)).adapted
-    others = [n for n, s in adapted.items() if s.kind not in ("linear", "conv1d")]
-    if others:
+def check_start(model: Any, config: LoraConfig, source: str) -> None:
+    """Refuse a start that cannot be computed over this base, before anything is.
+
+    Raises:
+        ConfigError: LoRA-GA over packed weights, which have no gradient; LoftQ where packing lost nothing, or where what it lost
+            is not there.
+    """
+    start = config.init_lora_weights
+    if start == "lora_ga" and any(frozen_of(m) is not None for m in model.modules()):
         raise ConfigError(
-            f"init_lora_weights: {config.init_lora_weights} is for linear layers alone, not '{others[0]}'"
+            "init_lora_weights: lora_ga starts from the gradient of the weights, which packed ones do not have; take loftq, eva or "
+            "pissa, or leave out quantization"
         )
-    return adapted
+    if start == "loftq" and packed_as(model) is None:
+        raise ConfigError(
+            "init_lora_weights: loftq starts from what quantisation rounds away, and this base is not quantised; set quantization: "
+            "nf4, or take pissa"
+        )
+    if start == "loftq" and getattr(model.config, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"init_lora_weights: loftq needs the 16-bit weights, and {source} holds packed ones; name the 16-bit base with "
+            "quantization: nf4"
+        )
+
+
+def _targets(model: nn.Module, config: LoraConfig) -> dict[str, ModuleShape]:
+    targets = find_targets(config, module_shapes(model))
+    check_variants(config, targets)
+    return targets.adapted
 
 
 def eva_start(
@@ -161,25 +185,11 @@ def loftq_start(
 
 
 def loftq_from_source(model: Any, config: LoraConfig, source: str) -> dict[str, Factors]:
-    """LoftQ over a packed base, whose 16-bit weights are read again from its checkpoint, one at a time.
+    """LoftQ over a base that was packed while it was read; its 16-bit weights are read again from its checkpoint, one at a time.
 
     Args:
         source: the reference that the base was loaded by.
-
-    Raises:
-        ConfigError: the base was not packed while it was read, so that nothing was lost or what was lost is not there.
     """
-    scheme = packed_as(model)
-    if scheme is None:
-        raise ConfigError(
-            "init_lora_weights: loftq starts from what quantisation rounds away, and this base is not quantised; set quantization: "
-            "nf4, or take pissa"
-        )
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ConfigError(
-            f"init_lora_weights: loftq needs the 16-bit weights, and {source} holds packed ones; name the 16-bit base with "
-            "quantization: nf4"
-        )
     adapted, found = _targets(model, config), dict[str, Factors]()
 
     def look(name: str, weight: Tensor) -> None:
@@ -188,7 +198,7 @@ def loftq_from_source(model: Any, config: LoraConfig, source: str) -> dict[str, 
             left = packed.dequantised()
             found[name], _ = loftq(weight, lambda _: left, *_rank_and_scale(config, name))
 
-    read_again(model, locate(source), scheme, look)
+    read_again(model, locate(source), cast(Scheme, packed_as(model)), look)
     if missing := [name for name in adapted if name not in found]:
         raise ConfigError(
             f"init_lora_weights: loftq is for quantised layers, and '{missing[0]}' stays as it is; exclude it"
