@@ -189,7 +189,8 @@ def test_a_variant_over_codes_is_that_over_the_values_they_stand_for(
     assert base_digest(models[0]) == digest
 
 
-def test_raw_factors_of_another_base_are_not_taken_off_codes(llama_base: Path, tmp_path: Path) -> None:
+@SCHEMES
+def test_raw_factors_of_another_base_are_not_taken_off_codes(scheme: Scheme, llama_base: Path, tmp_path: Path) -> None:
     """PEFT's PiSSA starts from the 16-bit weights, which a packed base does not have."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -197,7 +198,7 @@ def test_raw_factors_of_another_base_are_not_taken_off_codes(llama_base: Path, t
         peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama_base), config).save_pretrained(tmp_path / "raw")
     load_adapter(AutoModelForCausalLM.from_pretrained(llama_base), tmp_path / "raw")
     with pytest.raises(AdapterFileError, match="16-bit base"):
-        load_adapter(packed(llama_base, Scheme("nf4")).model, tmp_path / "raw")
+        load_adapter(packed(llama_base, scheme).model, tmp_path / "raw")
 
 
 @pytest.mark.parametrize("adapter", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
