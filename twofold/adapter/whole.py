@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twofold.adapter.files import AdapterFiles
-from twofold.adapter.names import matcher, tails
+from twofold.adapter.names import matcher, parents, tails
 from twofold.adapter.peft_config import PAST_TENSORS
 from twofold.adapter.updates import PARTNERS
 from twofold.errors import AdapterFileError
@@ -58,12 +58,6 @@ def check_copies(files: AdapterFiles, base: ReadBase) -> None:
                 f"{files.path} holds a weight of '{module}' ({COPY}) that is not the base's, so it was trained over another one; "
                 "merge it into that base instead"
             )
-
-
-def parents(module: str) -> list[str]:
-    """The name and those of the modules around it."""
-    parts = module.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def _beside_factors(files: AdapterFiles) -> Iterator[Name]:
