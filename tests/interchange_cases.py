@@ -89,6 +89,7 @@ def _both(sentence: str) -> dict[str, Any]:
 QV = {"target_modules": ["q_proj", "v_proj"]}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CHANGED = "changed the base when training began, so the adapter does not fit the plain base"
+KEPT = "have one weight, which ensure_weight_tying keeps"
 NO_CORDA = "init_lora_weights is 'corda' but may be"
 BLOCKS = {"target_modules_bd_a": ["v_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2}
 CASES = [
@@ -111,6 +112,18 @@ CASES = [
     Case("modules_to_save: the head", {**QV, "modules_to_save": ["lm_head"]}),
     Case("modules_to_save: the embedding", {**QV, "modules_to_save": ["embed_tokens"]}),
     Case(
+        "modules_to_save: the embedding and its tied head",
+        {**QV, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        "llama-tied",
+        refused_written=KEPT,
+    ),
+    Case(
+        "embedding and its tied head",
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+        "llama-tied",
+        refused_written=KEPT,
+    ),
+    Case(
         "modules_to_save: a classifier",
         {"target_modules": ["query"], "modules_to_save": ["classifier"]},
         "bert-classifier",
@@ -128,6 +141,9 @@ CASES = [
     ),
     Case("an expression for targets", {"target_modules": r".*\.1\..*(q_proj|up_proj)"}),
     Case("some layers", {**QV, "layers_to_transform": [1], "layers_pattern": "layers"}),
+    Case("some layers of an encoder and a decoder", {"target_modules": ["q", "v"], "layers_to_transform": [1]}, "t5"),
+    Case("some layers in lists of two names", {**QV, "layers_to_transform": [1], "layers_pattern": ["h", "layers"]}),
+    Case("some layers, and a head by its name", {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0]}),
     Case("all but some", {"target_modules": "all-linear", "exclude_modules": ["v_proj", "down_proj"]}),
     Case("DoRA", {"target_modules": "all-linear", "use_dora": True}),
     Case("DoRA and rsLoRA", {**QV, "use_dora": True, "use_rslora": True}),

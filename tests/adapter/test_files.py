@@ -316,6 +316,13 @@ def test_a_base_embedding_that_peft_saved_beside_must_be_this_bases(tmp_path: Pa
     )
 
 
+def test_the_head_of_an_embedding_trained_whole_is_no_second_name_of_it(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a", "llama-tied", modules_to_save=["embed_tokens"])
+    key = "base_model.model.{}.weight"
+    edit_tensors(path, lambda t: t.update({key.format("lm_head"): t[key.format("model.embed_tokens")].clone()}))
+    assert "unexpected tensor 'base_model.model.lm_head.weight'" in refusal(path, build_model("llama-tied"))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

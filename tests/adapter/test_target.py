@@ -100,17 +100,23 @@ def test_exclusion_by_ending_and_by_expression() -> None:
     assert chosen(model, exclude_modules=r".*layers\.1\..*") == {n for n in everything if ".1." not in n}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert", "t5"])
 @pytest.mark.parametrize("layers", [(0,), (1,), (0, 1), 1])
-def test_layers_to_transform_is_that_of_peft(family: str, layers: tuple[int, ...] | int) -> None:
+@pytest.mark.parametrize("lists", [None, ["layers", "block", "layer", "h"]])
+def test_layers_to_transform_is_that_of_peft(
+    family: str, layers: tuple[int, ...] | int, lists: list[str] | None
+) -> None:
     model = build_model(family)
-    target = {"gpt2": "c_fc", "opt": "fc1", "bert": "query"}.get(family, "up_proj")
+    targets = [{"gpt2": "c_fc", "opt": "fc1", "bert": "query", "t5": "q"}.get(family, "up_proj")]
+    targets += [] if family == "bert" else ["lm_head"]
     theirs = peft.LoraConfig(
-        target_modules=[target], layers_to_transform=layers if isinstance(layers, int) else list(layers)
+        target_modules=targets,
+        layers_to_transform=layers if isinstance(layers, int) else list(layers),
+        layers_pattern=lists,
     )
     expected = {n for n, _ in model.named_modules() if check_target_module_exists(theirs, n)}
-    assert expected
-    assert chosen(model, target_modules=(target,), layers_to_transform=layers) == expected
+    assert len(expected) > 1 or family == "bert"
+    assert chosen(model, target_modules=targets, layers_to_transform=layers, layers_pattern=lists) == expected
 
 
 def test_layers_are_counted_in_the_named_list() -> None:

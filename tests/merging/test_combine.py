@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from families import build_model, inputs, logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_adapters import saved, with_tensors
 from torch import Tensor
 from warm_cli import WarmCli
@@ -234,6 +234,18 @@ def test_whole_values_are_summed_as_changes_of_the_base(tmp_path: Path) -> None:
         torch.testing.assert_close(found[f"base_model.model.{key}"], expected)
     model = build_model("qwen2")
     load_adapter(model, tmp_path / "out")
+
+
+def test_a_sum_beyond_its_type_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    file = path / "adapter_model.safetensors"
+    save_file({k: v.half() for k, v in load_file(file).items()}, file)
+    build_model("llama").save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        ConfigError, match=r"lm_head.weight' would hold NaN or infinity, for its values are beyond float16"
+    ):
+        twofold.combine({path: 1e6}, tmp_path / "out", base=str(tmp_path / "base"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_biases_of_b_are_scaled_with_their_updates(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from twofold.adapter.attach import adapter_layers, attach
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import save_adapter
 from twofold.errors import AdapterFileError, ConfigError, ProofError, RunError, UserError
+from twofold.events import Event, Warned
 from twofold.lowrank.factors import LowRank
 from twofold.merging.export import gguf_adapter, mlx
 from twofold.merging.export.factors import prove
@@ -278,3 +279,14 @@ def test_the_file_is_that_of_llama_cpps_own_converter(family: str, tmp_path: Pat
     one, other = ({t.name: t.data for t in reader.tensors} for reader in (ours, theirs))
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[k], other[k]) for k in one)
+
+
+def test_pefts_copy_of_the_head_beside_its_factors_is_left_out(tmp_path: Path) -> None:
+    base, path, _ = adapted(tmp_path, target_modules=["q_proj", "lm_head"])
+    file = path / "adapter_model.safetensors"
+    copy = build_model("llama").lm_head.weight.detach().clone()
+    save_file(load_file(file) | {"base_model.model.lm_head.base_layer.weight": copy}, file)
+    told: list[Event] = []
+    found = export_adapter(path, "gguf", tmp_path / "a.gguf", str(base), emit=told.append)
+    assert found["largest_difference"] == 0
+    assert any(isinstance(e, Warned) and "a copy of the base's 'lm_head', which is left out" in e.text for e in told)

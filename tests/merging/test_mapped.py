@@ -114,8 +114,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("family", ["llama-tied", "qwen2"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *((family, settings) for family in ("llama-tied", "qwen2") for settings in CASES.values()),
+        ("gemma3", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    ],
+)
 def test_every_variant_of_a_mapped_base_as_in_memory(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
     model = build_model(family)
     model.resize_token_embeddings(300)

@@ -18,9 +18,11 @@ from warm_cli import WarmCli
 
 from twofold.engine.answering import answer_tokens
 from twofold.engine.request import Request, Sampling
-from twofold.errors import ConfigError
+from twofold.errors import BaseError, ConfigError
 from twofold.recipes.adapters import load_with_adapters
+from twofold.recipes.combine import combine
 from twofold.recipes.generate import GenerationConfig, answers
+from twofold.recipes.inspect import compare, inspect_adapter
 from twofold.recipes.settings import TrainConfig
 from twofold.recipes.train import train
 
@@ -144,3 +146,29 @@ def test_a_conversation_is_not_for_an_encoder_decoder(answerer: Trained) -> None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     with pytest.raises(ConfigError, match="sequence-to-sequence model answers a single prompt"):
         answers(base, [turns], GenerationConfig())
+
+
+@pytest.mark.parametrize("kind", ["classifier", "answerer"])
+def test_the_base_of_a_task_is_known_without_its_weights(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    config, report = request.getfixturevalue(kind)
+    findings = inspect_adapter(report["adapter"], config.base).findings
+    assert not [f for f in findings if f.severity == "error" or f.code == "no-fingerprint"]
+    combine({report["adapter"]: 1.0}, tmp_path / "same", base=config.base)
+    assert compare(report["adapter"], tmp_path / "same").cosine == pytest.approx(1)
+
+
+def test_a_head_that_starts_at_random_has_no_values_to_add_to(classifier: Trained, tmp_path: Path) -> None:
+    config, report = classifier
+    with pytest.raises(BaseError, match="which starts at random in every training"):
+        combine({report["adapter"]: 0.5}, tmp_path / "half", base=config.base)
+
+
+def test_a_file_of_peft_says_that_it_is_for_a_sequence_to_sequence_model(answerer: Trained, tmp_path: Path) -> None:
+    config, _ = answerer
+    plain = hf.AutoModelForSeq2SeqLM.from_pretrained(config.base)
+    settings = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q"])
+    peft.get_peft_model(plain, settings).save_pretrained(tmp_path / "a")
+    base = load_with_adapters(config.base, [str(tmp_path / "a")], "float32", "cpu")
+    assert base.model.config.is_encoder_decoder

@@ -29,8 +29,8 @@ class LoraConfig:
         target_modules: suffixes of module names, one regular expression for whole names, or a preset:
             `all-linear`, `attention`, `mlp`. Attention alone did worse at equal parameters (docs/evidence, targets).
         exclude_modules: suffixes or one regular expression; what they match is left alone.
-        layers_to_transform: indices of the layers to adapt; all of them when not given.
-        layers_pattern: name of the list of layers that the indices count in, such as `layers`.
+        layers_to_transform: indices of the layers to adapt; all of them when not given. Whole names in `target_modules` need none.
+        layers_pattern: name of the list of layers that the indices count in, such as `layers`, or several of them.
         rank_pattern: rank by pattern of module name, over `r`; the first pattern that matches counts.
         alpha_pattern: alpha by pattern of module name, over `lora_alpha`.
         use_rslora: scale by lora_alpha / sqrt(r) instead (arXiv 2312.03732).
@@ -55,7 +55,7 @@ class LoraConfig:
     target_modules: Names = "all-linear"
     exclude_modules: Names | None = None
     layers_to_transform: tuple[int, ...] | list[int] | int | None = None
-    layers_pattern: str | None = None
+    layers_pattern: Names | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float | int] = field(default_factory=dict)
     use_rslora: bool = False
@@ -86,6 +86,7 @@ class LoraConfig:
             "target_modules",
             "exclude_modules",
             "layers_to_transform",
+            "layers_pattern",
             "modules_to_save",
             "target_parameters",
         ):

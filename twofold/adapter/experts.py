@@ -2,8 +2,9 @@
 
 A file tells the parameters of one module apart by position alone (`layers/experts.py`), while ranks and scales go by their names.
 All parameters of a mixture have as many experts, so the names belong where the rows of A, divided by the name's rank, give the
-same number of experts everywhere. Where that leaves several orders, it is the one in which transformers makes the parameters;
-that of `target_parameters` says nothing, since PEFT writes it as it comes out of a set.
+same number of experts everywhere. A name that stands alone in `target_parameters` may be of any module: one that stands there
+with a part of this module's path goes before it. Where that leaves several orders, it is the one in which transformers makes the
+parameters; that of `target_parameters` says nothing, since PEFT writes it as it comes out of a set.
 """
 
 from __future__ import annotations
@@ -41,7 +42,14 @@ def placed(config: LoraConfig, module: str, rows: Sequence[int]) -> list[Placed]
     Args:
         rows: of each pair's A, in the order of the module's parameters.
     """
-    orders = permutations(parameters_named(config, module), len(rows))
+    named = parameters_named(config, module)
+    with_path = [entry for entry in config.target_parameters or () if "." in entry]
+    meant = [name for name in named if matches(with_path, f"{module}.{name}")]
+    return _in_only_order(config, module, meant, rows) or _in_only_order(config, module, named, rows)
+
+
+def _in_only_order(config: LoraConfig, module: str, named: Sequence[str], rows: Sequence[int]) -> list[Placed] | None:
+    orders = permutations(named, len(rows))
     fitting = [found for names in orders if (found := _fitted(config, module, names, rows))]
     as_made = [found for found in fitting if _as_made([one.name for one in found])]
     only = fitting if len(fitting) == 1 else as_made

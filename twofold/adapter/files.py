@@ -34,6 +34,7 @@ from twofold.adapter.target import (
     token_rows,
     wrong_tokens,
 )
+from twofold.adapter.ties import untied
 from twofold.adapter.variants import LINEAR, check_source
 from twofold.config import build
 from twofold.errors import AdapterFileError, RunError
@@ -121,13 +122,8 @@ def opened_folder(path: Path) -> AdapterFiles:
     raw = _read_json(path / CONFIG)
     ours = _read_json(path / OURS) if (path / OURS).exists() else None
     provenance = build(Provenance, ours, source=str(path / OURS)) if ours is not None else None
-    return AdapterFiles(
-        path,
-        parse_config(raw, path / CONFIG),
-        TensorFile(path / TENSORS),
-        provenance,
-        raw.get("base_model_name_or_path"),
-    )
+    config, tensors = parse_config(raw, path / CONFIG), TensorFile(path / TENSORS)
+    return AdapterFiles(path, untied(config, tensors), tensors, provenance, raw.get("base_model_name_or_path"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -241,7 +237,6 @@ def _exact_config(
         rank_pattern=exceptions({m: v.r for m, v in resolved.items()}, files.config.r),
         alpha_pattern=exceptions({m: v.alpha for m, v in resolved.items()}, files.config.lora_alpha),
         modules_to_save=_saved_names(files, shapes),
-        ensure_weight_tying=files.config.ensure_weight_tying and not claimed,
     )
 
 

@@ -37,7 +37,7 @@ def says_nothing_new(
         ours = _base_tensor(bases, key.replace(".original_module.", "."))
         if ours is not None:
             return ours.shape == found.shape and torch.equal(found.to(ours), ours)
-        tied = _plain_tensor(model, key)
+        tied = _plain_tensor(model, key) if key.endswith(".bias") else None
         twin = next((k for k in read if tied is not None and _base_tensor(bases, k) is tied), key)
     return twin in read and torch.equal(tensors.read(twin), found)
 

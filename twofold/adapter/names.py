@@ -44,7 +44,11 @@ def in_order(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
-def layer_index(name: str, pattern: str | None) -> int | None:
-    """The index of the layer that a module lies in, by PEFT's rule; None outside the layers."""
-    found = re.match(rf".*\.{pattern}\.(\d+)\." if pattern else r".*\.[^.]*\.(\d+)\.", f".{name}")
+def layer_index(name: str, patterns: str | Iterable[str] | None) -> int | None:
+    """The index of the layer that a module lies in, by PEFT's rule: the first number behind the name of a list; None outside the
+    layers.
+    """
+    lists = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    rules = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in lists] or [r"(?:.*?\.)?[^.]*\.(\d+)\."]
+    found = next(filter(None, (re.match(rule, name) for rule in rules)), None)
     return int(found.group(1)) if found else None

@@ -141,11 +141,11 @@ def in_peft_words(config: LoraConfig, kept: Kept) -> dict[str, Any]:
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": {k: _as_int(v) for k, v in config.alpha_pattern.items()},
     }
-    excluded = config.exclude_modules
+    excluded, lists = config.exclude_modules, config.layers_pattern
     narrowed = {
         "exclude_modules": excluded if isinstance(excluded, str) else list(excluded or ()),
         "layers_to_transform": [layers] if isinstance(layers, int) else list(layers or ()),
-        "layers_pattern": config.layers_pattern,
+        "layers_pattern": lists if isinstance(lists, str) else list(lists or ()),
     }
     return {**said, **{key: value for key, value in narrowed.items() if value}}
 

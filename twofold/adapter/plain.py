@@ -20,8 +20,9 @@ from twofold.adapter.files import CONFIG, OURS, TENSORS, AdapterFiles, Provenanc
 from twofold.adapter.keys import PREFIX
 from twofold.adapter.peft_config import Kept, exceptions, in_peft_words, with_changes
 from twofold.adapter.updates import Pair
+from twofold.errors import ConfigError
 from twofold.lowrank.factors import LowRank
-from twofold.tensorfile import write_tensors
+from twofold.tensorfile import nonfinite, write_tensors
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,14 @@ class PlainAdapter:
         """Write it as a folder, whole or not at all.
 
         Raises:
+            ConfigError: values of it are beyond what their type holds.
             RunError: the output exists or cannot be written.
         """
+        if broken := nonfinite(self.tensors):
+            kind = str(self.tensors[broken[0]].dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"'{broken[0]}' would hold NaN or infinity, for its values are beyond {kind}; take smaller weights"
+            )
         words = in_peft_words(self.config, self.kept)
         ours = {f.name: getattr(self.provenance, f.name) for f in fields(self.provenance)}
         with atomic.new_folder(output) as folder:

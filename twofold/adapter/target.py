@@ -146,7 +146,8 @@ def _chosen(config: LoraConfig, shapes: Mapping[str, ModuleShape]) -> list[str]:
         excluded = matcher(config.exclude_modules)
         found = [n for n in found if not excluded(n)]
     if config.layers is not None:
-        found = [n for n in found if layer_index(n, config.layers_pattern) in config.layers]
+        whole = () if isinstance(config.target_modules, str) else config.target_modules
+        found = [n for n in found if n in whole or layer_index(n, config.layers_pattern) in config.layers]
     return [n for n in found if not _inside_saved(config, n)] if config.modules_to_save else found
 
 

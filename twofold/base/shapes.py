@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from twofold.base.head import Head
 from twofold.base.known_shapes import KNOWN_SHAPES
 from twofold.base.load import locate
 from twofold.errors import BaseError, did_you_mean
@@ -15,22 +16,23 @@ HUB_SECONDS = 5.0
 """How long the hub may take to answer at all before it counts as out of reach."""
 
 
-def meta_model(reference: str) -> Any:
+def meta_model(reference: str, *heads: Head) -> Any:
     """The model of a reference on the meta device; only its configuration is read.
 
     Args:
         reference: whatever `locate` takes, or the name of a known shape (`known_shapes.py`).
+        heads: what it is to predict with, the first that its configuration has a model for; the next token, if none is given.
 
     Raises:
-        BaseError: no such base, or its configuration is of no causal language model.
+        BaseError: no such base, or its configuration is of no such model.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-
     try:
         config = _config(reference)
-        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config)
+        for head in heads or (Head(),):
+            if type(config) in head.loader()._model_mapping:
+                config.update(head.settings())
+                with torch.device("meta"):
+                    return head.loader().from_config(config)
     except (OSError, ValueError) as error:
         raise BaseError(f"cannot read the configuration of {reference}: {str(error).splitlines()[0]}") from error
     raise BaseError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from twofold.base.fingerprint import Fingerprint, Sampled, fingerprint
+from twofold.base.head import Head
 from twofold.base.load import ORIGIN
 from twofold.base.shapes import meta_model
 from twofold.base.stored import Piece, StoredBase, open_stored, places_in_model
@@ -28,6 +29,7 @@ class StreamedBase:
         stored: its files.
         keys: the checkpoint's key of each parameter that lies there as the model has it.
         fused: the pieces of each that lies there in several tensors, as experts do.
+        made: the parameters that the files lack and that start at random: a classification head's.
     """
 
     reference: str
@@ -35,6 +37,7 @@ class StreamedBase:
     stored: StoredBase
     keys: dict[str, str]
     fused: dict[str, list[Piece]]
+    made: tuple[str, ...] = ()
 
     def read(self, name: str) -> Tensor:
         """One parameter, as a view of its file.
@@ -42,6 +45,8 @@ class StreamedBase:
         Raises:
             BaseError: it does not lie in the files as such.
         """
+        if name in self.made:
+            raise BaseError(f"{self.reference} holds no '{name}', which starts at random in every training")
         if name not in self.keys:
             raise BaseError(
                 f"{self.reference} holds no '{name}' as the model has it{did_you_mean(name, self.keys)}; is this the right base?"
@@ -70,7 +75,7 @@ class StreamedBase:
 
     def fingerprint(self) -> Fingerprint | None:
         """As `load_base` takes it; None where some parameters lie in the files in a form that only transformers knows."""
-        parameters = dict(self.model.named_parameters())
+        parameters = {name: p for name, p in self.model.named_parameters() if name not in self.made}
         if any(name not in self.keys and name not in self.fused for name in parameters):
             return None
         origin = self.stored.folder / ORIGIN
@@ -81,15 +86,21 @@ class StreamedBase:
         return self.stored.sampled(self.fused[name], parameter) if name in self.fused else self.read(name)
 
 
-def open_streamed(reference: str) -> StreamedBase:
+def open_streamed(reference: str, head: Head | None = None) -> StreamedBase:
     """The files behind a reference, with names as its model has them.
+
+    Args:
+        head: what adapters of it were trained to predict with; a base without such a model may be a sequence-to-sequence one.
 
     Raises:
         BaseError: no such base, or it is not stored as safetensors.
     """
-    stored, model = open_stored(reference), meta_model(reference)
+    head = head or Head()
+    stored, model = open_stored(reference), meta_model(reference, head, Head(task="seq2seq"))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     places = places_in_model(model, stored.shapes, parameters)
     owners = {id(parameters[name]): key for name, key in places.alone.items()}
     tied = {name: owners[id(p)] for name, p in parameters.items() if name not in places.alone and id(p) in owners}
-    return StreamedBase(reference, model, stored, places.alone | tied, places.fused)
+    keys = places.alone | tied
+    made = head.made(model, {"missing_keys": parameters.keys() - keys.keys() - places.fused.keys()})
+    return StreamedBase(reference, model, stored, keys, places.fused, tuple(made))

@@ -88,7 +88,8 @@ def put_together(
         mapped = [pair for pair in updates if pair.a.endswith("lora_A.weight")]
         tensors |= {f"{PREFIX}{p.module}.{p.bias}": _summed_bias(given, p, len(updates[p].B)) for p in mapped}
     modules = list(dict.fromkeys(pair.module for pair in updates if not pair.experts))
-    return tensors, plain_config(_common_config(given, modules), ranks)
+    parameters = list(dict.fromkeys(pair.place for pair in updates if pair.experts))
+    return tensors, plain_config(_common_config(given, modules, parameters), ranks)
 
 
 def _stored_shapes(given: Sequence[Weighed], pair: Pair) -> tuple[torch.Size, torch.Size]:
@@ -279,11 +280,10 @@ def _summed_bias(given: Sequence[Weighed], pair: Pair, width: int) -> Tensor:
     return total
 
 
-def _common_config(given: Sequence[Weighed], modules: list[str]) -> LoraConfig:
-    """One config for what any of them changes; its ranks are still to come."""
+def _common_config(given: Sequence[Weighed], modules: list[str], parameters: list[str]) -> LoraConfig:
+    """One config for what any of them changes, parameters by their names in full; its ranks are still to come."""
     configs = [one.files.config for one in given]
     saved = sorted({entry for c in configs for entry in c.modules_to_save or ()})
-    parameters = list(dict.fromkeys(entry for c in configs for entry in c.target_parameters or ()))
     return with_changes(
         configs[0],
         **_targets(configs, modules),
@@ -293,7 +293,6 @@ def _common_config(given: Sequence[Weighed], modules: list[str]) -> LoraConfig:
         modules_to_save=saved or None,
         target_parameters=parameters or None,
         trainable_token_indices=next((c.trainable_token_indices for c in configs if c.trainable_token_indices), None),
-        ensure_weight_tying=any(c.ensure_weight_tying for c in configs),
     )
 
 

@@ -86,14 +86,7 @@ class _Settings(type):
         problems += [f"{name}: {why}" for name, why in NOT_DONE.items() if settings.get(name)]
         if problems:
             raise ConfigError("; ".join(problems))
-        return super().__call__(**{name: _as_ours(name, value) for name, value in settings.items() if name in ours})
-
-
-def _as_ours(name: str, value: Any) -> Any:
-    """Sets in an order of their own, and several names of lists of layers as one pattern."""
-    if name == "layers_pattern" and isinstance(value, list | tuple):
-        return f"(?:{'|'.join(value)})"
-    return tuple(sorted(value)) if isinstance(value, set) else value
+        return super().__call__(**{name: value for name, value in settings.items() if name in ours})
 
 
 @dataclass(frozen=True, kw_only=True)

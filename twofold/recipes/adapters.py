@@ -11,15 +11,19 @@ from twofold.adapter.attach import activate
 from twofold.adapter.files import AdapterFiles, load_adapter, opened_folder
 from twofold.adapter.foreign import foreign_file
 from twofold.adapter.keys import PREFIX
+from twofold.adapter.plain import kept_of
 from twofold.adapter.updates import open_updates
 from twofold.base.fingerprint import Fingerprint, check_same_base
-from twofold.base.head import CLASSES, Head
+from twofold.base.head import CLASSES, Head, TaskName
 from twofold.base.load import Base, Precision, load_base, renderer_for
 from twofold.base.mapped import NotMapped, map_base
 from twofold.config import build
 from twofold.errors import AdapterFileError, ConfigError
 from twofold.events import Emit, Message, Warned, silent
 from twofold.quant import Scheme
+
+PEFT_TASKS: dict[str, TaskName] = {"SEQ_2_SEQ_LM": "seq2seq"}
+"""What a file says that knows nothing of Twofold; of a classifier it does not name the classes."""
 
 
 def parse_adapter(reference: str) -> tuple[Path, float]:
@@ -143,7 +147,7 @@ def recorded_head(folders: list[Path]) -> Head:
         AdapterFileError: there is none, or it cannot be read; this is told before a base is loaded.
         ConfigError: they were trained for different tasks, or classes.
     """
-    found = {_head(f) for f in _folders(folders) if f.provenance}
+    found = {_head(f) for f in _folders(folders) if f.provenance or kept_of(f).task in PEFT_TASKS}
     if len(found) > 1:
         said = " and ".join(sorted(f"{h.task} {list(h.labels) or ''}".strip() for h in found))
         raise ConfigError(f"these adapters were trained for {said} and cannot go on one base; use them one at a time")
@@ -157,7 +161,7 @@ def _folders(adapters: Iterable[Path]) -> list[AdapterFiles]:
 
 def _head(files: AdapterFiles) -> Head:
     training = files.provenance.training if files.provenance else {}
-    task = training.get("task", "causal-lm")
+    task = training.get("task", PEFT_TASKS.get(kept_of(files).task or "", "causal-lm"))
     if task not in CLASSES:
         raise AdapterFileError(f"{files.path} was trained for the task '{task}', which is none of {', '.join(CLASSES)}")
     return Head(task=task, labels=tuple(training.get("labels", ())))

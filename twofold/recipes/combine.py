@@ -89,7 +89,7 @@ def combine(
 
 def _reader(base: str, files: Sequence[AdapterFiles], emit: Emit, *, allow_foreign: bool) -> ReadBase:
     """The values of the base, once it is known to be the adapters' own."""
-    streamed = open_streamed(base)
+    streamed = open_streamed(base, recorded_head([f.path for f in files]))
     taken = streamed.fingerprint()
     if taken is None:
         emit(Warned(text=f"{base} lies on disk in a form of which no fingerprint is taken; only shapes are compared"))

@@ -27,6 +27,7 @@ from twofold.merging.export.kohya import write_kohya
 from twofold.merging.export.mlx import write_mlx
 from twofold.merging.export.vllm import vllm_command
 from twofold.recipes.adapters import Asked
+from twofold.recipes.provenance import compare_copies
 
 Format = Literal["gguf", "gguf-f32", "gguf-f16", "gguf-bf16", "gguf-q8_0", "mlx", "kohya", "vllm"]
 MERGED: dict[Format, Values] = {"gguf-f32": "f32", "gguf-f16": "f16", "gguf-bf16": "bf16", "gguf-q8_0": "q8_0"}
@@ -64,6 +65,7 @@ def export_adapter(
         raise ConfigError("base_gguf is the base that a GGUF adapter's Modelfile names; it goes with --to gguf alone")
     if to in MERGED and output is not None:
         return {"format": to, **_merged(files, MERGED[to], output, base, emit)}
+    compare_copies([files], None, emit)
     if to == "kohya" and output is not None:
         difference = write_kohya(files, output)
         return {"format": to, "output": str(output), "modules": len(files.modules()), "largest_difference": difference}

@@ -17,7 +17,7 @@ from twofold.inspection.lint import Finding
 from twofold.inspection.report import AdapterReport, report_adapter
 from twofold.lowrank.intruders import intruders as intruders_in_few_passes
 from twofold.lowrank.intruders import intruders_exactly
-from twofold.recipes.adapters import open_finite
+from twofold.recipes.adapters import open_finite, recorded_head
 
 DIRECTIONS = 10
 """How many of the largest directions of a changed weight are looked at for intruders (arXiv 2410.21228)."""
@@ -50,7 +50,7 @@ def inspect_adapter(
     files = open_adapter(Path(path))
     if base is None:
         return report_adapter(files)
-    streamed = open_streamed(base)
+    streamed = open_streamed(base, recorded_head([files.path]))
     shapes = module_shapes(streamed.model)
     findings = [*_known_base(files, streamed), *lint_against(files, shapes)]
     search = intruders_exactly if exact else intruders_in_few_passes

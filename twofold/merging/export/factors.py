@@ -8,6 +8,7 @@ import torch
 
 from twofold.adapter.config import LoraConfig, resolve
 from twofold.adapter.files import AdapterFiles
+from twofold.adapter.whole import COPY
 from twofold.errors import AdapterFileError, ConfigError, ProofError
 from twofold.lowrank.factors import LowRank
 from twofold.tensorfile import nonfinite
@@ -26,7 +27,12 @@ def plain_factors(files: AdapterFiles, format_: str) -> dict[str, LowRank]:
         AdapterFileError: factors hold NaN or infinity.
     """
     others = sorted(
-        {_word(suffix) for suffixes in files.modules().values() for suffix in suffixes if suffix not in (A, B)}
+        {
+            _word(suffix)
+            for suffixes in files.modules().values()
+            for suffix in suffixes
+            if suffix not in (A, B) and not suffix.endswith(COPY)
+        }
     )
     if files.config.target_parameters:
         others.append("experts (target_parameters)")

@@ -17,6 +17,7 @@ from twofold.adapter.config import resolve
 from twofold.adapter.files import AdapterFiles
 from twofold.adapter.layouts import KOHYA
 from twofold.adapter.updates import factors, has_groups, pairs_of
+from twofold.adapter.whole import COPY
 from twofold.errors import ConfigError, ProofError
 from twofold.tensorfile import TensorFile, write_tensors
 
@@ -67,7 +68,7 @@ def write_kohya(files: AdapterFiles, path: Path) -> float:
 def _modules(files: AdapterFiles) -> dict[str, tuple[Tensor, Tensor, float]]:
     """By kohya's name, A, B and the scale of each module."""
     others = sorted(
-        {s for m in files.modules().values() for s in m if not s.endswith(("lora_A.weight", "lora_B.weight"))}
+        {s for m in files.modules().values() for s in m if not s.endswith(("lora_A.weight", "lora_B.weight", COPY))}
     )
     if others or files.config.target_parameters:
         raise ConfigError(
