@@ -20,7 +20,7 @@ from twofold.inspection.against_base import type_of_products
 from twofold.lowrank.beside import Weight
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.intruders import ALIKE, intruders, intruders_exactly
-from twofold.native.training import fast_training
+from twofold.native.training import native_kernels
 from twofold.recipes.inspect import DIRECTIONS
 
 LOUD = (1, 10, 30)
@@ -33,7 +33,7 @@ def compared(adapter: Path, base: str, every: int, loud: int) -> list[tuple[floa
     for name, update in list(updates_of(open_adapter(adapter)).items())[::every]:
         weight, louder = streamed.read(f"{name}.weight"), LowRank(update.A, update.B, update.scale * loud)
         exactly = intruders_exactly(Weight(weight, torch.float32), louder, DIRECTIONS)
-        with fast_training():
+        with native_kernels():
             told = intruders(Weight(weight, type_of_products(weight)), louder, DIRECTIONS)
         found += zip(exactly.cosines, told.cosines, strict=True)
     return found

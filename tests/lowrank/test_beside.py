@@ -13,7 +13,7 @@ from torch import Tensor
 from twofold.lowrank.algebra import bases_of
 from twofold.lowrank.beside import Weight, sizes
 from twofold.lowrank.factors import LowRank
-from twofold.native.training import fast_training
+from twofold.native.training import native_kernels
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -35,7 +35,7 @@ def falling(out: int, in_: int) -> Tensor:
         (torch.float64, torch.float32, 1e-4),
     ],
 )
-@pytest.mark.parametrize("kernels", [fast_training, nullcontext], ids=["ours", "PyTorch's"])
+@pytest.mark.parametrize("kernels", [native_kernels, nullcontext], ids=["ours", "PyTorch's"])
 @pytest.mark.parametrize(
     ("out", "in_", "turned"),
     [(1500, 700, False), (700, 1500, False), (1500, 700, True), (9000, 600, False), (12, 7, False)],

@@ -13,7 +13,7 @@ from twofold.lowrank.beside import Weight
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.intruders import ALIKE, intruders, intruders_exactly
 from twofold.machine import multiplied_in
-from twofold.native.training import fast_training
+from twofold.native.training import native_kernels
 
 SPECTRA = {
     "power": lambda i: (i + 1) ** -0.7,
@@ -36,7 +36,7 @@ def update(out: int, in_: int, sizes: list[float]) -> LowRank:
     return LowRank(v.T.contiguous(), u * torch.tensor(sizes) / 2, 2.0)
 
 
-@pytest.mark.parametrize("kernels", [fast_training, nullcontext], ids=["ours", "PyTorch's"])
+@pytest.mark.parametrize("kernels", [native_kernels, nullcontext], ids=["ours", "PyTorch's"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [[0.01] * 4, [0.3, 0.2, 0.1], [5.0, 0.5, 0.4], [0.7] * 6], ids=str)
 @pytest.mark.parametrize("shape", [(300, 400), (400, 250)])
@@ -49,7 +49,7 @@ def test_they_are_those_of_a_dense_decomposition(
     dense = dense[:, values > 1e-3 * values[0]]  # what W maps to nothing has no directions of its own
     y = torch.linalg.svd(W.double() + change.scale * change.B.double() @ change.A.double()).U[:, :10]
     expected = (dense.T @ y).abs().amax(0)
-    multiplied = Weight(W, dtype if kernels is fast_training else multiplied_in(dtype, W.device))
+    multiplied = Weight(W, dtype if kernels is native_kernels else multiplied_in(dtype, W.device))
     with kernels():
         exact, found = (torch.tensor(f(multiplied, change, 10).cosines) for f in (intruders_exactly, intruders))
     clear = (expected - ALIKE).abs() > 0.2  # a mixture of neighbours in a flat spectrum is known no better

@@ -101,6 +101,15 @@ def test_whole_modules_of_different_sizes_are_refused(tmp_path: Path) -> None:
         twofold.combine(given, tmp_path / "out")
 
 
+def test_tokens_beyond_the_bases_vocabulary_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, r=2, target_modules=["q_proj"], trainable_token_indices=[5, 40])
+    smaller = build_model("llama")
+    smaller.resize_token_embeddings(32)
+    smaller.save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"token 40 of 'model.embed_tokens' is beyond the base's vocabulary of 32"):
+        twofold.combine({path: 0.5}, tmp_path / "out", base=str(tmp_path / "base"), allow_foreign_base=True)
+
+
 def test_biases_that_differ_are_refused(tmp_path: Path) -> None:
     given = {saved(tmp_path, "qwen2", r=2, bias="lora_only"): 0.5, saved(tmp_path, "qwen2", r=2): 0.5}
     with pytest.raises(ConfigError, match="train different biases"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twofold.functional.attention import Scoring, attention_backward, attention_forward
 from twofold.functional.segments import AttentionPlan, Heads, plan_attention
-from twofold.native.training import fast_training, why_not
+from twofold.native.training import native_kernels, why_not
 
 TYPES = [torch.float32, torch.bfloat16]
 DTYPES = pytest.mark.parametrize("dtype", TYPES, ids=["float32", "bfloat16"])
@@ -52,7 +52,7 @@ class Case:
         return [out.detach(), *torch.autograd.grad(out, wide, self.do[:-FILLERS].double())]
 
     def by_kernel(self, scoring: Scoring) -> list[Tensor]:
-        with fast_training():
+        with native_kernels():
             out, kept = attention_forward(*self.qkv, self.plan, scoring)  # type: ignore[call-arg]
             return [out[:-FILLERS], *attention_backward(self.do, *self.qkv, kept, self.plan, scoring)]  # type: ignore[call-arg]
 
@@ -121,7 +121,7 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
 def test_a_backward_outside_goes_on_from_a_forward_inside() -> None:
     case = Case([(7, [20, 2])], torch.float32, Heads(4, 2), 16)
     scoring = Scoring(0.25)
-    with fast_training():
+    with native_kernels():
         _, kept = attention_forward(*case.qkv, case.plan, scoring)  # type: ignore[call-arg]
     gradients = attention_backward(case.do, *case.qkv, kept, case.plan, scoring)  # type: ignore[call-arg]
     for ours, theirs in zip(gradients, case.by_loops(scoring)[1:], strict=True):

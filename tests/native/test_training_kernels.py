@@ -23,7 +23,7 @@ from twofold.functional.rope import Angles
 from twofold.lowrank.products import Term, crossed, sum_of_products
 from twofold.native import training
 from twofold.native.build import NotBuilt
-from twofold.native.training import KERNELS, fast_training, why_not
+from twofold.native.training import KERNELS, native_kernels, why_not
 from twofold.replaceable import original
 from twofold.training.objective import FastObjective
 
@@ -53,7 +53,7 @@ def near(found: Tensor, expected: Tensor) -> None:
 def test_a_sum_of_products(dtype: torch.dtype, rows: int, out: int, in_: int, rank: int) -> None:
     x, w, h, b, bias = (drawn(dtype, *s) for s in ((rows, in_), (out, in_), (rows, rank + 3), (out, rank), (out,)))
     part, onto = h[:, 2 : 2 + rank], drawn(dtype, rows, out + 3)[:, :out]
-    with fast_training():
+    with native_kernels():
         near(sum_of_products([Term(x, w)], bias, onto), x.double() @ w.double().T + bias.double() + onto.double())
         near(sum_of_products([Term(x, w)]), x.double() @ w.double().T)
         near(
@@ -72,7 +72,7 @@ def test_a_sum_of_products(dtype: torch.dtype, rows: int, out: int, in_: int, ra
 def test_a_sum_over_weights_as_they_are_read(dtype: torch.dtype, rows: int) -> None:
     first, second, g = drawn(dtype, rows, 96), drawn(dtype, rows, 40), drawn(dtype, rows, 8)
     w, v, a = drawn(dtype, 96, 70), drawn(dtype, 40, 70), drawn(dtype, 8, 70)
-    with fast_training():
+    with native_kernels():
         found = sum_of_products([Term(first, w, as_read=True), Term(second, v, as_read=True), Term(g, a, as_read=True)])
     near(found, first.double() @ w.double() + second.double() @ v.double() + g.double() @ a.double())
 
@@ -83,7 +83,7 @@ def test_a_sum_over_weights_as_they_are_read(dtype: torch.dtype, rows: int) -> N
 @pytest.mark.usefixtures("only_kernels")
 def test_the_gradient_of_a_factor_is_in_float32(dtype: torch.dtype, rows: int, ranks: int) -> None:
     h, dy = drawn(dtype, rows, ranks + 8)[:, 4 : 4 + ranks], drawn(dtype, rows, 50)
-    with fast_training():
+    with native_kernels():
         of_a, of_b = crossed(h, dy, 2.0), crossed(dy, h, 2.0)
     assert of_a.dtype == of_b.dtype == torch.float32
     near(of_a, 2 * h.double().T @ dy.double())
@@ -97,7 +97,7 @@ def test_without_kernels_a_head_is_pytorchs(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(training, "library", not_built)
     monkeypatch.setattr(training, "_kernels", training._kernels.__wrapped__)
     hidden, head = drawn(torch.bfloat16, 32, 48), drawn(torch.bfloat16, 100, 48)
-    with fast_training():
+    with native_kernels():
         found = loss.logits_of(hidden, head), loss.hidden_gradient(hidden @ head.T, head)
     assert torch.equal(found[0], hidden @ head.T)
     assert torch.equal(found[1], hidden @ head.T @ head)
@@ -117,7 +117,7 @@ def in_double(run: Callable[..., Any], *arguments: Any) -> Any:
 def check(run: Callable[..., Any], *arguments: Any) -> None:
     """A function's kernel against the function in float64."""
     expected = in_double(run, *arguments)
-    with fast_training():
+    with native_kernels():
         found = run(*(a.clone() if isinstance(a, Tensor) and a.is_contiguous() else a for a in arguments))
     for one, wide in zip(*((f,) if isinstance(f, Tensor) else tuple(f) for f in (found, expected)), strict=True):
         near(one, wide)
@@ -126,7 +126,7 @@ def check(run: Callable[..., Any], *arguments: Any) -> None:
 @DTYPES
 def test_a_head_and_its_gradient(dtype: torch.dtype) -> None:
     hidden, head, dlogits = drawn(dtype, 32, 48), drawn(dtype, 1000, 48), drawn(dtype, 32, 1000)
-    with fast_training():
+    with native_kernels():
         near(loss.logits_of(hidden, head), hidden.double() @ head.double().T)
         near(loss.hidden_gradient(dlogits, head), dlogits.double() @ head.double())
 
@@ -139,7 +139,7 @@ def test_norms_and_their_gradient(dtype: torch.dtype, width: int, wide: bool) ->
     x, dy = 3 * drawn(dtype, 21, width), drawn(dtype, 21, width)
     of = Norm(drawn(torch.float32 if wide else dtype, width), 1e-5)
     rho = in_double(norm.reciprocal_rms, x, of).float()
-    with fast_training():
+    with native_kernels():
         torch.testing.assert_close(norm.reciprocal_rms(x, of), rho, rtol=2e-6, atol=0)
     check(norm.normed, x, rho, of)
     check(norm.rms_norm_backward, dy, x, rho, of)
@@ -175,7 +175,7 @@ def test_the_loss_of_a_chunk_and_its_gradient(dtype: torch.dtype, vocabulary: in
     labels[:10] = logits[:10].argmax(-1)
     ours, wide = logits.clone(), logits.double()
     expected = original(loss.chunk_loss)(wide, labels, None, gradient=gradient)
-    with fast_training():
+    with native_kernels():
         found = loss.chunk_loss(ours, labels, None, gradient=gradient)
     torch.testing.assert_close(found.loss_sum.double(), expected.loss_sum, rtol=1e-6, atol=0)
     assert int(found.correct) == int(expected.correct) >= 10
@@ -188,7 +188,7 @@ def test_the_loss_of_a_chunk_and_its_gradient(dtype: torch.dtype, vocabulary: in
 def test_what_they_are_not_for_is_left_to_pytorch() -> None:
     x, w = torch.randn(5, 7), torch.randn(6, 7)
     strided = torch.randn(14, 6).T[:, ::2]
-    with fast_training():
+    with native_kernels():
         for a, b in ((x, w), (x.double(), w.double()), (x.half(), w.half()), (x, strided)):
             assert torch.equal(sum_of_products([Term(a, b)]), torch.nn.functional.linear(a, b))
         with FakeTensorMode():
@@ -226,7 +226,7 @@ def test_a_step_of_every_family_has_the_same_loss_and_gradients(family: str) -> 
     model = build_model(family)
     objective, batch = adapted(model), a_batch(model.config.vocab_size, 12, 3, 17)
     expected, gradients = step(model, objective, batch)
-    with fast_training():
+    with native_kernels():
         found, ours = step(model, objective, batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     for a, b in zip(ours, gradients, strict=True):
@@ -240,13 +240,13 @@ def test_of_the_real_model_every_operation_runs_on_them_and_bfloat16_is_nearer_t
     batch = a_batch(wide.config.vocab_size, 16, 11)
     torch.manual_seed(0)
     objective = adapted(wide)
-    with fast_training():
+    with native_kernels():
         _, truth = step(wide, objective, batch)
     narrow = load_base(DEFAULT_BASE, "bfloat16", "cpu").model
     torch.manual_seed(0)
     objective = adapted(narrow)
     _, plain = step(narrow, objective, batch)
-    with fast_training():
+    with native_kernels():
         _, ours = step(narrow, objective, batch)
     distances = [sum(float((a - t).norm() / t.norm()) for a, t in zip(g, truth, strict=True)) for g in (ours, plain)]
     assert distances[0] < distances[1]

@@ -19,7 +19,7 @@ from twofold.adapter.config import LoraConfig
 from twofold.adapter.shapes import module_shapes
 from twofold.base.load import load_base
 from twofold.errors import BaseError, ConfigError, TargetError
-from twofold.native.training import fast_training, why_not
+from twofold.native.training import native_kernels, why_not
 from twofold.planning.parameters import plan_parameters
 from twofold.recipes import plan as plan_module
 from twofold.recipes.measure import measure, synthetic_batch
@@ -149,7 +149,7 @@ def test_the_fast_path_keeps_what_the_formula_says(
         use_dora=use_dora,
     )
     found = plan(settings)["memory"]
-    with fast_training() if kernels else contextlib.nullcontext():
+    with native_kernels() if kernels else contextlib.nullcontext():
         kept = kept_for_the_backward(llama_base, settings)
     assert kept == pytest.approx(found["activations"], rel=0.1)
 

@@ -23,7 +23,7 @@ from twofold.lowrank.beside import Weight, sizes
 from twofold.lowrank.factors import LowRank
 from twofold.lowrank.intruders import ALIKE, Likeness
 from twofold.machine import multiplied_in
-from twofold.native.training import fast_training, why_not
+from twofold.native.training import native_kernels, why_not
 from twofold.tensorfile import nonfinite
 
 Look: TypeAlias = Callable[[Weight, LowRank], Likeness]
@@ -51,7 +51,7 @@ class BesideBase:
 
 
 @torch.no_grad()
-@fast_training()
+@native_kernels()
 def beside_base(
     files: AdapterFiles, shapes: Mapping[str, ModuleShape], base: StreamedBase, look: Look | None, emit: Emit
 ) -> dict[str, BesideBase]:

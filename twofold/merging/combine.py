@@ -267,7 +267,12 @@ def _own(base: ReadBase, files: AdapterFiles, module: str, suffix: str) -> Tenso
     rows = files.config.trainable_token_indices or ()
     if isinstance(rows, Mapping):
         rows = next(r for entry, r in rows.items() if entry in tails(module))
-    return base(f"{module}.weight")[list(rows)]
+    table = base(f"{module}.weight")
+    if max(rows) >= len(table):
+        raise ConfigError(
+            f"token {max(rows)} of '{module}' is beyond the base's vocabulary of {len(table)}: it is not the adapters' own"
+        )
+    return table[list(rows)]
 
 
 def _summed_bias(given: Sequence[Weighed], pair: Pair, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The compiled kernels of a training step, in place of PyTorch's operations: within `fast_training`, on CPUs that can.
+"""The compiled kernels of a training step, in place of PyTorch's operations: within `native_kernels`, on CPUs that can.
 
 Each function here computes what its original does, for tensors on the CPU in float32 or bfloat16; anything else goes to the
 original. Sums are in float32 and rounded once, so in bfloat16 results are a little nearer the truth than the original's.
@@ -316,7 +316,7 @@ KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 @contextmanager
-def fast_training() -> Iterator[None]:
-    """Run the kernels in place of what they stand for, for the length of a `with` block."""
+def native_kernels() -> Iterator[None]:
+    """Run them in place of what they stand for, for the length of a `with` block."""
     with replaced(KERNELS):
         yield

@@ -17,7 +17,7 @@ import torch
 
 from twofold.functional.gated import ACTIVATIONS, gated
 from twofold.lowrank import products
-from twofold.native.training import fast_training
+from twofold.native.training import native_kernels
 from twofold.planning.architecture import Architecture, StepShape
 from twofold.planning.formulas import Term, worked_out
 from twofold.planning.memory import MemoryPlan, Method
@@ -101,7 +101,7 @@ def measure_rates(shape: Architecture, dtype: torch.dtype, device: torch.device,
 
     if not kernels:
         return Rates(_best_rate(product), _best_rate(activation), PASSES)
-    with fast_training():
+    with native_kernels():
         return Rates(_best_rate(product), _best_rate(gate), WITH_KERNELS)
 
 

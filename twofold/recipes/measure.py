@@ -23,7 +23,7 @@ from twofold.config import build
 from twofold.errors import ConfigError, RunError
 from twofold.layers.linear import cast_once
 from twofold.machine import peak_memory_bytes, synchronise
-from twofold.native.training import fast_training
+from twofold.native.training import native_kernels
 from twofold.quant import Scheme
 from twofold.recipes.plan import HELD_BYTES, PlanSettings
 from twofold.recipes.proof import pad_token
@@ -83,7 +83,7 @@ def measured(settings: PlanSettings) -> dict[str, Any]:
     base.model.train()
     seconds = []
     for _ in range(STEPS):
-        with fast_training(), cast_once(base.model):
+        with native_kernels(), cast_once(base.model):
             seconds.append(_step(objective, batch, optimise, device))
     return {
         "held_bytes": HELD_BYTES,

@@ -36,7 +36,8 @@ Every arm is compared at its own best learning rate: all its rates are tried wit
 ± is the standard deviation over seeds, which draw the start and the order of the data. Two arms are told apart where their means
 differ by more than two standard errors of the difference. With three seeds that is a rough test, and the best of several rates,
 chosen on the same held-out data, looks a little better than it is, for every arm alike. Adapters are all-linear with alpha = 32
-unless a table says otherwise; AdamW without weight decay, a cosine schedule, batches of 16.
+unless a table says otherwise, but for PiSSA (16) and, at every rank, alpha/sqrt(r) (8) and no scale (2 r), which agree with alpha/r
+at r = 16; AdamW without weight decay, a cosine schedule, batches of 16.
 
 Full fine-tuning is `twofold train --full`: the same data, order, loss and evaluation, with float32 copies of the weights where
 they have 16 bits. It runs through the model's own forward, as adapters do only on families without a fast path.

@@ -27,7 +27,7 @@ from twofold.layers.block import BlockTensors
 from twofold.lowrank.linear import Group
 from twofold.lowrank.products import Term, crossed, sum_of_products
 from twofold.machine import synchronise
-from twofold.native.training import fast_training
+from twofold.native.training import native_kernels
 from twofold.training.block import plans_of
 from twofold.training.layout import Layout, lay_out
 from twofold.training.objective import FastObjective, Objective
@@ -79,7 +79,7 @@ def measured_floor(objective: Objective, times: StepTimes, batches: Callable[[in
     if median is None or not isinstance(objective, FastObjective):
         return None
     step, seconds = median
-    with fast_training():
+    with native_kernels():
         return Floor(seconds, floor_seconds(objective.decoder, batches(step), share=objective.share_prefixes))
 
 

@@ -17,7 +17,7 @@ from twofold.events import Checkpointed, Emit, Evaluated, Message, Spectrum, Ste
 from twofold.functional.fusing import fused_kernels
 from twofold.layers.linear import cast_once
 from twofold.machine import memory_bytes
-from twofold.native.training import fast_training
+from twofold.native.training import native_kernels
 from twofold.training import checkpoint
 from twofold.training.checkpoint import Progressed, Trained
 from twofold.training.objective import Objective
@@ -70,7 +70,7 @@ def train(job: Job, emit: Emit, resume_from: Path | None = None) -> Progressed:
         NonFiniteLossError: a loss or gradient is NaN or infinite; checkpoints up to then are kept.
         StoppedError: it was asked to stop; a checkpoint is kept.
     """
-    with stopping.looked_for(), fused_kernels(job.device) if job.config.compile else fast_training():
+    with stopping.looked_for(), fused_kernels(job.device) if job.config.compile else native_kernels():
         return _train(job, emit, resume_from)
 
 

@@ -16,7 +16,7 @@ from twofold.events import Emit, Progress, silent
 from twofold.functional.loss import HeadLoss, head_loss, logits_loss
 from twofold.functional.norm import rms_norm
 from twofold.layers.protocol import AdapterLayer
-from twofold.native.training import fast_training
+from twofold.native.training import native_kernels
 from twofold.training.block import Trunk, asked_states
 from twofold.training.layout import lay_out
 from twofold.training.tasks import task_objective
@@ -143,7 +143,7 @@ def evaluate_loss(
     """Run held-out batches through an objective, dealt out among the processes; the figures are those of all."""
     loss, correct, count = 0.0, 0.0, 0.0
     own = batches[world.rank :: world.size]
-    with fast_training():
+    with native_kernels():
         for done, batch in enumerate(own, start=1):
             found = objective(batch)
             loss, correct = loss + float(found.loss_sum), correct + int(found.correct)

@@ -21,7 +21,7 @@ from twofold.events import Emit, Progress
 from twofold.functional.loss import HeadLoss
 from twofold.layers.linear import LinearShare, cast_once
 from twofold.layers.protocol import AdapterLayer, Adapters
-from twofold.native.training import fast_training
+from twofold.native.training import native_kernels
 from twofold.training import checkpoint
 from twofold.training.checkpoint import Progressed
 from twofold.training.joined import joined_losses, only, rows_of
@@ -89,7 +89,7 @@ def advance(model: Any, learners: Sequence[Learner], until: Mapping[str, int], r
     """
     together = rows_at_once > 0 and joinable(model, learners)
     model.train()
-    with fast_training():
+    with native_kernels():
         while behind := [one for one in learners if one.goes_on(until[one.name])]:
             _step(model, behind, rows_at_once if together else 0)
             done, total = (sum(count.values()) for count in (_steps_of(learners), until))
