@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from playwright.sync_api import Page, expect
 from screens import field, start
 from studio_app import SECONDS, Live, eventually
@@ -20,6 +21,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_smollm2_is_trained_from_the_page(page: Page, live: Live) -> None:
     page.goto(f"{live.url}/#/train/new")
     field(page, "Base model").fill("smollm2-135m-instruct")

@@ -86,7 +86,8 @@ class _Settings(type):
         problems += [f"{name}: {why}" for name, why in NOT_DONE.items() if settings.get(name)]
         if problems:
             raise ConfigError("; ".join(problems))
-        return super().__call__(**{name: value for name, value in settings.items() if name in ours})
+        taken = {name: value for name, value in settings.items() if name in ours}
+        return super().__call__(**{n: tuple(sorted(v)) if isinstance(v, set) else v for n, v in taken.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
