@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,14 @@ def adapters(llama_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     write_adapter(base, folder / "root" / "large", 9, r=16)
     write_adapter(base, folder / "outside", 10)
     return folder / "root"
+
+
+@pytest.fixture
+def root(adapters: Path, tmp_path: Path) -> Path:
+    """A root of one's own with red and green in it."""
+    for name in ("red", "green"):
+        shutil.copytree(adapters / name, tmp_path / "adapters" / name)
+    return tmp_path / "adapters"
 
 
 @pytest.fixture(scope="session")

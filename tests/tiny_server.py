@@ -26,6 +26,8 @@ from twofold.server.app import make_app
 from twofold.server.run import Server
 
 CONTEXT = 256
+FAST = 0.05
+"""Seconds between two looks at the folder."""
 
 
 def write_adapter(base: Base, folder: Path, seed: int, r: int = 4, **provenance: Any) -> Path:
@@ -127,3 +129,10 @@ def question(model: str, text: str = "hat?", **more: Any) -> dict[str, Any]:
     """A greedy question of eight tokens."""
     messages: Sequence[Any] = [{"role": "user", "content": text}]
     return {"model": model, "messages": messages, "max_tokens": 8, "temperature": 0, "ignore_eos": True, **more}
+
+
+async def say(client: Any, model: str, **more: Any) -> str:
+    """What a model answers."""
+    found = await client.post("/v1/chat/completions", json=question(model, **more))
+    assert found.status_code == 200, found.text
+    return str(found.json()["choices"][0]["message"]["content"])

@@ -2,127 +2,26 @@
 
 from __future__ import annotations
 
-import gc
 import random
-import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-import transformers as hf
-from families import GROUPED, VOCABULARY
+from families import VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_engine import FAMILIES, alone, prompt, run, sharp
 
-from twofold.adapter.attach import attach, detach, merge
+from twofold.adapter.attach import attach, merge
 from twofold.adapter.config import LoraConfig
 from twofold.adapter.files import save_adapter
 from twofold.engine.request import Request
 from twofold.engine.scheduler import Ended, Made, Scheduler
 from twofold.errors import AdapterFileError, ConfigError
 
-WIDE = GROUPED | {"head_dim": 16, "max_position_embeddings": 256}
-FAMILIES: dict[str, Callable[[], Any]] = {
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**WIDE, tie_word_embeddings=True)),
-    "qwen2": lambda: hf.Qwen2ForCausalLM(
-        hf.Qwen2Config(**GROUPED | {"num_attention_heads": 2, "num_key_value_heads": 1})
-    ),
-    "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**WIDE)),
-    "smollm3": lambda: hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**WIDE, no_rope_layers=[1, 0])),
-    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**WIDE, sliding_window=None)),
-    "mistral-window": lambda: hf.MistralForCausalLM(hf.MistralConfig(**WIDE, sliding_window=4)),
-    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**WIDE)),
-    "gemma2": lambda: hf.Gemma2ForCausalLM(
-        hf.Gemma2Config(**WIDE, final_logit_softcapping=4.0, attn_logit_softcapping=5.0, sliding_window=4)
-    ),
-    "gemma3": lambda: hf.Gemma3ForCausalLM(
-        hf.Gemma3TextConfig(**WIDE, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
-    ),
-    "phi3": lambda: hf.Phi3ForCausalLM(
-        hf.Phi3Config(**GROUPED | {"num_attention_heads": 2, "num_key_value_heads": 1}, sliding_window=None)
-    ),
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256)
-    ),
-}
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ADAPTERS: dict[str, dict[str, Any]] = {
-    "plain": {"r": 4, "target_modules": PROJECTIONS},
-    "rs": {"r": 20, "lora_alpha": 4, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]},
-    "dora": {"r": 3, "use_dora": True, "target_modules": PROJECTIONS},
-    "biased": {"r": 2, "lora_bias": True, "target_modules": ["k_proj", "up_proj", "o_proj"]},
-    "words": {"r": 4, "target_modules": ["embed_tokens", "v_proj"]},
-    "head": {"r": 4, "target_modules": ["lm_head", "gate_proj"]},
-    "ranks": {"r": 4, "rank_pattern": {"q_proj": 9}, "alpha_pattern": {"o_proj": 1}, "target_modules": PROJECTIONS},
-}
-FOR_OTHERS = {
-    "phi3": {"plain": {"r": 4, "target_modules": ["qkv_proj", "gate_up_proj", "down_proj"]}},
-    "gpt2": {"plain": {"r": 4, "target_modules": ["c_attn", "c_proj"]}, "few": {"r": 2, "target_modules": ["c_fc"]}},
-}
-
-
-def sharp(family: str) -> Any:
-    """A model whose greedy answers are no ties: its logits are spread wide."""
-    torch.manual_seed(11)
-    model = FAMILIES[family]().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(6)
-            elif "bias" in name:
-                parameter.normal_(0, 0.3)
-    return model
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Path]]:
-    """Folders of adapters for a family, made by Twofold, every tensor of them random."""
-    made: dict[str, dict[str, Path]] = {}
-
-    def write(family: str) -> dict[str, Path]:
-        if family not in made:
-            root, model = tmp_path_factory.mktemp(family), sharp(family)
-            configs = FOR_OTHERS.get(family, ADAPTERS)
-            for i, (name, config) in enumerate(configs.items()):
-                attach(model, LoraConfig(**{"lora_alpha": 8} | config))
-                generator = torch.Generator().manual_seed(i)
-                for parameter in (p for p in model.parameters() if p.requires_grad):
-                    parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-                save_adapter(model, root / name)
-                detach(model)
-            made[family] = {name: root / name for name in configs}
-        return made[family]
-
-    return write
-
-
-def alone(model: Any, folder: Path | None, prompt: list[int], new: int) -> list[int]:
-    """PEFT's greedy answer, this prompt alone."""
-    if folder is not None:
-        model = peft.PeftModel.from_pretrained(model, str(folder)).eval()
-    ids = torch.tensor([prompt])
-    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "use_cache": True}
-    mask = torch.ones_like(ids)
-    found = model.generate(input_ids=ids, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **settings)
-    said: list[int] = found[0, len(prompt) :].tolist()
-    return said
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    return torch.randint(4, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def run(scheduler: Scheduler, requests: list[Request]) -> list[list[int]]:
-    numbers = [scheduler.add(r) for r in requests]
-    said: dict[int, list[int]] = {n: [] for n in numbers}
-    while not scheduler.idle:
-        for event in scheduler.step():
-            if isinstance(event, Made):
-                said[event.stream].append(event.token)
-    return [said[n] for n in numbers]
+pytest_plugins = ("tiny_engine",)
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
@@ -185,57 +84,6 @@ def test_a_head_that_is_stretched_or_shifted_waits_while_its_prompt_is_read(
         alone(sharp("qwen2"), f, r.token_ids, r.max_new_tokens) for f, r in ((None, bare), (tmp_path / "head", long))
     ]
     assert run(scheduler, [bare, long]) == expected
-
-
-@pytest.mark.parametrize("streams", [1, 2, 3])
-def test_a_models_own_forward_begins_every_request_anew(streams: int, written: Any) -> None:
-    """More requests than slots, which end at different steps and leave their slots to the next in the same pass."""
-    folders = written("gpt2")
-    scheduler = Scheduler(sharp("gpt2"), streams=streams, capacity=40)
-    scheduler.put_adapter("plain", folders["plain"])
-    wanted = [(None if i % 3 else "plain", prompt(4 + 5 * i % 11, i), 3 + 4 * i % 9) for i in range(7)]
-    expected = [alone(sharp("gpt2"), folders[n] if n else None, p, new) for n, p, new in wanted]
-    requests = [Request(token_ids=p, max_new_tokens=new, adapters={n: 1.0} if n else {}) for n, p, new in wanted]
-    assert run(scheduler, requests) == expected
-    assert [run(scheduler, [r])[0] for r in requests] == expected
-
-
-def test_a_models_own_forward_takes_adapters_whose_names_have_dots(written: Any) -> None:
-    folders = written("gpt2")
-    scheduler = Scheduler(sharp("gpt2"), streams=2, capacity=40)
-    names = {"v1.2@00000000": "plain", "v1@2@00000000": "few"}
-    for name, folder in names.items():
-        scheduler.put_adapter(name, folders[folder])
-    asked = [Request(token_ids=prompt(9, 3), max_new_tokens=6, adapters={name: 1.0}) for name in names]
-    assert run(scheduler, asked) == [alone(sharp("gpt2"), folders[f], prompt(9, 3), 6) for f in names.values()]
-    for name in names:
-        assert scheduler.adapter_bytes(name) > 0
-        scheduler.drop_adapter(name)
-
-
-def test_a_models_own_forward_keeps_no_more_than_its_streams_have() -> None:
-    """Streams that overlap without an end: the places of those that have ended are not carried on."""
-    model, widths, held = sharp("gpt2"), [], []
-
-    def look(_: Any, __: Any, named: dict[str, Any]) -> None:
-        widths.append(named["attention_mask"].shape[1])
-        held.append(weakref.ref(named["past_key_values"]))
-
-    model.register_forward_pre_hook(look, with_kwargs=True)
-    scheduler = Scheduler(model, streams=2, capacity=40, chunk=8)
-    for i in range(12):
-        scheduler.add(Request(token_ids=prompt(6, i), max_new_tokens=9))
-        for _ in range(5):
-            scheduler.step()
-    half_read = scheduler.add(Request(token_ids=prompt(20, 1), max_new_tokens=9))
-    while scheduler.waiting:
-        scheduler.step()
-    scheduler.cancel(half_read)
-    while not scheduler.idle:
-        scheduler.step()
-    gc.collect()
-    assert 6 < max(widths) < 6 + 9
-    assert not any(cache() for cache in held)
 
 
 @pytest.mark.parametrize("weights", [(0.5, -1.5), (2, -1)])
@@ -416,51 +264,3 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(written: Any, tmp_path: 
     save_adapter(model, tmp_path / "whole")
     with pytest.raises(AdapterFileError, match="whole copy"):
         scheduler.put_adapter("whole", tmp_path / "whole")
-
-
-def test_adapters_that_do_not_add_up_are_refused_before_the_models_own_forward_meets_them(tmp_path: Path) -> None:
-    wanted = {"dora": {"use_dora": True}, "whole": {"modules_to_save": ["lm_head"]}}
-    scheduler = Scheduler(sharp("gpt2"), streams=3, capacity=30)
-    for name, more in wanted.items():
-        model = sharp("gpt2")
-        attach(model, LoraConfig(r=2, target_modules=["c_attn"], **more))
-        save_adapter(model, tmp_path / name)
-        scheduler.put_adapter(name, tmp_path / name)
-    beside = scheduler.add(Request(token_ids=[5, 6], max_new_tokens=3, adapters={"dora": 1.0}))
-    for adapters, said in (
-        ({"dora": 0.5}, "is DoRA"),
-        ({"whole": 2.0}, "its own whole"),
-        ({"dora": 1.0, "whole": 1.0}, ""),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            scheduler.add(Request(token_ids=[5], max_new_tokens=3, adapters=adapters))
-    ended = [event for _ in range(4) for event in scheduler.step() if isinstance(event, Ended)]
-    assert ended == [Ended(beside, "length")]
-
-
-def test_an_adapter_of_a_mixtures_experts_is_refused_and_disturbs_nobody(tmp_path: Path) -> None:
-    """A shared expert sees the tokens of all rows in one dimension, so that no row can have its own."""
-
-    def mixture() -> Any:
-        torch.manual_seed(3)
-        sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        return hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**GROUPED, **sizes, shared_expert_intermediate_size=16)).eval()
-
-    for i, (name, targets) in enumerate({"attention": ["q_proj", "v_proj"], "shared": ["up_proj", "v_proj"]}.items()):
-        model = mixture()
-        attach(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
-        generator = torch.Generator().manual_seed(i)
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator))
-        save_adapter(model, tmp_path / name)
-    scheduler = Scheduler(mixture(), streams=2, capacity=30)
-    scheduler.put_adapter("attention", tmp_path / "attention")
-    with pytest.raises(
-        AdapterFileError, match=r"/shared cannot be that of some rows.*; merge it into a base of its own"
-    ):
-        scheduler.put_adapter("shared", tmp_path / "shared")
-    requests = [Request(token_ids=prompt(5, 2), max_new_tokens=6, adapters=a) for a in ({"attention": 1.0}, {})]
-    expected = [alone(mixture(), folder, prompt(5, 2), 6) for folder in (tmp_path / "attention", None)]
-    assert run(scheduler, requests) == expected
-    with pytest.raises(ConfigError, match="no adapter 'shared'"):
-        scheduler.add(Request(token_ids=[5], max_new_tokens=3, adapters={"shared": 1.0}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_runs import changed
@@ -43,9 +44,16 @@ def test_the_curve_is_that_of_adapters_written_at_each_rank(
     assert "exists already" in cli("resize", trained, "--tolerance", 0.05, "-o", tmp_path / "small", *flags).refusal()
 
 
-def test_dora_is_refused(config: TrainConfig, cli: WarmCli, held_out_file: Path, tmp_path: Path) -> None:
-    dora = replace(config, adapter=replace(config.adapter, use_dora=True), verify=False)
-    adapter = train(changed(dora, max_steps=1))["adapter"]
+@pytest.mark.parametrize(
+    "beyond",
+    [{"use_dora": True}, {"target_modules": ("q_proj",), "target_parameters": ("mlp.down_proj.weight",)}],
+    ids=lambda settings: next(reversed(settings)),
+)
+def test_factors_that_are_not_plain_ones_are_refused(
+    beyond: dict[str, Any], config: TrainConfig, cli: WarmCli, held_out_file: Path, tmp_path: Path
+) -> None:
+    asked = replace(config, adapter=replace(config.adapter, **beyond), verify=False)
+    adapter = train(changed(asked, max_steps=1))["adapter"]
     flags = ("--base", config.base, "--dtype", "float32", "--data", held_out_file, "-o", tmp_path / "small")
     found = cli("resize", adapter, "--tolerance", 0.05, *flags)
     assert found.code == 2

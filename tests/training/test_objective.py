@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-import transformers as hf
-from families import CAUSAL, DESCRIBED, GROUPED, VOCABULARY, build_model, randomise
+from families import CAUSAL, DESCRIBED, build_model, randomise
+from losses import adapted, by_hand, learned, some_examples
 from torch import Tensor, nn
 
 from twofold.adapter.attach import adapter_layers, attach
@@ -21,23 +19,11 @@ from twofold.base.blocks import Decoder, NotDescribed, describe
 from twofold.functional import attention, segments
 from twofold.training.objective import (
     FastObjective,
-    Objective,
     PlainObjective,
     evaluate_loss,
     objective_for,
     plain_objective,
 )
-
-
-def some_examples(*lengths: int, seed: int = 5) -> list[Example]:
-    """Examples of these lengths: a prompt, then an answer, with one unsupervised hole in it."""
-    generator = torch.Generator().manual_seed(seed)
-    examples = []
-    for length in lengths:
-        ids = torch.randint(4, VOCABULARY, (length,), generator=generator).tolist()
-        examples.append(Example(ids, [i >= length // 3 and i != length // 2 for i in range(length)]))
-    return examples
-
 
 LENGTHS = (9, 4, 12, 2, 12, 7)
 
@@ -60,17 +46,6 @@ def attend_by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(segments, "CHUNK_MULTIPLE", 4)
 
 
-def adapted(family: str, dropout: float = 0.0, target: str = "all-linear") -> Any:
-    model = build_model(family)
-    attach(model, LoraConfig(r=4, lora_alpha=8, target_modules=target, lora_dropout=dropout))
-    randomise(list(learned(model).items()), scale=0.1)
-    return model
-
-
-def learned(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     parameters = learned(model)
     found = torch.autograd.grad(loss, list(parameters.values()))
@@ -81,18 +56,6 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The largest relative distance of a gradient."""
     assert set(found) == set(expected)
     return max(float((found[n].float() - g.float()).norm() / g.float().norm()) for n, g in expected.items())
-
-
-def by_hand(model: Any, examples: Sequence[Example]) -> tuple[Tensor, int]:
-    """Loss sum and hits of the examples, one at a time, from the logits of every row."""
-    total, correct = torch.zeros(()), 0
-    for example in examples:
-        logits = model(input_ids=torch.tensor([example.token_ids])).logits[0]
-        for at in range(1, len(example.token_ids)):
-            if example.supervised[at]:
-                total = total + F.cross_entropy(logits[at - 1].double(), torch.tensor(example.token_ids[at]))
-                correct += int(logits[at - 1].argmax()) == example.token_ids[at]
-    return total, correct
 
 
 def plain(model: Any, pad_id: int = 0, *, recompute: bool = False) -> PlainObjective:
@@ -308,68 +271,7 @@ def test_evaluation_weighs_by_tokens() -> None:
     assert (found.token_accuracy, found.tokens) == (hits / count, count)
 
 
-# ---------------------------------------------------------------------------------------- which path
-
-
-def reason_of(model: Any) -> str:
-    """Why the plain path was taken."""
-    described = describe(model)
-    assert isinstance(described, NotDescribed)
-    objective: Objective = objective_for(model, 0, recompute=False)
-    assert isinstance(objective, PlainObjective)
-    assert objective.path == f"plain path: {described.reason}"
-    return described.reason
-
-
-@pytest.mark.parametrize("family", DESCRIBED)
-def test_described_families_take_the_fast_path(family: str) -> None:
-    objective = objective_for(adapted(family), 0, recompute=False)
-    assert isinstance(objective, FastObjective)
-    assert "fast" in objective.path
-
-
-@pytest.mark.parametrize("family", [f for f in CAUSAL if f not in DESCRIBED])
-def test_other_families_take_the_plain_path(family: str) -> None:
-    model = build_model(family)
-    assert type(model).__name__ in reason_of(model) or "class" in reason_of(model)
-
-
-def test_a_rotary_embedding_that_grows_with_the_batch_is_not_described() -> None:
-    turning = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**GROUPED, rope_parameters=turning)).eval()
-    assert "length of the batch" in reason_of(model)
-    examples = some_examples(10, 6)
-    found = objective_for(model, 0, recompute=False)(pack(examples)).loss_sum
-    torch.testing.assert_close(found, by_hand(model, examples)[0].float(), rtol=1e-5, atol=1e-5)
-
-
-def test_hooked_and_patched_modules_are_not_described() -> None:
-    hooked, early, patched = (build_model("llama") for _ in range(3))
-    hooked.model.layers[1].mlp.up_proj.register_forward_hook(lambda m, a, y: y * 2)
-    early.model.layers[0].register_forward_pre_hook(lambda m, a: None)
-    patched.model.layers[0].self_attn.forward = patched.model.layers[0].self_attn.forward
-    assert "'model.layers.1.mlp.up_proj' is hooked" in reason_of(hooked)
-    assert "'model.layers.0' is hooked" in reason_of(early)
-    assert "'model.layers.0.self_attn'" in reason_of(patched)
-    examples = some_examples(6)
-    torch.testing.assert_close(
-        objective_for(hooked, 0, recompute=False)(pack(examples)).loss_sum, by_hand(hooked, examples)[0].float()
-    )
-
-
-class _Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * 2
-
-
-def test_subclassed_projections_norms_and_activations_are_not_described() -> None:
-    doubled, normed, active = (build_model("llama") for _ in range(3))
-    doubled.model.layers[0].mlp.down_proj = _Doubled(48, 32, bias=False)
-    normed.model.norm = nn.LayerNorm(32)
-    active.config.hidden_act = "gelu"
-    assert "_Doubled" in reason_of(doubled)
-    assert "norm" in reason_of(normed)
-    assert "gelu" in reason_of(active)
+# ---------------------------------------------------------------------------------------- whatever learns
 
 
 @pytest.mark.parametrize("saved", ["norm", "lm_head", "down_proj", "self_attn", "mlp"])

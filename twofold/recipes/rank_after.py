@@ -34,6 +34,7 @@ from twofold.recipes.tasks import TASKS
 from twofold.recipes.train import held_out_loss
 
 WHOLE = (CopyShare, BiasShare, TokensShare, TiedTokens)
+"""Shares without factors; factors of experts are shares of a bias too, and not among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ def _scale_into_factors(share: LinearShare) -> None:
 def _plain_shares(model: nn.Module) -> Sequence[LinearShare]:
     """An adapter's factors, without what it holds whole, which has no rank."""
     (name,) = active(model)
-    found = {n: s for n, s in shares(model, name).items() if not isinstance(s, WHOLE)}
+    found = {n: s for n, s in shares(model, name).items() if type(s) not in WHOLE}
     plain = {n: s for n, s in found.items() if type(s) is LinearShare and s.magnitude is None and s.start_A is None}
     if odd := [n for n in found if n not in plain]:
         raise ConfigError(
