@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from twofold.events import Event
@@ -45,3 +46,14 @@ def adapter_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
 
 def load_report(run: Path) -> Any:
     return json.loads((run / "preflight.json").read_text())
+
+
+def edited(config: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of the configuration with some keys changed, `a__b` meaning `b` inside `a`."""
+    settings = yaml.safe_load(config.read_text()) | {"output": str(folder / "run")}
+    for key, value in changes.items():
+        outer, _, inner = key.partition("__")
+        settings[outer] = {**settings.get(outer, {}), inner: value} if inner else value
+    path = folder / "edited.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path

@@ -15,7 +15,7 @@ from warm_cli import Finished, WarmCli, cold
 
 from twofold.cli.main import VERBS
 
-pytest_plugins = ("tiny_fixtures", "cli_fixtures")
+pytest_plugins = ("tiny_fixtures",)
 
 
 # ---------------------------------------------------------------------------------------------- help

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_fixtures import edited
 from tiny_base import write_jsonl
+from tiny_runs import edited
 from warm_cli import WarmCli, cold
 
-pytest_plugins = ("tiny_fixtures", "cli_fixtures")
+pytest_plugins = ("tiny_fixtures",)
 
 
 def test_a_misspelt_verb(cli: WarmCli) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -41,14 +40,3 @@ def adapter(trained: Finished) -> Path:
 def broken(adapter: Path, tmp_path: Path) -> Path:
     """A copy of the adapter, to be damaged."""
     return Path(shutil.copytree(adapter, tmp_path / "broken"))
-
-
-def edited(config: Path, folder: Path, **changes: Any) -> Path:
-    """A copy of the configuration with some keys changed, `a__b` meaning `b` inside `a`."""
-    settings = yaml.safe_load(config.read_text()) | {"output": str(folder / "run")}
-    for key, value in changes.items():
-        outer, _, inner = key.partition("__")
-        settings[outer] = {**settings.get(outer, {}), inner: value} if inner else value
-    path = folder / "edited.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
