@@ -55,6 +55,16 @@ def test_a_seed_that_no_generator_takes_is_refused(seed: int, tmp_path: Path) ->
         extract("tiny", "tuned", tmp_path / "out", Extraction(r=2), seed=seed)
 
 
+@pytest.mark.parametrize("method", ["ties", "dare_linear"])
+def test_deltas_beyond_float32_are_refused(method: str, tmp_path: Path) -> None:
+    huge = saved(tmp_path, r=2, target_modules=["q_proj"])
+    file = huge / "adapter_model.safetensors"
+    save_file({key: value * 1e25 for key, value in load_file(file).items()}, file)
+    with pytest.raises(ConfigError, match="values that float32 cannot hold"):
+        twofold.combine({huge: 1.0}, tmp_path / "out", method=method, density=0.5)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("verb", ["combine", "resize", "compare", "kohya", "vllm"])
 def test_factors_of_another_rank_than_the_configs_are_refused(verb: str, tmp_path: Path) -> None:
     whole = saved(tmp_path, r=4, target_modules=["q_proj"])

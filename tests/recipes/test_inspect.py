@@ -96,6 +96,19 @@ def test_values_that_are_not_finite_are_found(poison: float, llama_base: Path, t
     assert name in finding.message
 
 
+def test_an_update_beyond_float32_is_found_and_not_held_beside_a_base(llama_base: Path, tmp_path: Path) -> None:
+    path = adapter(llama_base, tmp_path / "adapter") / "adapter_model.safetensors"
+    tensors, name = load_file(path), "model.layers.1.self_attn.k_proj"
+    for x in "AB":
+        tensors[f"{PREFIX}{name}.lora_{x}.weight"] *= 1e25
+    save_file(tensors, path)
+    report = inspect_adapter(path.parent, str(llama_base), intruders=2)
+    assert [(f.code, name in f.message) for f in report.findings if f.severity == "error"] == [("not-finite", True)]
+    beside = {m.name: m.beside_base for m in report.modules}
+    assert beside.pop(name) is None
+    assert all(beside.values())
+
+
 def test_embeddings_are_inspected_too(llama_base: Path, tmp_path: Path) -> None:
     path = adapter(llama_base, tmp_path / "adapter", target_modules=["embed_tokens"])
     tensors = load_file(path / "adapter_model.safetensors")

@@ -24,7 +24,6 @@ from twofold.lowrank.factors import LowRank
 from twofold.lowrank.intruders import ALIKE, Likeness
 from twofold.machine import multiplied_in
 from twofold.native.training import native_kernels, why_not
-from twofold.tensorfile import nonfinite
 
 Look: TypeAlias = Callable[[Weight, LowRank], Likeness]
 """From a weight and its update to the likeness of the changed weight's largest directions (`lowrank.intruders`)."""
@@ -65,7 +64,7 @@ def beside_base(
     following = [*updates, ""][1:]
     for i, (name, update) in enumerate(updates.items(), 1):
         base.expect(f"{following[i - 1]}.weight")
-        if not nonfinite({"A": update.A, "B": update.B}):
+        if update.finite:
             weight = base.read(f"{name}.weight").flatten(1)
             found[name] = _beside(weight.T if shapes[name].kind in TRANSPOSED else weight, update, look)
         emit(Progress(task="reading the base", done=i, total=len(updates)))

@@ -56,6 +56,8 @@ def lint_update(name: str, update: LowRank, values: Tensor) -> Iterator[Finding]
     if values[0] == 0:
         yield Finding("warning", "dead", f"'{name}' changes nothing: its update is zero")
         return
+    if not update.finite:
+        yield Finding("error", "not-finite", f"'{name}' has an update of values that float32 cannot hold")
     real = int((values > ROUNDING * values[0]).sum())
     if real < update.rank:
         yield Finding("warning", "rank-deficient", f"'{name}' uses {real} of its {update.rank} directions")

@@ -236,9 +236,13 @@ def factored(delta: Float[Tensor, "out in_"], r: int, *, exact: bool = False) ->
     """The best update of rank r of a delta that is given whole, in float32.
 
     By a sampled decomposition, whose error is within a per cent of the smallest possible, or with `exact` by the whole one.
+
+    Raises:
+        ConfigError: float32 cannot hold the delta; so in `factored_to_energy`.
     """
     wide = delta.to(torch.promote_types(delta.dtype, torch.float32))
-    reduced = _largest(wide, r, exact=exact).truncated(r, _energy(wide))
+    energy = _energy(wide)
+    reduced = _largest(wide, r, exact=exact).truncated(r, energy)
     return Reduced(_typed(reduced.update, torch.float32), reduced.lost)
 
 
@@ -261,7 +265,11 @@ def factored_to_energy(delta: Float[Tensor, "out in_"], share: float, *, exact: 
 
 
 def _energy(delta: Tensor) -> float:
-    return float(delta.norm(dtype=torch.float64)) ** 2
+    """Squared Frobenius norm."""
+    found = float(delta.norm(dtype=torch.float64)) ** 2
+    if not math.isfinite(found):
+        raise ConfigError("the update has values that float32 cannot hold; was it trained at too high a rate?")
+    return found
 
 
 def _largest(wide: Float[Tensor, "out in_"], r: int, *, exact: bool) -> Decomposition:

@@ -28,6 +28,12 @@ class LowRank:
     def rank(self) -> int:
         return self.A.shape[0]
 
+    @property
+    def finite(self) -> bool:
+        """Whether float32 holds the delta: no factor has a NaN or infinity, and no entry of their product can overflow."""
+        most = self.A.abs().amax().double() * self.B.abs().amax().double() * self.rank * abs(self.scale)
+        return bool(most <= torch.finfo(torch.float32).max)
+
     def transposed(self) -> LowRank:
         """The update of the transposed weight."""
         return LowRank(self.B.T, self.A.T, self.scale)
