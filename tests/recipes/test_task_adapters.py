@@ -126,6 +126,23 @@ def test_generate_answers_a_prompt_and_eval_counts_exact_answers(
     assert found["exact_match"] == pytest.approx(2 / 3)
 
 
+def test_pefts_adapter_without_a_task_goes_on_an_encoder_decoder(cli: WarmCli, tmp_path: Path) -> None:
+    tokens = tokenizer(template=None)
+    base = write_base(tmp_path / "base", t5(len(tokens)), tokens)
+    plain = hf.AutoModelForSeq2SeqLM.from_pretrained(base)
+    config = peft.LoraConfig(r=3, target_modules=["q", "wo"], init_lora_weights=False)
+    model = peft.get_peft_model(plain, config)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = model.merge_and_unload().state_dict()
+    flags = ("--base", base, "--adapter", tmp_path / "adapter", "--dtype", "float32")
+    cli("merge", *flags, "-o", tmp_path / "merged", "--json").json()
+    merged = hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert merged.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(merged[name], value, atol=1e-6), name
+    assert isinstance(load_with_adapters(str(base), [str(tmp_path / "adapter")]).model, type(plain))
+
+
 def test_what_generates_nothing_says_so(cli: WarmCli, classifier: Trained, answerer: Trained) -> None:
     config, _ = classifier
     said = "trained to name a class (blue, green, red) and generates no text; twofold eval measures it"

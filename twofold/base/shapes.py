@@ -11,6 +11,7 @@ from twofold.base.head import Head
 from twofold.base.known_shapes import KNOWN_SHAPES
 from twofold.base.load import locate
 from twofold.errors import BaseError, did_you_mean
+from twofold.events import Emit, silent
 
 HUB_SECONDS = 5.0
 """How long the hub may take to answer at all before it counts as out of reach."""
@@ -39,6 +40,22 @@ def meta_model(reference: str, *heads: Head) -> Any:
         f"{reference} is a {config.model_type} model, and without weights only causal language models are read; what training it "
         "costs is said by twofold train --dry-run"
     )
+
+
+def usual_head(reference: str, emit: Emit = silent) -> Head:
+    """What a base predicts with where nobody says: an answer apart from its prompt if it has an encoder for that, else the next
+    token.
+
+    Raises:
+        BaseError: no such base, or its configuration cannot be read.
+    """
+    source, apart = locate(reference, emit), Head(task="seq2seq")
+    try:
+        config = _config(source)
+    except (OSError, ValueError) as error:
+        raise BaseError(f"cannot read the configuration of {reference}: {str(error).splitlines()[0]}") from error
+    known = getattr(config, "is_encoder_decoder", False) and type(config) in apart.loader()._model_mapping
+    return apart if known else Head()
 
 
 def _config(reference: str) -> Any:

@@ -85,15 +85,21 @@ template <class F> static int64_t steps_of(int64_t in) { return (in + F::inputs 
 // Codes take longer to be widened than to be read, and are then asked for too late; so far ahead they are asked for early.
 static const int64_t AHEAD = 1024;
 
-// M rows times N blocks.
+// Lines of 64 bytes that are read later, one behind the other.
+struct Lines {
+  const char *at, *end;
+};
+
+// M rows times N blocks; some lines are asked for meanwhile.
 template <class F, class T, int M, int N>
-INLINE void tile(const Factor<T>* const* x, const char* w, int64_t steps, Floats (&sums)[M][N]) {
+INLINE void tile(const Factor<T>* const* x, const char* w, int64_t steps, Lines later, Floats (&sums)[M][N]) {
   Floats acc[M][N];
   EACH(r, M) EACH(n, N) acc[r][n] = none();
   for (int64_t s = 0; s < steps; s++)
     EACH(n, N) {
       Words wide[F::vectors];
       if (F::vectors > 1) __builtin_prefetch(w + (n * steps + s) * 64 + AHEAD);
+      if (later.at < later.end) __builtin_prefetch(later.at, 0, 2), later.at += 64;
       F::vectors_of(w + (n * steps + s) * 64, wide);
       EACH(i, F::vectors) EACH(r, M) acc[r][n] = Word<T>::add(acc[r][n], wide[i], x[r] + s * F::inputs + i * Word<T>::inputs);
     }
@@ -132,12 +138,12 @@ static constexpr int most_rows(int blocks) { return blocks == 1 ? R : R * BLOCKS
 INLINE int64_t blocks_for(int64_t rows) { return rows <= most_rows(4) ? 4 : rows <= most_rows(2) ? 2 : BLOCKS; }
 
 template <class F, class T, class Y, int N>
-static void run_rows(int64_t rows, const Factor<T>* const* x, const char* w, int64_t steps, int64_t first, const Out<Y>& out) {
+static void run_rows(int64_t rows, const Factor<T>* const* x, const char* w, int64_t steps, Lines later, int64_t first, const Out<Y>& out) {
   with_rows(rows, [&](auto count) {
     constexpr int M = decltype(count)::value;
     if constexpr (M <= most_rows(N)) {
       Floats sums[M][N];
-      tile<F, T, M, N>(x, w, steps, sums);
+      tile<F, T, M, N>(x, w, steps, later, sums);
       for (int r = 0; r < M; r++)
         for (int n = 0; n < N; n++) finish(sums[r][n], first + r, n * 16, out);
     }
@@ -149,13 +155,32 @@ INLINE void fetch(const char* p) {
   for (int i = 0; i < 8; i++) __builtin_prefetch(p + i * 64);
 }
 
-// All rows against N blocks: in as few passes as the registers allow, as even as can be.
+// What a thread needs for a product, kept from one piece of it to the next.
+template <class T> struct Rooms {
+  std::vector<T*> shifted;
+  std::vector<Words> wide;
+  std::vector<Lines> later;  // what is read behind the weight
+
+  Lines take(int64_t count) {
+    while (!later.empty() && later.back().at == later.back().end) later.pop_back();
+    if (later.empty()) return {nullptr, nullptr};
+    const Lines some{later.back().at, std::min(later.back().at + count * 64, later.back().end)};
+    later.back().at = some.end;
+    return some;
+  }
+};
+
+// All rows against N blocks: in as few passes as the registers allow, as even as can be. Only the first has to wait for memory, which
+// meanwhile can fetch what is read next: in the second pass the blocks that follow, in the others what is read later.
 template <class F, class T, class Y, int N>
-static void run_blocks(int64_t rows, const Factor<T>* const* x, const char* w, int64_t steps, const Out<Y>& out) {
+static void run_blocks(int64_t rows, const Factor<T>* const* x, const char* w, int64_t steps, const Out<Y>& out, Rooms<T>* rooms = nullptr) {
   int64_t most = most_rows(N), passes = (rows + most - 1) / most;
   for (int64_t p = 0, first = 0; p < passes; p++) {
     int64_t count = (rows - first + passes - p - 1) / (passes - p);
-    run_rows<F, T, Y, N>(count, x + first, w, steps, first, out);
+    Lines later{nullptr, nullptr};
+    if (p == 1) later = {w + N * steps * 64, w + 2 * N * steps * 64};
+    else if (p && rooms) later = rooms->take(N * steps);
+    run_rows<F, T, Y, N>(count, x + first, w, steps, later, first, out);
     first += count;
   }
 }
@@ -166,24 +191,18 @@ template <class Y> static Out<Y> from_output(const Out<Y>& out, int64_t at, std:
   return {y.data(), out.scale ? out.scale + at : nullptr, out.bias ? out.bias + at : nullptr, out.width - at, out.onto};
 }
 
-// What a thread needs for a product, kept from one piece of it to the next.
-template <class T> struct Rooms {
-  std::vector<T*> shifted;
-  std::vector<Words> wide;
-};
-
 // All rows against some blocks: 4 or 2 together where these are whole, else one by one.
 template <class F, class T>
 static void run_some(int64_t rows, const Factor<T>* const* x, const char* w, int64_t steps, int64_t count, const Out<T>& whole, int64_t first,
                      Rooms<T>& rooms) {
   if (count == 4 || (count == 2 && rows > most_rows(4))) {
     Out<T> part = from_output(whole, first * 16, rooms.shifted, rows);
-    if (count == 4) return run_blocks<F, T, T, 4>(rows, x, w, steps, part);
-    return run_blocks<F, T, T, 2>(rows, x, w, steps, part);
+    if (count == 4) return run_blocks<F, T, T, 4>(rows, x, w, steps, part, &rooms);
+    return run_blocks<F, T, T, 2>(rows, x, w, steps, part, &rooms);
   }
   for (int64_t b = 0; b < count; b++) {
     Out<T> part = from_output(whole, (first + b) * 16, rooms.shifted, rows);
-    run_blocks<F, T, T, 1>(rows, x, w + b * steps * 64, steps, part);
+    run_blocks<F, T, T, 1>(rows, x, w + b * steps * 64, steps, part, &rooms);
   }
 }
 
@@ -246,6 +265,13 @@ static void linear(const T* x, int64_t x_stride, const char* w, const float* sca
     std::vector<H*> into;
     std::vector<T*> to;
     Rooms<T> rooms;
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    for (int64_t j = segments; j-- > 0;) {
+      if (!found[j].a) continue;
+      int64_t lines = members * found[j].ranks / 16 * steps;
+      for (int64_t m = 0; m < members; m++) lines += found[j].b[m] ? (widths[m] + 15) / 16 * steps_of<Dense<T>>(found[j].ranks) : 0;
+      rooms.later.push_back({found[j].a + lines * me / threads * 64, found[j].a + lines * (me + 1) / threads * 64});
+    }
     if (scale) {
       run_weight<Codes<T>>(rows, xs.data(), w, in, whole, rooms);
     } else {
@@ -272,7 +298,6 @@ static void linear(const T* x, int64_t x_stride, const char* w, const float* sca
           }
       }
       // Each thread adds to outputs of its own, adapter after adapter, so that it reads each B in one piece.
-      const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
       for (int64_t m = 0, first = 0; m < members; first += widths[m], m++) {
         int64_t pieces = (widths[m] + 31) / 32, begin = pieces * me / threads, end = pieces * (me + 1) / threads;
         for (int64_t j = 0; j < segments; j++) {
@@ -402,18 +427,20 @@ static void softmax(float* scores, int64_t seen, int64_t wide, float scale, floa
 
 // Probabilities times values, of G queries, so many dimensions at a time as there are registers for.
 template <class T, int G>
-static void weigh(const float* p, int64_t wide, const T* values, int64_t seen, int64_t d, T* out) {
+static void weigh(const float* p, int64_t wide, const T* values, int64_t seen, int64_t d, Lines later, T* out) {
   const int K = R / 3;
   for (int64_t i = 0; i < d; i += 16 * K) {
     const int64_t n = std::min<int64_t>(K, (d - i) / 16);
     Floats sums[G][K];
     EACH(g, G) EACH(k, K) sums[g][k] = none();
-    for (int64_t t = 0; t < seen; t++)
+    for (int64_t t = 0; t < seen; t++) {
+      for (int64_t l = 0; l < d * int64_t(sizeof(T)) && later.at < later.end; l += 64, later.at += 64) __builtin_prefetch(later.at, 0, 2);
       EACH(k, K) {
         if (k == n) break;
         const Floats value = get(values + t * d + i + k * 16);
         EACH(g, G) sums[g][k] = fma(value, all(p[g * wide + t]), sums[g][k]);
       }
+    }
     EACH(g, G) EACH(k, K) {
       if (k == n) break;
       put(sums[g][k], out + g * d + i + k * 16);
@@ -424,12 +451,13 @@ static void weigh(const float* p, int64_t wide, const T* values, int64_t seen, i
 // One key head's queries of one row over the slot, up to the row's own position.
 template <class T>
 static void attend_one(const T* q, int64_t group, int64_t d, const T* keys, const T* values, int64_t seen, float scale, float softcap,
-                       std::vector<float>& room, T* out) {
+                       Lines later, std::vector<float>& room, T* out) {
   const int64_t wide = (seen + 15) / 16 * 16;
   room.resize(group * wide);
   float* p = room.data();
   for (int64_t t = 0; t < wide; t += 16)
     for (int64_t g = 0; g < group; g++) {
+      if (g == 0) for (const char *v = (const char*)(values + t * d), *end = v + 16 * d * sizeof(T); v < end; v += 64) __builtin_prefetch(v, 0, 2);
       Floats sums[16];
       EACH(i, 16) sums[i] = dot(keys + std::min(t + i, seen - 1) * d, q + g * d, d);
       put(sums_of_16(sums), p + g * wide + t);
@@ -437,10 +465,10 @@ static void attend_one(const T* q, int64_t group, int64_t d, const T* keys, cons
   for (int64_t g = 0; g < group; g++) softmax(p + g * wide, seen, wide, scale, softcap);
   for (int64_t g = 0; g < group;) {
     switch (std::min<int64_t>(4, group - g)) {
-      case 4: weigh<T, 4>(p + g * wide, wide, values, seen, d, out + g * d), g += 4; break;
-      case 3: weigh<T, 3>(p + g * wide, wide, values, seen, d, out + g * d), g += 3; break;
-      case 2: weigh<T, 2>(p + g * wide, wide, values, seen, d, out + g * d), g += 2; break;
-      default: weigh<T, 1>(p + g * wide, wide, values, seen, d, out + g * d), g += 1;
+      case 4: weigh<T, 4>(p + g * wide, wide, values, seen, d, later, out + g * d), g += 4; break;
+      case 3: weigh<T, 3>(p + g * wide, wide, values, seen, d, later, out + g * d), g += 3; break;
+      case 2: weigh<T, 2>(p + g * wide, wide, values, seen, d, later, out + g * d), g += 2; break;
+      default: weigh<T, 1>(p + g * wide, wide, values, seen, d, later, out + g * d), g += 1;
     }
   }
 }
@@ -451,14 +479,19 @@ template <class T>
 static void attention(const T* qkv, const Heads& heads, const T* keys, const T* values, const int32_t* slots, const int32_t* positions,
                       int64_t capacity, int64_t window, double scale, double softcap, T* out, int64_t rows, int64_t few) {
   const int64_t d = heads.d, group = heads.queries / heads.keys, width = (heads.queries + 2 * heads.keys) * d;
+  const auto seen_by = [&](int64_t t) {
+    const int64_t r = t / heads.keys, end = positions[r] + 1, first = window > 0 ? std::max<int64_t>(0, end - window) : 0;
+    return Span{((int64_t(slots[r]) * heads.keys + t % heads.keys) * capacity + first) * d, end - first};
+  };
 #pragma omp parallel
   {
     std::vector<float> room;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < few * heads.keys; t++) {
-      int64_t r = t / heads.keys, h = t % heads.keys, end = positions[r] + 1;
-      int64_t first = window > 0 ? std::max<int64_t>(0, end - window) : 0, at = ((int64_t(slots[r]) * heads.keys + h) * capacity + first) * d;
-      attend_one(qkv + r * width + h * group * d, group, d, keys + at, values + at, end - first, float(scale), float(softcap), room,
+      const Span here = seen_by(t), next = seen_by(std::min(t + 1, few * heads.keys - 1));
+      const int64_t r = t / heads.keys, h = t % heads.keys;
+      attend_one(qkv + r * width + h * group * d, group, d, keys + here.start, values + here.start, here.length, float(scale), float(softcap),
+                 {(const char*)(keys + next.start), (const char*)(keys + next.start + next.length * d)}, room,
                  out + (r * heads.queries + h * group) * d);
     }
   }

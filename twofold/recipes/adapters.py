@@ -17,6 +17,7 @@ from twofold.base.fingerprint import Fingerprint, check_same_base
 from twofold.base.head import CLASSES, Head, TaskName
 from twofold.base.load import Base, Precision, load_base, renderer_for
 from twofold.base.mapped import NotMapped, map_base
+from twofold.base.shapes import usual_head
 from twofold.config import build
 from twofold.errors import AdapterFileError, ConfigError
 from twofold.events import Emit, Message, Warned, silent
@@ -72,7 +73,7 @@ def load_with_adapters(
     Raises:
         UserError: a base or an adapter that cannot be used, or adapters trained with different templates.
     """
-    head = recorded_head([parse_adapter(a)[0] for a in adapters])
+    head = recorded_head([parse_adapter(a)[0] for a in adapters]) or usual_head(reference, emit)
     base = load_base(reference, dtype, device, emit, quantization, head)
     return with_adapters(base, adapters, emit, allow_foreign=allow_foreign)
 
@@ -133,15 +134,16 @@ class Asked:
         Raises:
             NotMapped: the base's files do not allow it, or are of another type than is asked for.
         """
-        base = map_base(self.base, emit, recorded_head([parse_adapter(a)[0] for a in self.adapters]))
+        head = recorded_head([parse_adapter(a)[0] for a in self.adapters]) or usual_head(self.base, emit)
+        base = map_base(self.base, emit, head)
         stored = str(base.dtype).removeprefix("torch.")
         if self.dtype not in ("auto", stored):
             raise NotMapped(self.base, f"they hold {stored}, but {self.dtype} is asked for")
         return with_adapters(base, self.adapters, emit, allow_foreign=self.allow_foreign)
 
 
-def recorded_head(folders: list[Path]) -> Head:
-    """What adapters were trained to predict with; next tokens, unless they say otherwise.
+def recorded_head(folders: list[Path]) -> Head | None:
+    """What adapters were trained to predict with; None if they do not say.
 
     Raises:
         AdapterFileError: there is none, or it cannot be read; this is told before a base is loaded.
@@ -151,7 +153,7 @@ def recorded_head(folders: list[Path]) -> Head:
     if len(found) > 1:
         said = " and ".join(sorted(f"{h.task} {list(h.labels) or ''}".strip() for h in found))
         raise ConfigError(f"these adapters were trained for {said} and cannot go on one base; use them one at a time")
-    return next(iter(found), Head())
+    return next(iter(found), None)
 
 
 def _folders(adapters: Iterable[Path]) -> list[AdapterFiles]:

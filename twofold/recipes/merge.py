@@ -16,6 +16,7 @@ from twofold.base.batch import Example
 from twofold.base.head import head_of, task_of
 from twofold.base.load import Base, Precision, load_base
 from twofold.base.mapped import NotMapped
+from twofold.base.shapes import usual_head
 from twofold.base.stored import folder_of, left_behind, open_stored
 from twofold.errors import BaseError, ConfigError, RunError
 from twofold.events import Emit, Message, silent, working
@@ -307,7 +308,7 @@ def _verify_apart(asked: Asked, folder: Path, emit: Emit) -> Verification:
     The merged folder has the tokenizer and the template that the adapter answers with, so that it gives the prompts too.
     """
     device = checked_device(asked.device)
-    head = recorded_head([parse_adapter(a)[0] for a in asked.adapters])
+    head = recorded_head([parse_adapter(a)[0] for a in asked.adapters]) or usual_head(str(folder))
     merged = load_base(str(folder), asked.dtype, "cpu", emit, head=head)
     move_buffers(merged.model, device)
     batch, pad_id = proof_batch(prompts(merged), device), pad_token(merged)

@@ -69,7 +69,7 @@ class Task:
             ConfigError: another task, or other classes.
         """
         theirs, ours = recorded_head([files.path]), head_of(base.model)
-        if (files.path / OURS).is_file() and (theirs.task, theirs.labels) != (ours.task, ours.labels):
+        if theirs and (files.path / OURS).is_file() and (theirs.task, theirs.labels) != (ours.task, ours.labels):
             raise ConfigError(
                 f"{files.path} was trained for {theirs.task} with labels {list(theirs.labels)}, not for {ours.task} with "
                 f"{list(ours.labels)}; train from the base, or give it the data it is for"
