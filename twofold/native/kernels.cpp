@@ -159,7 +159,8 @@ INLINE void fetch(const char* p) {
 template <class T> struct Rooms {
   std::vector<T*> shifted;
   std::vector<Words> wide;
-  std::vector<Lines> later;  // what is read behind the weight
+  std::vector<Lines> later;  // what is read behind these blocks, the next last
+  bool at_hand = false;      // whether these blocks lie in the caches from the first pass on
 
   Lines take(int64_t count) {
     while (!later.empty() && later.back().at == later.back().end) later.pop_back();
@@ -170,16 +171,14 @@ template <class T> struct Rooms {
   }
 };
 
-// All rows against N blocks: in as few passes as the registers allow, as even as can be. Only the first has to wait for memory, which
-// meanwhile can fetch what is read next: in the second pass the blocks that follow, in the others what is read later.
+// All rows against N blocks: in as few passes as the registers allow, as even as can be. What is read later is asked for in those that
+// have not to wait for memory themselves.
 template <class F, class T, class Y, int N>
 static void run_blocks(int64_t rows, const Factor<T>* const* x, const char* w, int64_t steps, const Out<Y>& out, Rooms<T>* rooms = nullptr) {
   int64_t most = most_rows(N), passes = (rows + most - 1) / most;
   for (int64_t p = 0, first = 0; p < passes; p++) {
     int64_t count = (rows - first + passes - p - 1) / (passes - p);
-    Lines later{nullptr, nullptr};
-    if (p == 1) later = {w + N * steps * 64, w + 2 * N * steps * 64};
-    else if (p && rooms) later = rooms->take(N * steps);
+    const Lines later = rooms && (p || rooms->at_hand) ? rooms->take(N * steps) : Lines{nullptr, nullptr};
     run_rows<F, T, Y, N>(count, x + first, w, steps, later, first, out);
     first += count;
   }
@@ -211,21 +210,23 @@ static void run_some(int64_t rows, const Factor<T>* const* x, const char* w, int
 template <class F, class T>
 static void run_weight(int64_t rows, const Factor<T>* const* x, const char* w, int64_t in, const Out<T>& whole, Rooms<T>& rooms) {
   const int64_t steps = steps_of<F>(in), blocks = (whole.width + 15) / 16;
-  const bool many = rows > 6;
+  const char* end = w + blocks * steps * 64;
+  rooms.at_hand = F::vectors > 1 && rows > 6;
   const int64_t together = blocks_for(rows), tasks = (blocks + together - 1) / together;
 #pragma omp for schedule(static) nowait
   for (int64_t t = 0; t < tasks; t++) {
     int64_t first = t * together, count = std::min(together, blocks - first);
-    const char* at = w + first * steps * 64;
-    if (F::vectors > 1 && many) {
+    const char *at = w + first * steps * 64, *next = at + count * steps * 64;
+    const size_t behind = rooms.later.size();
+    rooms.later.push_back({next, std::min(next + count * steps * 64, end)});
+    if (rooms.at_hand) {
       rooms.wide.resize(count * steps * F::vectors);
       widen_steps<F>(at, count * steps, (char*)rooms.wide.data());
-      if (t + 1 < tasks)  // the products take a while, in which the next weights can come
-        for (int64_t i = 0; i < count * steps; i++) __builtin_prefetch(at + (count * steps + i) * 64, 0, 2);
       run_some<Dense<Factor<T>>, T>(rows, x, (const char*)rooms.wide.data(), steps * F::vectors, count, whole, first, rooms);
     } else {
       run_some<F, T>(rows, x, at, steps, count, whole, first, rooms);
     }
+    if (rooms.later.size() > behind) rooms.later.pop_back();
   }
 }
 
