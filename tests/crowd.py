@@ -91,22 +91,18 @@ class Crowd:
         """All clients at once for so long, and those who change their adapters."""
         told, until = Told(), time.monotonic() + seconds
 
-        async def again(what: Callable[[], Awaitable[None]]) -> None:
-            while time.monotonic() < until:
-                await what()
+        async def again(what: Callable[[httpx.AsyncClient, Told], Awaitable[None]]) -> None:
+            async with self._client() as client:
+                while time.monotonic() < until:
+                    await what(client, told)
 
-        async with self._client() as client:
-            await asyncio.gather(
-                *(again(partial(self._act, client, i, told)) for i in range(self.clients)),
-                again(partial(self._replace, client, told)),
-                again(partial(self._unload, client, told)),
-            )
+        acts = (partial(self._act, i) for i in range(self.clients))
+        await asyncio.gather(*(again(act) for act in acts), again(self._replace), again(self._unload))
         return told
 
     def _client(self) -> httpx.AsyncClient:
-        """A connection for every request under way; httpx gives an idle one up after 5 s, long before the server does."""
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        return httpx.AsyncClient(base_url=self.live.url, timeout=30, limits=limits)
+        """One for each of them: a pool that all share is searched from end to end with every request."""
+        return httpx.AsyncClient(base_url=self.live.url, timeout=30, verify=False)
 
     async def ask_once_more(self, told: Told) -> None:
         """One question a client, when nobody changes anything any more and the folder was looked at again.
@@ -129,7 +125,7 @@ class Crowd:
                 await self._load(client, i, told)
                 await one(client, i)
 
-    async def _act(self, client: httpx.AsyncClient, i: int, told: Told) -> None:
+    async def _act(self, i: int, client: httpx.AsyncClient, told: Told) -> None:
         kinds = (self._whole, self._streamed, self._leave, self._leave_stream, self._half, self._wrong, self._bare)
         (act,) = self.dice.choices(kinds, weights=(30, 30, 10, 10, 3, 12, 5))
         try:
@@ -171,7 +167,7 @@ class Crowd:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.dice.uniform(0, SOON)):
                 await client.post(ROUTE, json=body)
-        told.counted["left"] += 1
+        await self._come_again("left", told)
 
     async def _leave_stream(self, client: httpx.AsyncClient, i: int, told: Told) -> None:
         body = self._question(i, stream=True) | {"max_tokens": 200}
@@ -181,7 +177,7 @@ class Crowd:
                 left -= 1
                 if left < 0:
                     break
-        told.counted["left"] += 1
+        await self._come_again("left", told)
 
     async def _half(self, _: httpx.AsyncClient, i: int, told: Told) -> None:
         """A request whose body never comes to its end."""
@@ -194,7 +190,7 @@ class Crowd:
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
-        told.counted["left"] += 1
+        await self._come_again("left", told)
 
     async def _wrong(self, client: httpx.AsyncClient, i: int, told: Told) -> None:
         change, expected = self.dice.choice(WRONG)
@@ -211,14 +207,18 @@ class Crowd:
         elif found.status_code != 200:
             await self._refused(found, i, begun, told)
 
+    async def _come_again(self, why: str, told: Told) -> None:
+        """Wait a little, as people do who have left or were sent away."""
+        told.counted[why] += 1
+        await asyncio.sleep(self.dice.uniform(SOON, 10 * SOON))
+
     # ------------------------------------------------------------------------------------------ what is heard
 
     async def _refused(self, found: httpx.Response, i: int, begun: float, told: Told) -> None:
         """A full queue, after which the client waits; or an adapter that was unloaded meanwhile."""
         code = found.json()["error"]["code"]
         if (found.status_code, code) == (BUSY, "queue_full") and int(found.headers["retry-after"]) >= 1:
-            told.counted["busy"] += 1
-            await asyncio.sleep(self.dice.uniform(SOON, 10 * SOON))
+            await self._come_again("busy", told)
         elif (found.status_code, code) == (404, "model_not_found") and begun <= self.back[i]:
             told.counted["away"] += 1
         else:

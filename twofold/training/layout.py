@@ -18,7 +18,7 @@ from torch import Tensor
 from twofold.base.batch import PackedBatch
 from twofold.functional.segments import Segment, rounded_up
 
-ROW_MULTIPLE = 32
+ROW_MULTIPLE = 16
 """Rows are filled up to a multiple of this: kernels are prepared, and kept, for every number of rows that occurs, and
 few numbers then occur. The filler belongs to no example: it attends to nothing and nothing attends to it."""
 SHARED_FROM = 8
