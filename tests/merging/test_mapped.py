@@ -165,7 +165,7 @@ def test_a_head_that_lies_beside_its_embedding(
         base / "model.safetensors",
         {"format": "pt"},
     )
-    asked = Asked(base=str(base), adapters=adapters(base, tmp_path, settings), device="cpu")
+    asked = Asked(base=str(base), adapters=adapters(base, tmp_path, settings), dtype="float32", device="cpu")
     loaded = asked.load(lambda _: None)
     assert map_base(str(base)).fingerprint == load_base(str(base), "float32", "cpu").fingerprint
     merge_from_disk(asked, tmp_path / "merged", verify=False)

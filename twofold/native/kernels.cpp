@@ -266,6 +266,7 @@ static void linear(const T* x, int64_t x_stride, const char* w, const float* sca
     std::vector<H*> into;
     std::vector<T*> to;
     Rooms<T> rooms;
+    // An adapter's A and Bs lie one behind the other, and are read when the weight has been.
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
     for (int64_t j = segments; j-- > 0;) {
       if (!found[j].a) continue;
@@ -449,20 +450,22 @@ static void weigh(const float* p, int64_t wide, const T* values, int64_t seen, i
   }
 }
 
-// One key head's queries of one row over the slot, up to the row's own position.
+// One key head's queries of one row over the slot, up to the row's own position. Values are asked for while scores are made, and what is
+// read later, the next keys, while values are summed.
 template <class T>
 static void attend_one(const T* q, int64_t group, int64_t d, const T* keys, const T* values, int64_t seen, float scale, float softcap,
                        Lines later, std::vector<float>& room, T* out) {
   const int64_t wide = (seen + 15) / 16 * 16;
   room.resize(group * wide);
   float* p = room.data();
-  for (int64_t t = 0; t < wide; t += 16)
+  for (int64_t t = 0; t < wide; t += 16) {
+    for (const char *v = (const char*)(values + t * d), *end = (const char*)(values + (t + 16) * d); v < end; v += 64) __builtin_prefetch(v, 0, 2);
     for (int64_t g = 0; g < group; g++) {
-      if (g == 0) for (const char *v = (const char*)(values + t * d), *end = v + 16 * d * sizeof(T); v < end; v += 64) __builtin_prefetch(v, 0, 2);
       Floats sums[16];
       EACH(i, 16) sums[i] = dot(keys + std::min(t + i, seen - 1) * d, q + g * d, d);
       put(sums_of_16(sums), p + g * wide + t);
     }
+  }
   for (int64_t g = 0; g < group; g++) softmax(p + g * wide, seen, wide, scale, softcap);
   for (int64_t g = 0; g < group;) {
     switch (std::min<int64_t>(4, group - g)) {
