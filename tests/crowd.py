@@ -109,7 +109,10 @@ class Crowd:
 
         At last a few ask, have their adapter replaced, and ask again, while slots still hold what the old one has computed.
         """
-        service, few = self.live.service, asyncio.Semaphore(40)
+        service = self.live.service
+        few = asyncio.Semaphore(
+            service.admission.limit // 2
+        )  # each may ask for two answers, and nobody is to be sent away
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(service.registry.refresh(), service.worker._loop))
         self.done = list(self.asked)
 

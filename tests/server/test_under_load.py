@@ -143,7 +143,7 @@ def test_a_minute_of_two_hundred_leaves_no_more_than_its_beginning(
         loaded(crowd, 20)
         threads, files, memory = threading.active_count(), open_files(), own_bytes()
         told = loaded(crowd, 40)
-        assert told.seen("whole") + told.seen("streamed") > crowd.clients / 2
+        assert told.seen("whole") > crowd.clients
         assert threading.active_count() <= threads
         assert open_files() <= files
         assert own_bytes() < memory + GROWTH
